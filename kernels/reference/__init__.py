@@ -1,0 +1,13 @@
+"""PyTorch references: written for reading, exact on the CPU and on CUDA, without Triton."""
+
+from __future__ import annotations
+
+from fp8sync_kernels.reference.blockwise import (
+    Quantized,
+    dequantize_blockwise,
+    partial_amax,
+    quantize_blockwise,
+)
+from fp8sync_kernels.reference.digest import digest
+
+__all__ = ["Quantized", "dequantize_blockwise", "digest", "partial_amax", "quantize_blockwise"]
