@@ -1,0 +1,42 @@
+"""fp8sync: a trainer's new weights in a live vLLM, as blockwise FP8, after every optimizer step.
+
+    report = fp8sync.refit(model, engine, recipe="blockwise")
+"""
+
+from fp8sync.api import refit
+from fp8sync.errors import (
+    CorruptBucket,
+    EngineLost,
+    Fp8SyncError,
+    InstallFailed,
+    NonFiniteWeight,
+    PlanMismatch,
+    RecipeMismatch,
+    RefitInProgress,
+    TensorMismatch,
+    TransferTimeout,
+    UnsupportedLayout,
+)
+from fp8sync.link import Link, connect
+from fp8sync.recipe import Recipe
+from fp8sync.report import RefitReport, TensorReport
+
+__all__ = [
+    "CorruptBucket",
+    "EngineLost",
+    "Fp8SyncError",
+    "InstallFailed",
+    "Link",
+    "NonFiniteWeight",
+    "PlanMismatch",
+    "Recipe",
+    "RecipeMismatch",
+    "RefitInProgress",
+    "RefitReport",
+    "TensorMismatch",
+    "TensorReport",
+    "TransferTimeout",
+    "UnsupportedLayout",
+    "connect",
+    "refit",
+]

@@ -1,0 +1,155 @@
+"""The control channel: length-prefixed JSON over TCP between the trainer's link and engine workers.
+
+Manifests, votes and errors travel here; weights never do. A worker proves itself with the link's
+token in its first message. Nothing is ever unpickled. The listener binds loopback unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import socket
+import struct
+from typing import Any
+
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
+
+__all__ = ["Channel", "Listener"]
+
+_LENGTH = struct.Struct("<I")
+_MAX_BYTES = 1 << 30
+
+Message = dict[str, Any]
+
+
+class Channel:
+    """One connected peer. `peer` names it in errors. Not shared between threads."""
+
+    def __init__(self, sock: socket.socket, peer: str, timeout_s: float) -> None:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._sock = sock
+        self.peer = peer
+        self.timeout_s = timeout_s
+
+    @classmethod
+    def connect(cls, host: str, port: int, token: str, timeout_s: float) -> Channel:
+        """Join the link listening at `host:port` and present its token."""
+        try:
+            sock = socket.create_connection((host, port), timeout=timeout_s)
+        except OSError as error:
+            raise EngineLost(f"no trainer link answers at {host}:{port}: {error}") from error
+        channel = cls(sock, f"trainer at {host}:{port}", timeout_s)
+        channel.send({"type": "hello", "token": token})
+        return channel
+
+    def send(self, message: Message) -> None:
+        """Send one message.
+
+        Raises:
+            EngineLost: the peer is gone.
+            TransferTimeout: the peer does not read.
+        """
+        data = json.dumps(message, allow_nan=False).encode()
+        self._sock.settimeout(self.timeout_s)
+        try:
+            self._sock.sendall(_LENGTH.pack(len(data)) + data)
+        except TimeoutError as error:
+            raise self._late("reads nothing") from error
+        except OSError as error:
+            raise EngineLost(f"{self.peer} is gone: {error}") from error
+
+    def receive(self, kind: str, timeout_s: float | None = None) -> Message:
+        """Wait for the next message, which has to be of `kind`; an error message is raised.
+
+        Raises:
+            EngineLost: the peer is gone.
+            TransferTimeout: nothing came within the timeout.
+            Fp8SyncError: what the peer reported, or a message out of turn.
+        """
+        self._sock.settimeout(self.timeout_s if timeout_s is None else timeout_s)
+        (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind))
+        if size > _MAX_BYTES:
+            raise Fp8SyncError(f"{self.peer} announced a message of {size} bytes")
+        message = json.loads(self._read(size, kind))
+        if not isinstance(message, dict):
+            raise Fp8SyncError(f"{self.peer} sent {type(message).__name__}, expected an object")
+        if message.get("type") == "error":
+            raise from_wire(message["error"])
+        if message.get("type") != kind:
+            raise Fp8SyncError(f"{self.peer} sent {message.get('type')!r}, expected {kind!r}")
+        return message
+
+    def close(self) -> None:
+        """Close the connection; the peer sees it as gone."""
+        # Shutdown first: close alone does not wake a thread that waits in recv.
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._sock.close()
+
+    def _read(self, size: int, kind: str) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                piece = self._sock.recv(min(size - len(data), 1 << 20))
+            except TimeoutError as error:
+                raise self._late(f"sent no {kind!r}") from error
+            except OSError as error:
+                raise EngineLost(f"{self.peer} is gone: {error}") from error
+            if not piece:
+                raise EngineLost(f"{self.peer} closed the connection; expected {kind!r}")
+            data += piece
+        return bytes(data)
+
+    def _late(self, what: str) -> TransferTimeout:
+        return TransferTimeout(f"{self.peer} {what} within {self._sock.gettimeout():g} s")
+
+
+class Listener:
+    """Where workers join a link.
+
+    Args:
+        token: what a worker has to present.
+        host: address to bind; loopback by default.
+        timeout_s: default timeout of accepting and of the channels.
+    """
+
+    def __init__(self, token: str, host: str = "127.0.0.1", timeout_s: float = 60.0) -> None:
+        self._token = token
+        self._timeout_s = timeout_s
+        self._sock = socket.create_server((host, 0))
+        self.host, self.port = self._sock.getsockname()[:2]
+
+    def accept(self, peer: str) -> Channel:
+        """Wait for one worker with the right token; others are turned away.
+
+        Raises:
+            TransferTimeout: nobody came within the timeout.
+        """
+        self._sock.settimeout(self._timeout_s)
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except TimeoutError as error:
+                text = f"{peer} did not join within {self._timeout_s:g} s"
+                raise TransferTimeout(text) from error
+            except OSError as error:
+                raise EngineLost(f"{peer} did not join: {error}") from error
+            channel = Channel(sock, peer, self._timeout_s)
+            try:
+                hello = channel.receive("hello", timeout_s=min(5.0, self._timeout_s))
+            except (Fp8SyncError, ValueError):
+                channel.close()
+                continue
+            if hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
+                return channel
+            channel.close()
+
+    def close(self) -> None:
+        """Stop listening; a thread that waits in `accept` wakes with `EngineLost`."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._sock.close()

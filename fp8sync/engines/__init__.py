@@ -1,0 +1,1 @@
+"""Inference engines: where the bytes go."""

@@ -1,0 +1,96 @@
+"""fp8sync as a vLLM weight-transfer backend, driven by vLLM's own four calls.
+
+`init_weight_transfer_engine` joins the trainer's link, `start_weight_update` opens a version and
+begins to receive, `update_weights` waits for the bytes, `finish_weight_update` installs them. The
+calls return nothing; all answers go over the control channel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import set_current_vllm_config
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from fp8sync.control import Channel
+from fp8sync.engines.vllm.compat import worker_rank
+from fp8sync.engines.vllm.session import WorkerSession
+
+__all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"]
+
+
+@dataclass
+class Fp8SyncInitInfo(WeightTransferInitInfo):
+    """Where the trainer's link listens, and the token that lets a worker in."""
+
+    host: str
+    port: int
+    token: str
+    timeout_s: float
+
+
+@dataclass
+class Fp8SyncUpdateInfo(WeightTransferUpdateInfo):
+    """The version being sent; the worker knows everything else from the plan."""
+
+    version: int
+
+
+class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncUpdateInfo]):
+    """The worker's end of fp8sync, made by vLLM in `load_model`."""
+
+    init_info_cls = Fp8SyncInitInfo
+    update_info_cls = Fp8SyncUpdateInfo
+    supports_draft_weight_update = False
+    _session: WorkerSession | None = None
+
+    def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
+        """Join a link and agree on a plan; an earlier link is left."""
+        self.shutdown()
+        info = init_info
+        channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
+        rank = worker_rank(self.parallel_config)
+        channel.send({"type": "worker", "rank": rank})
+        dtype = self.model_config.dtype
+        session = WorkerSession(channel, self.model, rank, self.device, dtype)
+        # 0.25 does not set the current config around these calls; later versions do.
+        with set_current_vllm_config(self.vllm_config):
+            if session.agree():
+                self._session = session
+            else:
+                session.close()
+
+    def start_weight_update(self) -> None:
+        """Open a version and begin to receive."""
+        self._open_session().start()
+
+    def receive_weights(self, update_info: Fp8SyncUpdateInfo) -> None:  # noqa: ARG002
+        """Wait until the version is staged and verified."""
+        self._open_session().wait_received()
+
+    def finish_weight_update(self) -> None:
+        """Install the version, or leave the old weights: as the link decides."""
+        with set_current_vllm_config(self.vllm_config):
+            self._open_session().finish()
+
+    def shutdown(self) -> None:
+        """Leave the link."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
+
+    @staticmethod
+    def trainer_send_weights(iterator: Iterator[Any], trainer_args: Any) -> None:
+        """Not used: `fp8sync.refit` is the trainer's side."""
+        raise NotImplementedError("call fp8sync.refit(model, engine) in the trainer")
+
+    def _open_session(self) -> WorkerSession:
+        if self._session is None:
+            raise RuntimeError("fp8sync: no link; call fp8sync.connect(model, engine) first")
+        return self._session

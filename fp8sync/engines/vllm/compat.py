@@ -1,0 +1,70 @@
+"""Everything that differs between vLLM versions and platforms, by name. Run on 0.25.1 and 0.27.1."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp8sync.recipe import Formula
+
+__all__ = [
+    "holds_quantizable_weights",
+    "is_attention",
+    "kept_formula",
+    "kernels_live_in_parameters",
+    "worker_rank",
+]
+
+
+def worker_rank(parallel_config: Any) -> int:
+    """Return this worker's rank among all workers of the engine, data-parallel replicas included."""
+    index = getattr(parallel_config, "data_parallel_index", parallel_config.data_parallel_rank)
+    return int(index * parallel_config.world_size + parallel_config.rank)
+
+
+def is_attention(module: torch.nn.Module) -> bool:
+    """Whether the module owns KV-cache scales."""
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
+
+    return isinstance(module, (Attention, MLAAttention))
+
+
+def is_mla(module: torch.nn.Module) -> bool:
+    """Whether the module derives weights of its own from kv_b_proj."""
+    from vllm.model_executor.layers.attention import MLAAttention
+
+    return isinstance(module, MLAAttention)
+
+
+def holds_quantizable_weights(module: torch.nn.Module) -> bool:
+    """Whether vLLM's FP8 method would quantize this module's 2-D weights."""
+    from vllm.model_executor.layers.linear import LinearBase
+
+    return isinstance(module, LinearBase) or "Experts" in type(module).__name__
+
+
+def kept_formula(module: torch.nn.Module) -> Formula:
+    """Return the scale formula that the module's kernel keeps as it was sent.
+
+    DeepGEMM with E8M0 rounds every scale up to a power of two when it processes a weight; fp32 scales
+    would be rounded a second time there.
+    """
+    method = getattr(module, "quant_method", None)
+    kernel = getattr(method, "fp8_linear", None)
+    backend = getattr(method, "fp8_backend", None)
+    names = f"{type(kernel).__name__} {getattr(backend, 'name', '')}".upper().replace("_", "")
+    if "DEEPGEMM" not in names:
+        return Formula.FP32
+    from vllm.utils.deep_gemm import is_deep_gemm_e8m0_used
+
+    return Formula.POW2 if is_deep_gemm_e8m0_used() else Formula.FP32
+
+
+def kernels_live_in_parameters(device: torch.device) -> bool:
+    """Whether kernels read the registered parameters, as CUDA kernels do.
+
+    On the processor they keep packed copies in closures on the module, so new weights need the new
+    closures; on CUDA the first kernel objects stay, because captured graphs point into them.
+    """
+    return device.type == "cuda"

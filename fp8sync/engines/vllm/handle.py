@@ -1,0 +1,74 @@
+"""A vLLM engine as the trainer holds it: its update calls, its size, its caches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp8sync.errors import EngineLost, UnsupportedLayout
+
+__all__ = ["LLMHandle", "as_engine"]
+
+
+class LLMHandle:
+    """`vllm.LLM`, in this process or with its usual engine process.
+
+    Args:
+        llm: made with `weight_transfer_config={"backend": "fp8sync"}`.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        config = llm.llm_engine.vllm_config
+        transfer = config.weight_transfer_config
+        if transfer is None or transfer.backend != "fp8sync":
+            found = None if transfer is None else transfer.backend
+            raise UnsupportedLayout(
+                "the engine was not made for fp8sync: expected "
+                f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"
+            )
+        parallel = config.parallel_config
+        self.workers = parallel.world_size * parallel.data_parallel_size
+
+    def initialize(self, info: dict[str, Any]) -> None:
+        """Let every worker join a link; blocks until they have agreed or refused."""
+        self._call("init_weight_transfer_engine", {"init_info": info})
+
+    def start(self) -> None:
+        """Open a version on every worker."""
+        self._call("start_weight_update")
+
+    def update(self, version: int) -> None:
+        """Block until every worker has received the version, or failed to."""
+        self._call("update_weights", {"update_info": {"version": version}})
+
+    def finish(self) -> None:
+        """Let every worker install or abandon the version."""
+        self._call("finish_weight_update")
+
+    def reset_caches(self) -> None:
+        """Forget prefixes computed with the old weights; they live in the scheduler."""
+        self._call("reset_prefix_cache")
+
+    def _call(self, method: str, *args: Any) -> None:
+        try:
+            getattr(self._llm, method)(*args)
+        except Exception as error:
+            if type(error).__name__ in {"EngineDeadError", "EngineGenerateError"}:
+                raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
+            raise
+
+
+def as_engine(engine: Any) -> LLMHandle:
+    """Return a handle for an engine.
+
+    Args:
+        engine: a `vllm.LLM`, or a handle.
+
+    Raises:
+        UnsupportedLayout: not an engine that fp8sync can drive.
+    """
+    if isinstance(engine, LLMHandle):
+        return engine
+    if type(engine).__name__ == "LLM" and hasattr(engine, "llm_engine"):
+        return LLMHandle(engine)
+    raise UnsupportedLayout(f"cannot refit a {type(engine).__name__}: expected a vllm.LLM")

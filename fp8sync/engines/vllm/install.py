@@ -1,0 +1,203 @@
+"""The `process` strategy: vLLM's own post-processing on staged bytes, then one copy into the live model.
+
+`prepare` puts the affected modules into load form with the staged tensors, lets vLLM's loader take the
+misc tensors and its quantization methods process the weights, and puts the live modules back: the
+model is as before, the results are held aside. `commit` copies them into the live storages, whose
+addresses never change. Until `commit` any failure leaves the old weights in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+
+from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.layout import MISC, EngineLayout
+from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
+from fp8sync.errors import InstallFailed
+
+__all__ = ["ProcessInstall"]
+
+_CONTAINERS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+@dataclass
+class _Processed:
+    """One module before and after processing."""
+
+    name: str
+    module: torch.nn.Module
+    before: ModuleState
+    after: ModuleState | None = None
+
+
+class ProcessInstall:
+    """One version on its way into a model.
+
+    Args:
+        model: the live vLLM model.
+        layout: what is staged and where it belongs.
+        staging: filled tensors by storage name; they belong to this install from here on.
+        device: the worker's device.
+        dtype: the model's dtype; vLLM processes weights with it as torch's default.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        layout: EngineLayout,
+        staging: Mapping[str, torch.Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self._model, self._layout = model, layout
+        self._device, self._dtype = device, dtype
+        self._staging = dict(staging)
+        self._modules: list[_Processed] = []
+        self._live: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Process everything into staging.
+
+        Raises:
+            InstallFailed: what vLLM raised, or a result that does not fit the live storage. The model
+                is as before.
+        """
+        try:
+            with self._device, _default_dtype(self._dtype):
+                self._enter_load_form()
+                self._load_misc()
+                for entry in self._modules:
+                    self._process(entry)
+        # vLLM's processing may raise anything; whatever it is, the old weights go back first.
+        except Exception as error:
+            self.abandon()
+            raise InstallFailed(f"{type(error).__name__}: {error}") from error
+        for entry in self._modules:
+            entry.before.restore()
+        faults = [fault for entry in self._modules for fault in _misfits(entry)]
+        if faults:
+            self.abandon()
+            raise InstallFailed("processed weights do not fit the live storages", faults)
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Copy the processed weights into the live storages."""
+        for entry in self._modules:
+            after = entry.after
+            if after is None:
+                continue
+            new = _tensors(after)
+            for name, live in _tensors(entry.before).items():
+                if name in new:
+                    live.data.copy_(new[name])
+            if not compat.kernels_live_in_parameters(self._device):
+                _adopt_kernels(entry.module, after)
+        self._release()
+
+    def abandon(self) -> None:
+        """Put the live modules back as they were."""
+        for entry in reversed(self._modules):
+            entry.before.restore()
+        for live, saved in reversed(self._live):
+            live.data.copy_(saved)
+        self._release()
+
+    def _release(self) -> None:
+        self._modules, self._live, self._staging = [], [], {}
+
+    def _enter_load_form(self) -> None:
+        staged: dict[str, list[str]] = {}
+        for storage in (*self._layout.storages, *self._layout.aliases):
+            if not storage.startswith(MISC):
+                prefix, _, local = storage.rpartition(".")
+                staged.setdefault(prefix, []).append(local)
+        for prefix, module in self._model.named_modules():
+            if prefix not in staged:
+                continue
+            entry = _Processed(prefix, module, ModuleState.capture(module))
+            self._modules.append(entry)
+            to_load_form(module)
+            for local in staged[prefix]:
+                self._place(module, f"{prefix}.{local}" if prefix else local, local)
+
+    def _place(self, module: torch.nn.Module, storage: str, local: str) -> None:
+        """Give the module the staged tensor for one of its parameters or buffers."""
+        current = getattr(module, local)
+        value = self._staging.get(self._layout.aliases.get(storage, storage))
+        if value is None:
+            return
+        if not current.is_meta:  # vLLM keeps it out of load form: written live, undone on failure
+            self._live.append((current, current.data.clone()))
+            current.data.copy_(value)
+            return
+        value = value.detach()
+        value.__class__ = current.__class__
+        value.__dict__ = current.__dict__.copy()
+        setattr(module, local, value)
+
+    def _load_misc(self) -> None:
+        whole = {n: t for n, t in self._staging.items() if n.startswith(MISC)}
+        if whole:
+            weights = ((name.removeprefix(MISC), tensor) for name, tensor in whole.items())
+            self._model.load_weights(weights)  # type: ignore[operator]
+
+    def _process(self, entry: _Processed) -> None:
+        module = entry.module
+        vars(module).pop("_already_called_process_weights_after_loading", None)
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, QuantizeMethodBase):
+            method.process_weights_after_loading(module)
+            if hasattr(module, "update_param_tp_status"):
+                module.update_param_tp_status()
+        entry.after = ModuleState.capture(module)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def _tensors(state: ModuleState) -> dict[str, torch.Tensor]:
+    attributes = state.owners[0][1]
+    both = {**attributes["_parameters"], **attributes["_buffers"]}
+    return {name: tensor for name, tensor in both.items() if tensor is not None}
+
+
+def _misfits(entry: _Processed) -> list[str]:
+    if entry.after is None:
+        return []
+    new = _tensors(entry.after)
+    faults = []
+    for name, live in _tensors(entry.before).items():
+        if name in new:
+            found, want = _form(new[name]), _form(live)
+            if found != want:
+                faults.append(f"{entry.name}.{name}: expected {want}, found {found}")
+        elif name in entry.module._parameters:
+            faults.append(f"{entry.name}.{name}: expected {_form(live)}, found nothing")
+    return faults
+
+
+def _form(tensor: torch.Tensor) -> str:
+    place = "meta" if tensor.is_meta else tensor.device.type
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {place}"
+
+
+def _adopt_kernels(module: torch.nn.Module, after: ModuleState) -> None:
+    """Take over packed copies and closures, which hold the new weights; keep the live tensors."""
+    for owner, attributes in after.owners:
+        if owner is module:
+            vars(module).update({k: v for k, v in attributes.items() if k not in _CONTAINERS})
+        else:
+            vars(owner).update(attributes)

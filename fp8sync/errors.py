@@ -1,0 +1,110 @@
+"""What can go wrong, by name.
+
+Every error carries all violations found, one line each, naming the tensor, the rank, what was expected
+and what was found. Errors cross the control channel as plain data (`to_wire`, `from_wire`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = [
+    "CorruptBucket",
+    "EngineLost",
+    "Fp8SyncError",
+    "InstallFailed",
+    "NonFiniteWeight",
+    "PlanMismatch",
+    "RecipeMismatch",
+    "RefitInProgress",
+    "TensorMismatch",
+    "TransferTimeout",
+    "UnsupportedLayout",
+    "from_wire",
+]
+
+
+class Fp8SyncError(Exception):
+    """Base of all fp8sync errors.
+
+    Args:
+        summary: one sentence.
+        violations: every single fault, one line each.
+    """
+
+    def __init__(self, summary: str, violations: Sequence[str] = ()) -> None:
+        self.summary = summary
+        self.violations = tuple(violations)
+        super().__init__("\n  - ".join((summary, *self.violations)))
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the error as JSON-able data."""
+        return {
+            "kind": type(self).__name__,
+            "summary": self.summary,
+            "violations": list(self.violations),
+        }
+
+
+class TensorMismatch(Fp8SyncError):
+    """Trainer and engine disagree on which tensors exist, or on a shape or dtype."""
+
+
+class RecipeMismatch(Fp8SyncError):
+    """The recipe asks for a format that the engine (or one of its layers) does not hold."""
+
+
+class UnsupportedLayout(Fp8SyncError):
+    """A layout that cannot be moved exactly; refused instead of guessed."""
+
+
+class PlanMismatch(Fp8SyncError):
+    """Two sides computed different plans from the same manifests."""
+
+
+class NonFiniteWeight(Fp8SyncError):
+    """NaN or Inf in a weight; the engine keeps its old weights."""
+
+
+class CorruptBucket(Fp8SyncError):
+    """A bucket arrived truncated, out of order, of another refit, or with a wrong digest."""
+
+
+class TransferTimeout(Fp8SyncError):
+    """A peer did not answer within the timeout."""
+
+
+class EngineLost(Fp8SyncError):
+    """The engine (or one of its workers) is gone."""
+
+
+class InstallFailed(Fp8SyncError):
+    """The engine could not process the received weights; it keeps its old ones."""
+
+
+class RefitInProgress(Fp8SyncError):
+    """A second refit was asked for while one runs on the same link."""
+
+
+_BY_NAME: dict[str, type[Fp8SyncError]] = {
+    cls.__name__: cls
+    for cls in (
+        TensorMismatch,
+        RecipeMismatch,
+        UnsupportedLayout,
+        PlanMismatch,
+        NonFiniteWeight,
+        CorruptBucket,
+        TransferTimeout,
+        EngineLost,
+        InstallFailed,
+        RefitInProgress,
+    )
+}
+
+
+def from_wire(data: Mapping[str, Any]) -> Fp8SyncError:
+    """Rebuild an error sent by a peer; an unknown kind becomes the base class."""
+    cls = _BY_NAME.get(str(data.get("kind")), Fp8SyncError)
+    return cls(str(data.get("summary", "")), [str(v) for v in data.get("violations", ())])

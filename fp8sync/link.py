@@ -1,0 +1,204 @@
+"""The story of a refit, on one page, as the trainer tells it.
+
+The caller's thread makes vLLM's blocking calls; a second thread, the *conductor*, talks to the workers
+meanwhile: it sends the buckets and leads the two-phase commit.
+
+    caller     init ──────────────┐ start ─ update ────────── finish ─────────────┐
+    conductor  manifests, plan,   │         quantize, send,    votes, decision,    │
+               digests, transport ┘         bucket by bucket   committed ──────────┘
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from fp8sync.conductor import Conductor
+from fp8sync.control import Listener
+from fp8sync.engines.vllm import as_engine
+from fp8sync.errors import EngineLost, Fp8SyncError, RefitInProgress, TransferTimeout
+from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
+from fp8sync.recipe import Recipe
+from fp8sync.report import RefitReport
+from fp8sync.sources import as_source
+
+__all__ = ["Link", "LinkPlan", "connect"]
+
+T = TypeVar("T")
+
+
+class LinkPlan:
+    """The agreed plan, and what it says of itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def explain(self) -> str:
+        """Return totals, bytes per link and the misc list with its reasons, as text."""
+        return explain(self.plan)
+
+
+def connect(
+    model: Any,
+    engine: Any,
+    recipe: str | Recipe = "blockwise",
+    *,
+    timeout_s: float = 120.0,
+    host: str = "127.0.0.1",
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> Link:
+    """Join a trainer's model and a live engine; nothing in the engine is changed.
+
+    Args:
+        model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
+        engine: a `vllm.LLM` made with `weight_transfer_config={"backend": "fp8sync"}`.
+        recipe: name or `Recipe`.
+        timeout_s: limit of every single wait for a peer.
+        host: address that the rendezvous binds; loopback unless told otherwise.
+        bucket_bytes: payload of a message; each side keeps one such buffer.
+
+    Returns:
+        A link; `link.refit()` moves the weights, `link.plan.explain()` says how.
+
+    Raises:
+        TensorMismatch: a tensor is missing, superfluous or of another shape.
+        RecipeMismatch: the engine does not hold what the recipe makes.
+        UnsupportedLayout: a layout that cannot be moved exactly.
+        PlanMismatch: the two sides computed different plans.
+        TransferTimeout, EngineLost: a worker did not answer, or is gone.
+
+    Example:
+        >>> link = fp8sync.connect(model, llm)  # doctest: +SKIP
+        >>> link.refit().version  # doctest: +SKIP
+        1
+    """
+    return Link(model, engine, Recipe.of(recipe), timeout_s, host, bucket_bytes)
+
+
+class Link:
+    """A trainer's model and an engine that agree on a plan; made by `connect`."""
+
+    def __init__(
+        self,
+        model: Any,
+        engine: Any,
+        recipe: Recipe,
+        timeout_s: float,
+        host: str,
+        bucket_bytes: int,
+    ) -> None:
+        self._source = as_source(model)
+        self._engine = as_engine(engine)
+        self.recipe = recipe
+        self.version = 0
+        self._timeout_s, self._host, self._bucket_bytes = timeout_s, host, bucket_bytes
+        self._busy = threading.Lock()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
+        self._conductor: Conductor | None = None
+        with self._busy:
+            self._connect()
+
+    @property
+    def plan(self) -> LinkPlan:
+        """The plan that both sides agreed on."""
+        return LinkPlan(self._connected().plan)
+
+    def refit(self) -> RefitReport:
+        """Move the model's weights, as they are now, into the engine.
+
+        Returns:
+            What was done. On return the engine serves the new version, with an empty prefix cache.
+
+        Raises:
+            NonFiniteWeight: NaN or Inf, naming every tensor.
+            CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
+            RefitInProgress: this link is already refitting.
+            In each case the engine serves its old weights, if it serves at all.
+        """
+        if not self._busy.acquire(blocking=False):
+            raise RefitInProgress("a refit is already running on this link")
+        try:
+            if self._conductor is None:
+                self._connect()
+            return self._refit(self._connected())
+        except (TransferTimeout, EngineLost):
+            self._disconnect()  # a peer that was late may still be writing: begin anew next time
+            raise
+        finally:
+            self._busy.release()
+
+    def close(self) -> None:
+        """Leave the engine as it is and free the link."""
+        self._disconnect()
+        self._threads.shutdown(wait=False)
+
+    def _connected(self) -> Conductor:
+        if self._conductor is None:
+            raise EngineLost("the link is down; the next refit() connects again")
+        return self._conductor
+
+    def _connect(self) -> None:
+        token = secrets.token_hex(16)
+        listener = Listener(token, self._host, self._timeout_s)
+        conductor = Conductor(
+            self._source, self.recipe, self._engine.workers, self._bucket_bytes, self._timeout_s
+        )
+        info = {
+            "host": listener.host,
+            "port": listener.port,
+            "token": token,
+            "timeout_s": self._timeout_s,
+        }
+        try:
+            task = self._threads.submit(conductor.agree, listener)
+            self._together(task, lambda: self._engine.initialize(info), listener.close)
+        except BaseException:
+            conductor.close()
+            raise
+        finally:
+            listener.close()
+        self._conductor = conductor
+
+    def _refit(self, conductor: Conductor) -> RefitReport:
+        version = self.version + 1
+        began = time.perf_counter()
+        conductor.open(version)
+        self._engine.start()
+        task = self._threads.submit(conductor.transfer, version)
+        pause = 0.0
+
+        def install() -> None:
+            nonlocal pause
+            stopped = time.perf_counter()
+            self._engine.update(version)
+            self._engine.finish()
+            pause = time.perf_counter() - stopped
+
+        outcome = self._together(task, install, conductor.close)
+        self.version = version
+        self._engine.reset_caches()
+        return outcome.report(version, pause, time.perf_counter() - began)
+
+    def _together(
+        self, task: Future[T], calls: Callable[[], None], interrupt: Callable[[], None]
+    ) -> T:
+        """Run vLLM's calls here while the conductor works; the conductor's error says more."""
+        try:
+            calls()
+        except BaseException as error:
+            if not task.done():
+                interrupt()
+            told = task.exception(self._timeout_s)
+            if isinstance(error, EngineLost) or not isinstance(told, Fp8SyncError):
+                raise
+            raise told from error
+        return task.result(self._timeout_s)
+
+    def _disconnect(self) -> None:
+        if self._conductor is not None:
+            self._conductor.close()
+            self._conductor = None

@@ -1,0 +1,156 @@
+"""What one side has, as plain data: boxes of Hugging Face tensors in local storages.
+
+A *box* says: this rectangle of that HF tensor lives in this strided rectangle of one rank's local
+storage. Both sides describe themselves in boxes; nothing else about their layouts is ever needed.
+The JSON written here is a frozen interface (docs/wire-format.md, tests/golden).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fp8sync.recipe import Encoding, Formula
+
+__all__ = ["ITEMSIZE", "Box", "Manifest", "Placement", "TensorInfo", "canonical_json"]
+
+ITEMSIZE = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+    "int64": 8,
+    "int32": 4,
+    "int16": 2,
+    "int8": 1,
+    "uint8": 1,
+    "bool": 1,
+}
+"""Bytes per element of every dtype that can travel, by its torch name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A strided rectangle of a named local storage; offset and strides in elements."""
+
+    storage: str
+    offset: int
+    strides: tuple[int, ...]
+
+    def at(self, index: Sequence[int]) -> Placement:
+        """Return the placement of the sub-rectangle that starts at `index` within this one."""
+        moved = sum(i * s for i, s in zip(index, self.strides, strict=True))
+        return Placement(self.storage, self.offset + moved, self.strides)
+
+    def to_json(self) -> list[Any]:
+        """Return `[storage, offset, [strides]]`."""
+        return [self.storage, self.offset, list(self.strides)]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Placement:
+        """Rebuild a placement from `to_json`."""
+        return cls(data[0], data[1], tuple(data[2]))
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of an HF tensor and where one rank keeps it.
+
+    `start` and `shape` are in elements of the HF tensor. `scale_at` places the rectangle of
+    `weight_scale_inv` that belongs to it (index = element index // 128), where the side keeps one.
+    """
+
+    tensor: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    at: Placement
+    scale_at: Placement | None = None
+
+    def to_json(self) -> list[Any]:
+        """Return `[tensor, [start], [shape], at, scale_at]`."""
+        scale = self.scale_at and self.scale_at.to_json()
+        return [self.tensor, list(self.start), list(self.shape), self.at.to_json(), scale]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> Box:
+        """Rebuild a box from `to_json`."""
+        scale = Placement.from_json(data[4]) if data[4] else None
+        return cls(data[0], tuple(data[1]), tuple(data[2]), Placement.from_json(data[3]), scale)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One HF tensor as a side holds it (source) or wants it (destination).
+
+    Args:
+        name: HF parameter name.
+        shape: full shape of the HF tensor.
+        dtype: torch dtype name of the elements in the boxes' storages.
+        encoding: how the side holds or wants it.
+        formula: for blockwise encoding, the scale formula the side holds or wants.
+        misc: empty for the bulk path; otherwise the reason why the whole tensor goes through the
+            engine's own loader.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    encoding: Encoding = Encoding.PLAIN
+    formula: Formula | None = None
+    misc: str = ""
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    def to_json(self) -> list[Any]:
+        """Return `[name, [shape], dtype, encoding, formula, misc]`."""
+        formula = self.formula and self.formula.value
+        return [self.name, list(self.shape), self.dtype, self.encoding.value, formula, self.misc]
+
+    @classmethod
+    def from_json(cls, data: Sequence[Any]) -> TensorInfo:
+        """Rebuild a tensor's description from `to_json`."""
+        formula = Formula(data[4]) if data[4] else None
+        return cls(data[0], tuple(data[1]), data[2], Encoding(data[3]), formula, data[5])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All boxes of one side, by rank, and the tensors they are boxes of."""
+
+    tensors: Mapping[str, TensorInfo]
+    ranks: Mapping[int, tuple[Box, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tensors: Iterable[TensorInfo], ranks: Mapping[int, Sequence[Box]]) -> Manifest:
+        """Build a manifest from unordered parts; tensors keep the order given."""
+        return cls({t.name: t for t in tensors}, {r: tuple(b) for r, b in sorted(ranks.items())})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the manifest as JSON-able data."""
+        return {
+            "tensors": [t.to_json() for t in self.tensors.values()],
+            "ranks": {str(rank): [b.to_json() for b in boxes] for rank, boxes in self.ranks.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Rebuild a manifest from `to_json`."""
+        ranks = {int(r): [Box.from_json(b) for b in boxes] for r, boxes in data["ranks"].items()}
+        return cls.of((TensorInfo.from_json(t) for t in data["tensors"]), ranks)
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the canonical JSON, in hex."""
+        return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
+
+
+def canonical_json(data: Any) -> bytes:
+    """Return `data` as JSON with sorted keys and no spaces, in UTF-8."""
+    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,83 @@
+"""What a refit did, as values."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fp8sync.payload import PartReport
+from fp8sync.plan import Plan
+
+__all__ = ["RefitReport", "TensorReport", "tensor_reports"]
+
+
+@dataclass(frozen=True)
+class TensorReport:
+    """One tensor of a refit.
+
+    Args:
+        name: HF parameter name.
+        route: `bulk` or `misc`.
+        reason: why it took the misc path; empty on bulk.
+        encoding: `plain` or `blockwise`.
+        formula: `pow2` or `fp32`; empty for plain tensors.
+        bytes: sent to all engine workers together, scales included.
+        error: relative Frobenius error of quantization, ‖dequantized - w‖ / ‖w‖; 0.0 for plain.
+    """
+
+    name: str
+    route: str
+    reason: str
+    encoding: str
+    formula: str
+    bytes: int
+    error: float
+
+
+@dataclass(frozen=True)
+class RefitReport:
+    """One refit that was committed.
+
+    Args:
+        version: 1 for a link's first refit.
+        bytes_sent: payload and headers, to all workers together.
+        seconds: wall seconds per stage: `quantize` and `send` (summed over buckets), `receive` (until
+            every worker had verified its bytes), `prepare`, `commit` and `total`.
+        pause_s: how long the engine could not generate: from `update_weights` to the end of `finish`.
+        tensors: one entry per tensor of the plan.
+    """
+
+    version: int
+    bytes_sent: int
+    seconds: Mapping[str, float]
+    pause_s: float
+    tensors: tuple[TensorReport, ...]
+
+
+def tensor_reports(plan: Plan, parts: Iterable[PartReport]) -> tuple[TensorReport, ...]:
+    """Join the plan with what packing showed."""
+    errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for part in parts:
+        errors[part.tensor][0] += part.error_sq
+        errors[part.tensor][1] += part.norm_sq
+    sent: Counter[str] = Counter()
+    for copy in plan.copies:
+        sent[copy.tensor] += copy.weight_bytes + 4 * math.prod(copy.scale_shape)
+    return tuple(
+        TensorReport(
+            name=info.name,
+            route="misc" if info.misc else "bulk",
+            reason=info.misc,
+            encoding=info.encoding.value,
+            formula=info.formula.value if info.formula else "",
+            bytes=sent[info.name],
+            error=_relative(*errors[info.name]),
+        )
+        for info in plan.tensors.values()
+    )
+
+
+def _relative(error_sq: float, norm_sq: float) -> float:
+    return math.sqrt(error_sq / norm_sq) if norm_sq else 0.0

@@ -1,0 +1,44 @@
+"""Trainers, as boxes and live tensors. A new trainer is a new way to list boxes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.manifest import Manifest
+from fp8sync.sources.module import ModuleSource
+
+if TYPE_CHECKING:
+    from fp8sync.payload import Storages
+
+__all__ = ["ModuleSource", "Source", "as_source"]
+
+
+class Source(Protocol):
+    """What a link needs of a trainer; implement it for a trainer of your own."""
+
+    def manifest(self) -> Manifest:
+        """Return this trainer's boxes, without copying a weight."""
+
+    def storages(self) -> Storages:
+        """Return the live storages that the boxes point into, as they are now."""
+
+
+def as_source(model: Any) -> Source:
+    """Return `model` itself if it is a `Source`, or a source for it.
+
+    Args:
+        model: a `torch.nn.Module` with Hugging Face parameter names, or a `Source`.
+
+    Raises:
+        UnsupportedLayout: nothing here can list the boxes of such an object.
+    """
+    if isinstance(model, torch.nn.Module):
+        return ModuleSource(model)
+    if callable(getattr(model, "manifest", None)) and callable(getattr(model, "storages", None)):
+        return model
+    raise UnsupportedLayout(
+        f"cannot read weights from {type(model).__name__}: expected a torch.nn.Module or a Source"
+    )

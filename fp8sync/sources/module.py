@@ -1,0 +1,94 @@
+"""A plain torch module with Hugging Face names: whole tensors on one rank."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
+
+__all__ = ["ModuleSource"]
+
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
+
+
+class ModuleSource:
+    """A Hugging Face (or any) module whose parameters are plain dense tensors.
+
+    Parameters and persistent buffers are listed under their `state_dict` names. Tied parameters are
+    listed once, under their first name. Expert stacks of recent transformers (`experts.gate_up_proj`
+    [E, 2I, H], `experts.down_proj` [E, H, I]) are listed per expert, as checkpoints name them.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        """Return the live parameters and buffers by name; nothing is copied."""
+        seen: set[tuple[int, int, torch.Size]] = set()
+        live: dict[str, torch.Tensor] = {}
+        for name, value in self._module.state_dict(keep_vars=True).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            tensor = value.detach()
+            key = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape)
+            if tensor.numel() and key in seen:
+                continue
+            seen.add(key)
+            live[name] = tensor
+        return live
+
+    def manifest(self) -> Manifest:
+        """Return one box per HF tensor.
+
+        Raises:
+            UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype.
+        """
+        live = self.storages()
+        faults = [f"{name}: {fault}" for name, t in live.items() if (fault := _unplain(t))]
+        if faults:
+            raise UnsupportedLayout("not a plain module", faults)
+        infos, boxes = [], []
+        for storage, tensor in live.items():
+            for name, shape, offset, strides in _views(storage, tensor):
+                infos.append(TensorInfo(name, shape, _dtype(tensor)))
+                at = Placement(storage, offset, strides)
+                boxes.append(Box(name, (0,) * len(shape), shape, at))
+        return Manifest.of(infos, {0: boxes})
+
+
+def _unplain(tensor: torch.Tensor) -> str:
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return f"expected a plain tensor, found {type(tensor).__name__}"
+    if tensor.is_meta:
+        return "expected data, found a meta tensor"
+    if _dtype(tensor) not in ITEMSIZE:
+        return f"dtype {_dtype(tensor)} cannot travel"
+    return ""
+
+
+_View = tuple[str, tuple[int, ...], int, tuple[int, ...]]
+
+
+def _views(name: str, tensor: torch.Tensor) -> Iterator[_View]:
+    """Yield (HF name, shape, element offset, strides) of the HF tensors inside a parameter."""
+    stack = _STACK.match(name)
+    if stack is None or tensor.dim() != 3:
+        yield name, tuple(tensor.shape), 0, tensor.stride()
+        return
+    experts, rows, cols = tensor.shape
+    expert_stride, *strides = tensor.stride()
+    parts = ["down_proj"] if stack["kind"] == "down_proj" else ["gate_proj", "up_proj"]
+    rows //= len(parts)
+    for expert in range(experts):
+        for half, part in enumerate(parts):
+            offset = expert * expert_stride + half * rows * strides[0]
+            hf_name = f"{stack['experts']}.{expert}.{part}.weight"
+            yield hf_name, (rows, cols), offset, tuple(strides)
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
