@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.stamp
 LOCK   := requirements/ci.txt
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-PIP    := $(PY) -m pip --disable-pip-version-check --quiet
+PIP    := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 # The one version of torch that the locked vLLM runs with.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
 

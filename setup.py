@@ -2,7 +2,10 @@
 
 from setuptools import find_packages, setup
 
-kernel_packages = ["fp8sync_kernels", *(f"fp8sync_kernels.{name}" for name in find_packages("kernels"))]
+kernel_packages = [
+    "fp8sync_kernels",
+    *(f"fp8sync_kernels.{name}" for name in find_packages("kernels")),
+]
 
 setup(
     packages=[*find_packages(include=["fp8sync", "fp8sync.*"]), *kernel_packages],
