@@ -61,6 +61,25 @@ def digest(data: torch.Tensor, base: int = 0) -> int:
     return total % (1 << 64)
 
 
+def digest_rows(matrix: torch.Tensor, base: int, pitch: int) -> int:
+    """Digest a 2-D tensor of any dtype whose rows lie `pitch` bytes apart, from byte `base` on.
+
+    The rows must not overlap (pitch >= bytes in a row), or there is one row only.
+    """
+    rows = matrix.contiguous().view(torch.uint8)
+    count, width = rows.shape
+    if count == 1 or width == pitch:
+        return digest(rows.view(-1), base)
+    lines_at_once = max(1, _CHUNK_WORDS * 4 // pitch)
+    total = 0
+    for first in range(0, count, lines_at_once):
+        lines = rows[first : first + lines_at_once]
+        spaced = lines.new_zeros(lines.shape[0], pitch)
+        spaced[:, :width] = lines
+        total += digest(spaced.view(-1), base + first * pitch)
+    return total % (1 << 64)
+
+
 def key(word_index: int) -> int:
     """The multiplier of one word, as the module docstring defines it (for tests and documents)."""
     x = (word_index + 1) * KEY_STEP & 0xFFFFFFFF

@@ -1,0 +1,136 @@
+"""Tiles of bytes moved or digested, and of floats converted. Reference: reference/table."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fp8sync_kernels.descriptor import Dtype
+from fp8sync_kernels.gpu.columns import (
+    COLS,
+    DESTINATION,
+    DESTINATION_DTYPE,
+    DESTINATION_STRIDE,
+    DIGEST_BASE,
+    DIGEST_PITCH,
+    ROWS,
+    SLOT,
+    SOURCE,
+    SOURCE_DTYPE,
+    SOURCE_STRIDE,
+)
+from fp8sync_kernels.gpu.digest import add_digest, element_terms, total, word_terms
+from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
+
+DTYPE_BF16 = tl.constexpr(int(Dtype.BF16))
+DTYPE_FP16 = tl.constexpr(int(Dtype.FP16))
+
+
+@triton.jit
+def copy_words(
+    desc: tl.tensor,
+    tile_row: tl.tensor,
+    tile_col: tl.tensor,
+    digests: tl.tensor,
+    WIDE: tl.constexpr,
+) -> None:
+    """Move and digest 1024 bytes of each of 32 rows, all addresses and widths multiples of 16.
+
+    Without WIDE: of 8 rows, multiples of 4.
+    """
+    LINES: tl.constexpr = 32 if WIDE else 8
+    source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint32))
+    stride = tl.load(desc + SOURCE_STRIDE) >> 2
+    cols = (tl.load(desc + COLS) >> 2).to(tl.int32)
+    if WIDE:
+        source = tl.multiple_of(source, 16)
+        stride = tl.multiple_of(stride, 4)
+        cols = tl.multiple_of(cols, 4)
+    row = tile_row * LINES + tl.arange(0, LINES)
+    col = tile_col * 256 + tl.arange(0, 256)
+    inside = (row < tl.load(desc + ROWS).to(tl.int32))[:, None] & (col < cols)[None, :]
+    words = tl.load(source + row[:, None] * stride + col[None, :], mask=inside, other=0)
+    address = tl.load(desc + DESTINATION)
+    if address != 0:
+        destination = address.to(tl.pointer_type(tl.uint32))
+        stride_out = tl.load(desc + DESTINATION_STRIDE) >> 2
+        if WIDE:
+            destination = tl.multiple_of(destination, 16)
+            stride_out = tl.multiple_of(stride_out, 4)
+        tl.store(destination + row[:, None] * stride_out + col[None, :], words, mask=inside)
+    if digests is not None:
+        pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
+        word_row = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32) + row.to(tl.uint32) * pitch
+        terms = word_terms(words, word_row[:, None] + col.to(tl.uint32)[None, :])
+        add_digest(digests, tl.load(desc + SLOT), total(terms))
+
+
+@triton.jit
+def copy_bytes(
+    desc: tl.tensor, tile_row: tl.tensor, tile_col: tl.tensor, digests: tl.tensor
+) -> None:
+    """Move and digest 8 rows of 256 bytes with no alignment at all."""
+    source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint8))
+    row = (tile_row * 8 + tl.arange(0, 8)).to(tl.int64)[:, None]
+    col = (tile_col * 256 + tl.arange(0, 256)).to(tl.int64)[None, :]
+    inside = (row < tl.load(desc + ROWS)) & (col < tl.load(desc + COLS))
+    values = tl.load(source + row * tl.load(desc + SOURCE_STRIDE) + col, mask=inside, other=0)
+    address = tl.load(desc + DESTINATION)
+    if address != 0:
+        destination = address.to(tl.pointer_type(tl.uint8))
+        offset = row * tl.load(desc + DESTINATION_STRIDE) + col
+        tl.store(destination + offset, values, mask=inside)
+    if digests is not None:
+        line = tl.load(desc + DIGEST_BASE) + row * tl.load(desc + DIGEST_PITCH)
+        terms = element_terms(values.to(tl.uint32), line, col.to(tl.uint32))
+        add_digest(digests, tl.load(desc + SLOT), total(terms))
+
+
+@triton.jit
+def cast_elements(
+    desc: tl.tensor,
+    tile_row: tl.tensor,
+    tile_col: tl.tensor,
+    digests: tl.tensor,
+    nonfinite: tl.tensor,
+) -> None:
+    """Convert 4 rows of 256 elements through fp32, count NaN and Inf, digest what is written."""
+    slot = tl.load(desc + SLOT)
+    row = (tile_row * 4 + tl.arange(0, 4)).to(tl.int64)[:, None]
+    col = (tile_col * 256 + tl.arange(0, 256)).to(tl.int64)[None, :]
+    inside = (row < tl.load(desc + ROWS)) & (col < tl.load(desc + COLS))
+    source = tl.load(desc + SOURCE)
+    offset = row * tl.load(desc + SOURCE_STRIDE) + col
+    source_dtype = tl.load(desc + SOURCE_DTYPE)
+    if source_dtype == DTYPE_BF16:
+        pointer = source.to(tl.pointer_type(tl.bfloat16))
+        x = tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
+    elif source_dtype == DTYPE_FP16:
+        pointer = source.to(tl.pointer_type(tl.float16))
+        x = tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
+    else:
+        x = tl.load(source.to(tl.pointer_type(tl.float32)) + offset, mask=inside, other=0)
+    if nonfinite is not None:
+        bad = ((x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK) >= INF_BITS).to(tl.int32)
+        count = tl.sum(tl.sum(bad, axis=1), axis=0).to(tl.int64)
+        if count != 0:
+            tl.atomic_add(nonfinite + slot, count, sem="relaxed")
+
+    destination = tl.load(desc + DESTINATION)
+    offset = row * tl.load(desc + DESTINATION_STRIDE) + col
+    line = tl.load(desc + DIGEST_BASE) + row * tl.load(desc + DIGEST_PITCH)
+    destination_dtype = tl.load(desc + DESTINATION_DTYPE)
+    if destination_dtype == DTYPE_BF16:
+        halves = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+        tl.store(destination.to(tl.pointer_type(tl.uint16)) + offset, halves, mask=inside)
+        terms = element_terms(halves.to(tl.uint32), line, (col * 2).to(tl.uint32))
+    elif destination_dtype == DTYPE_FP16:
+        halves = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        tl.store(destination.to(tl.pointer_type(tl.uint16)) + offset, halves, mask=inside)
+        terms = element_terms(halves.to(tl.uint32), line, (col * 2).to(tl.uint32))
+    else:
+        wholes = x.to(tl.uint32, bitcast=True)
+        tl.store(destination.to(tl.pointer_type(tl.uint32)) + offset, wholes, mask=inside)
+        terms = element_terms(wholes, line, (col * 4).to(tl.uint32))
+    if digests is not None:
+        add_digest(digests, slot, total(terms))

@@ -1,0 +1,75 @@
+"""Running a table: the Triton kernel on a GPU, the PyTorch reference elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from fp8sync_kernels.table import Table
+
+NUM_WARPS = 8
+
+
+def run_table(
+    table: Table,
+    digests: torch.Tensor | None,
+    nonfinite: torch.Tensor | None,
+    *,
+    programs: int | None = None,
+) -> None:
+    """Do everything that a table lists; on a GPU as one launch on the current stream.
+
+    Args:
+        table: on the device that works.
+        digests: int64 ``[>= table.slots]`` on that device. The digest of what each job wrote is
+            added (modulo 2^64) to its slot, so clear it first. None: no digests (canonical rows
+            then do nothing).
+        nonfinite: int64 ``[>= table.slots]``, likewise the number of NaN and infinite elements that
+            the job's source holds. Copies are not examined. None: the caller knows that everything
+            is finite; what becomes of a block that is not is then undefined.
+        programs: number of persistent programs; None: one for each block.
+
+    After the first launch of a set of paths (which compiles) a launch allocates nothing and does
+    not synchronize: it may be captured in a CUDA graph.
+
+    Raises:
+        ValueError: digests or nonfinite are too short.
+    """
+    for counters in (digests, nonfinite):
+        if counters is not None and counters.numel() < table.slots:
+            raise ValueError(
+                f"{counters.numel()} counters given, the table has {table.slots} slots"
+            )
+    if table.blocks == 0:
+        return
+    if table.rows.device.type != "cuda":
+        from fp8sync_kernels.reference.table import run_table_reference
+
+        run_table_reference(table, digests, nonfinite)
+        return
+    with torch.cuda.device(table.rows.device):
+        launch_kernel(table, digests, nonfinite, programs=programs)
+
+
+def launch_kernel(
+    table: Table,
+    digests: torch.Tensor | None,
+    nonfinite: torch.Tensor | None,
+    *,
+    programs: int | None = None,
+) -> None:
+    """The launch itself, on the current device and stream (or in Triton's interpreter)."""
+    from fp8sync_kernels.gpu.bucket import bucket_kernel
+
+    grid = (min(table.blocks, programs or table.blocks),)
+    bucket_kernel[grid](
+        table.rows,
+        table.block_row,
+        digests,
+        nonfinite,
+        table.blocks,
+        PATHS=table.paths,
+        num_warps=NUM_WARPS,
+    )
