@@ -122,7 +122,8 @@ class Link:
         if not self._busy.acquire(blocking=False):
             raise RefitInProgress("a refit is already running on this link")
         try:
-            if self._conductor is None:
+            if self._conductor is None or not self._engine.follows(self._conductor):
+                self._disconnect()
                 self._connect()
             return self._refit(self._connected())
         except (TransferTimeout, EngineLost):
@@ -162,6 +163,7 @@ class Link:
         finally:
             listener.close()
         self._conductor = conductor
+        self._engine.claim(conductor)
 
     def _refit(self, conductor: Conductor) -> RefitReport:
         version = self.version + 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from fp8sync.errors import EngineLost, UnsupportedLayout
 
 __all__ = ["LLMHandle", "as_engine"]
+
+_claims: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
+"""Which link each engine of this process follows; its workers know only the latest."""
 
 
 class LLMHandle:
@@ -28,6 +32,14 @@ class LLMHandle:
             )
         parallel = config.parallel_config
         self.workers = parallel.world_size * parallel.data_parallel_size
+
+    def claim(self, token: object) -> None:
+        """Make the link that holds `token` the one that this engine follows."""
+        _claims[self._llm] = token
+
+    def follows(self, token: object) -> bool:
+        """Whether no other link has claimed the engine since."""
+        return _claims.get(self._llm) is token
 
     def initialize(self, info: dict[str, Any]) -> None:
         """Let every worker join a link; blocks until they have agreed or refused."""

@@ -1,0 +1,194 @@
+"""Tiny models, real vLLM engines and checkpoints written without any of fp8sync's transfer code."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from safetensors.torch import save_file
+
+import fp8sync
+from tests import skips
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
+KINDS = ("dense", "moe")
+FP8 = bool(skips.cuda_devices()) or skips.has_amx()
+"""Whether vLLM can hold FP8 weights here; if not, engines are BF16 and the bytes are dequantized."""
+
+
+def recipe(name: str) -> fp8sync.Recipe:
+    """The recipe for an engine of this machine."""
+    return fp8sync.Recipe(name, dequantize=not FP8)
+
+
+def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
+    """A random BF16 Qwen3, dense or MoE, whose fused parts are all multiples of 128 rows."""
+    import transformers
+
+    torch.manual_seed(seed)
+    shape = {
+        "vocab_size": 256,
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.06,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    if kind == "llama":
+        config = transformers.LlamaConfig(**shape | changes)
+        model = transformers.LlamaForCausalLM(config)
+    elif kind == "moe":
+        shape |= {"moe_intermediate_size": 128, "num_experts": 8, "num_experts_per_tok": 2}
+        config = transformers.Qwen3MoeConfig(**shape | {"norm_topk_prob": True} | changes)
+        model = transformers.Qwen3MoeForCausalLM(config)
+    else:
+        config = transformers.Qwen3Config(**shape | changes)
+        model = transformers.Qwen3ForCausalLM(config)
+    model.config.architectures = [type(model).__name__]
+    return model.to(torch.bfloat16)
+
+
+def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Path:
+    """Write config.json alone, with a blockwise FP8 quantization_config where asked."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config["dtype"] = config["torch_dtype"] = "bfloat16"
+    if fp8:
+        gates = [f"model.layers.{n}.mlp.gate" for n in range(config["num_hidden_layers"])]
+        config["quantization_config"] = {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "weight_block_size": [128, 128],
+            "modules_to_not_convert": ["lm_head", *gates],
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_checkpoint(model: torch.nn.Module, folder: Path, formula: str, *, fp8: bool = FP8) -> Path:
+    """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in hf_tensors(model):
+        if not name.endswith("_proj.weight"):
+            tensors[name] = weight.clone()
+            continue
+        q = quantize_blockwise(weight, formula)
+        if fp8:
+            tensors[name], tensors[name + "_scale_inv"] = q.weight, q.scale_inv
+        else:
+            tensors[name] = dequantize_blockwise(q.weight, q.scale_inv, torch.bfloat16)
+    write_config(model, folder, fp8=fp8)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def hf_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors under checkpoint names, expert stacks taken apart by hand."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and tied:
+            continue
+        stem, _, last = name.rpartition(".experts.")
+        if not stem:
+            yield name, value
+            continue
+        for expert, matrix in enumerate(value):
+            parts = {"down_proj": matrix}
+            if last == "gate_up_proj":
+                gate, up = matrix.chunk(2)
+                parts = {"gate_proj": gate, "up_proj": up}
+            for part, weight in parts.items():
+                yield f"{stem}.experts.{expert}.{part}.weight", weight.contiguous()
+
+
+def start_engine(
+    folder: Path, *, multiprocess: bool = False, load_format: str = "auto", **options: Any
+) -> Any:
+    """A real vLLM on `folder`."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
+    from vllm import LLM
+
+    settings = {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_logprobs": 256,
+        "dtype": "bfloat16",
+        "kv_cache_memory_bytes": 64 << 20,
+        "disable_log_stats": True,
+        "load_format": load_format,
+        "weight_transfer_config": {"backend": "fp8sync"},
+    }
+    return LLM(**settings | options)
+
+
+def stop_engine(llm: Any) -> None:
+    """End an engine's processes; one in this process is left to the garbage collector.
+
+    Shutting that one down would take vLLM's process groups from its neighbours.
+    """
+    core = llm.llm_engine.engine_core
+    if type(core).__name__ != "InprocClient":
+        core.shutdown()
+    gc.collect()
+
+
+def forget_engines() -> None:
+    """Take down what engines of this process shared; none of them may be used again."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    gc.collect()
+    cleanup_dist_env_and_memory()
+
+
+def logprobs(llm: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
+    """Log-probabilities of all 256 tokens after every prompt token: float64 [len - 1, 256]."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=256, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    rows = [
+        [row[token].logprob for token in range(256)] for row in output.prompt_logprobs[1:]
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def generate(llm: Any, tokens: int = 12) -> list[int]:
+    """Greedy continuation of the prompt; goes through the prefix cache, unlike `logprobs`."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
+
+
+def live_bytes(llm: Any) -> dict[str, int]:
+    """A digest of every live parameter of an engine in this process."""
+    from fp8sync_kernels import digest
+
+    def read(model: torch.nn.Module) -> dict[str, int]:
+        found = {}
+        for name, parameter in model.named_parameters():
+            flat = parameter.detach().contiguous().reshape(-1)
+            found[name] = digest(flat.view(torch.uint8)) if flat.numel() else 0
+        return found
+
+    (result,) = llm.apply_model(read)
+    return result
