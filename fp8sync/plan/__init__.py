@@ -1,16 +1,25 @@
-"""Pure planning: intersect two manifests, lay the copies out in buckets, explain them."""
+"""Pure planning: intersect two manifests, lay the copies out in buckets, explain and forecast them."""
 
+from fp8sync.plan.amax import AmaxGroup, AmaxPart, groups_by_rank
 from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES, Bucket, Part, fill_buckets
-from fp8sync.plan.build import Copy, Plan, build_plan
+from fp8sync.plan.build import Plan, Planner, build_plan
+from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import explain
+from fp8sync.plan.formats import MISC, cut_pairs
 
 __all__ = [
     "DEFAULT_BUCKET_BYTES",
+    "MISC",
+    "AmaxGroup",
+    "AmaxPart",
     "Bucket",
     "Copy",
     "Part",
     "Plan",
+    "Planner",
     "build_plan",
+    "cut_pairs",
     "explain",
     "fill_buckets",
+    "groups_by_rank",
 ]

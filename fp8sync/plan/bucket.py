@@ -7,13 +7,18 @@ blockwise copies its scale_inv as float32; each begins at a multiple of 16 bytes
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from fp8sync.manifest import ITEMSIZE
-from fp8sync.plan.boxes import block_shape
-from fp8sync.plan.build import Copy
+from fp8sync.plan.copy import carried_blocks
 from fp8sync.recipe import BLOCK, Encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fp8sync.plan.copy import Copy
 
 __all__ = ["ALIGN", "DEFAULT_BUCKET_BYTES", "Bucket", "Part", "fill_buckets"]
 
@@ -46,8 +51,9 @@ class Bucket:
 def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> list[Bucket]:
     """Lay copies out in buckets of at most `bucket_bytes` payload each, in the plan's order.
 
-    A copy larger than a bucket is cut along its first dim, blockwise ones at multiples of 128 rows.
-    A bucket holds more than `bucket_bytes` only where one such strip alone does.
+    A copy larger than a bucket is cut along its first dim, blockwise ones at multiples of 128 rows
+    of the HF tensor. A bucket holds more than `bucket_bytes` only where one such
+    strip alone does.
     """
     buckets: list[Bucket] = []
     parts: list[Part] = []
@@ -82,24 +88,37 @@ def _strips(copies: Sequence[Copy], bucket_bytes: int) -> Iterator[Copy]:
             yield copy
             continue
         row_bytes = math.prod(copy.shape[1:]) * ITEMSIZE[copy.dtype]
-        unit = BLOCK if copy.encoding is Encoding.BLOCKWISE else 1
+        blockwise = copy.encoding is Encoding.BLOCKWISE
+        unit = BLOCK if blockwise else 1
         rows = max(unit, bucket_bytes // max(row_bytes, 1) // unit * unit)
-        if copy.encoding is Encoding.BLOCKWISE and rows > unit:
+        if blockwise and rows > unit:
             rows -= unit  # leaves room for the scales
-        for first in range(0, copy.shape[0], rows):
-            yield _strip(copy, first, min(rows, copy.shape[0] - first))
+        # Strips of a copy that begins inside a block still end where blocks do.
+        begun = copy.start[0] % BLOCK if blockwise else 0
+        edges = [0, *range(rows - begun, copy.shape[0], rows), copy.shape[0]]
+        for first, last in pairwise(edges):
+            yield _strip(copy, first, last - first)
 
 
 def _strip(copy: Copy, first: int, rows: int) -> Copy:
     index = (first, *(0 for _ in copy.shape[1:]))
-    scale_at = copy.scale_at
+    start = (copy.start[0] + first, *copy.start[1:])
+    shape = (rows, *copy.shape[1:])
+    scale_at, source_scale_at = copy.scale_at, copy.source_scale_at
+    if scale_at is not None:
+        blocks = carried_blocks((start, shape), whole_grid=False)[0]
+        moved = [b - a for a, b in zip(copy.scale_rect[0], blocks, strict=True)]
+        scale_at = scale_at.at(moved)
+    if source_scale_at is not None:
+        source_scale_at = source_scale_at.at([i // BLOCK for i in index])
     return replace(
         copy,
-        start=(copy.start[0] + first, *copy.start[1:]),
-        shape=(rows, *copy.shape[1:]),
+        start=start,
+        shape=shape,
         source_at=copy.source_at.at(index),
         at=copy.at.at(index),
-        scale_at=scale_at and scale_at.at([i // BLOCK for i in index]),
+        scale_at=scale_at,
+        source_scale_at=source_scale_at,
     )
 
 
@@ -114,5 +133,5 @@ def _aligned(nbytes: int) -> int:
 def _size(copy: Copy) -> int:
     size = _aligned(copy.weight_bytes)
     if copy.encoding is Encoding.BLOCKWISE:
-        size += _aligned(4 * math.prod(block_shape(copy.shape)))
+        size += _aligned(copy.scale_bytes)
     return size

@@ -8,75 +8,50 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from fp8sync.errors import TensorMismatch, UnsupportedLayout
-from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo, canonical_json
-from fp8sync.plan.boxes import Rect, block_shape, misaligned_dim, overlap, overlapping, volume
-from fp8sync.recipe import BLOCK, Encoding, Formula
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo, canonical_json
+from fp8sync.plan.amax import AmaxGroup, CutBlocks, amax_groups, cut_blocks
+from fp8sync.plan.boxes import block_shape, misaligned_dim, span, volume
+from fp8sync.plan.copy import Copy
+from fp8sync.plan.formats import MISC, agree_on_tensors
+from fp8sync.plan.route import Router, first_senders, turn
+from fp8sync.plan.spread import Spread, holdings
+from fp8sync.recipe import BLOCK, Encoding
 
-__all__ = ["Copy", "Plan", "build_plan"]
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from fp8sync.plan.boxes import Rect
 
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """One rectangle of one HF tensor, from one rank's storage to another's.
-
-    `dtype` is the element type on the wire: the destination's for plain tensors, `float8_e4m3fn`
-    for blockwise ones, whose float32 scale_inv travels in the same bucket.
-    """
-
-    tensor: str
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    encoding: Encoding
-    formula: Formula | None
-    source_rank: int
-    source_at: Placement
-    destination_rank: int
-    at: Placement
-    scale_at: Placement | None
-
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of the elements on the wire."""
-        return volume((self.start, self.shape)) * ITEMSIZE[self.dtype]
-
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        """Shape of the scale_inv rectangle; empty product where there is none."""
-        return block_shape(self.shape) if self.encoding is Encoding.BLOCKWISE else (0,)
-
-    def to_json(self) -> list[Any]:
-        """Return the copy as JSON-able data, the form that is digested."""
-        return [
-            self.tensor,
-            list(self.start),
-            list(self.shape),
-            self.dtype,
-            self.encoding.value,
-            self.formula and self.formula.value,
-            self.source_rank,
-            self.source_at.to_json(),
-            self.destination_rank,
-            self.at.to_json(),
-            self.scale_at and self.scale_at.to_json(),
-        ]
+__all__ = ["Plan", "Planner", "build_plan"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All copies of a refit, in wire order, and the tensors they carry."""
+    """All copies of a refit, in wire order, and the tensors they carry.
+
+    `amax` lists the blocks whose amax trainer ranks have to agree on before they quantize. A tensor
+    with a `misc` reason lands whole in a storage `misc/<name>`, for the engine's own loader.
+    """
 
     tensors: Mapping[str, TensorInfo]
     copies: tuple[Copy, ...]
+    amax: tuple[AmaxGroup, ...] = ()
+
+    @cached_property
+    def _by_destination(self) -> dict[int, tuple[Copy, ...]]:
+        found: dict[int, list[Copy]] = defaultdict(list)
+        for copy in self.copies:
+            found[copy.destination_rank].append(copy)
+        return {rank: tuple(copies) for rank, copies in found.items()}
 
     def to_rank(self, destination_rank: int) -> tuple[Copy, ...]:
         """Return the copies that arrive at one destination rank."""
-        return tuple(c for c in self.copies if c.destination_rank == destination_rank)
+        return self._by_destination.get(destination_rank, ())
 
     def digests(self, destination_rank: int) -> dict[str, str]:
         """Return one SHA-256 per tensor over the copies that arrive at `destination_rank`."""
@@ -100,96 +75,149 @@ def build_plan(source: Manifest, destination: Manifest) -> Plan:
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
-        UnsupportedLayout: source boxes leave a hole, or a copy would cut a 128-block.
+        RecipeMismatch: an FP8 pair that the engine would have to convert.
+        UnsupportedLayout: source boxes leave a hole, or an engine's box cuts a 128-block.
     """
-    _check_tensors(source, destination)
-    held = _boxes_by_tensor(source)
-    copies: list[Copy] = []
-    faults: list[str] = []
-    for rank, boxes in destination.ranks.items():
-        for number, box in enumerate(boxes):
-            info = destination.tensors[box.tensor]
-            found = list(_fill(box, held[box.tensor], rank + number))
-            if sum(volume(part) for part, _, _ in found) != volume((box.start, box.shape)):
-                faults.append(
-                    f"{box.tensor}: engine rank {rank} needs {_span(box.start, box.shape)}; "
-                    "the trainer's boxes do not cover it exactly once"
-                )
-            for part, source_rank, owner in found:
-                if info.encoding is Encoding.BLOCKWISE:
-                    dim = misaligned_dim(part, info.shape)
-                    if dim is not None:
-                        faults.append(
-                            f"{box.tensor}: copy {_span(*part)} from rank {source_rank} to engine "
-                            f"rank {rank} cuts a {BLOCK}-block in dim {dim}"
-                        )
-                        continue
-                copies.append(_copy(part, source_rank, owner, rank, box, info))
-    if faults:
-        raise UnsupportedLayout("the layouts cannot be joined exactly", faults)
-    order = sorted(range(len(copies)), key=lambda i: (_route(copies[i]), i))
-    return Plan(dict(destination.tensors), tuple(copies[i] for i in order))
+    return Planner(source).plan(destination)
+
+
+class Planner:
+    """Plans against one trainer, as often as asked: for all engine ranks, or for one at a time.
+
+    A rank's copies are the same either way, so an engine worker plans for itself alone, and nobody
+    needs the whole plan of a large engine.
+
+    Args:
+        source: the trainer's boxes, all ranks.
+    """
+
+    def __init__(self, source: Manifest) -> None:
+        self._source = source
+        self._held = holdings(source)
+        self._spreads = {name: h.spread for name, h in self._held.items()}
+        self._first = first_senders(self._spreads)
+        self._router = Router()
+        self._cuts: dict[Spread, tuple[CutBlocks, ...]] = {}
+
+    def plan(self, destination: Manifest, source_rank: int | None = None) -> Plan:
+        """Return the plan for a destination.
+
+        Args:
+            destination: the engine's boxes, of one rank or of all.
+            source_rank: if given, only the copies that this trainer rank sends, and the amax groups
+                that it takes part in.
+
+        Raises:
+            TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
+        """
+        infos = agree_on_tensors(self._source.tensors, destination.tensors, self._spreads)
+        own = None if source_rank is None else self._tensors_of(source_rank)
+        copies: list[Copy] = []
+        faults: list[str] = []
+        for rank, boxes in destination.ranks.items():
+            for box in _wanted(boxes, infos):
+                if own is None or box.tensor in own:
+                    copies += self._copies(rank, box, infos[box.tensor], faults)
+        if faults:
+            raise UnsupportedLayout("the layouts cannot be joined exactly", faults)
+        if source_rank is not None:
+            copies = [c for c in copies if c.source_rank == source_rank]
+        copies.sort(key=_route)
+        wanted = {b.tensor for boxes in destination.ranks.values() for b in boxes}
+        groups = [
+            group
+            for name in infos
+            if name in wanted
+            for group in self._amax(infos[name])
+            if source_rank is None or source_rank in group.ranks
+        ]
+        return Plan(infos, tuple(copies), tuple(groups))
+
+    def _tensors_of(self, rank: int) -> set[str]:
+        return {box.tensor for box in self._source.ranks.get(rank, ())}
+
+    def _copies(self, rank: int, box: Box, info: TensorInfo, faults: list[str]) -> Iterator[Copy]:
+        wanted = box.start, box.shape
+        blockwise = info.encoding is Encoding.BLOCKWISE
+        if blockwise and (dim := misaligned_dim(wanted, info.shape)) is not None:
+            faults.append(
+                f"{box.tensor}: engine rank {rank} wants {span(wanted)}, which cuts a "
+                f"{BLOCK}-block in dim {dim}"
+            )
+            return
+        held = self._held.get(box.tensor)
+        parts = self._router.parts(held.spread, wanted) if held else ()
+        if held is None or sum(volume(p.rect) for p in parts) != volume(wanted):
+            faults.append(
+                f"{box.tensor}: engine rank {rank} needs {span(wanted)}; "
+                "the trainer's boxes do not cover it"
+            )
+            return
+        first = self._first[box.tensor]
+        pair = self._source.tensors[box.tensor].encoding is Encoding.BLOCKWISE and not info.misc
+        for part in parts:
+            owners = part.owners
+            i, j = owners[0]
+            if len(owners) > 1:
+                i, j = owners[(first[i] + turn(rank, len(owners))) % len(owners)]
+            sender = held.spread.ranks[i][j]
+            yield _copy(part.rect, sender, held.boxes[i][j], rank, box, info, pair)
+
+    def _amax(self, info: TensorInfo) -> Iterator[AmaxGroup]:
+        held = self._held.get(info.name)
+        if held is None or info.encoding is not Encoding.BLOCKWISE:
+            return iter(())
+        if held.spread not in self._cuts:
+            self._cuts[held.spread] = cut_blocks(held.spread, info.shape)
+        return amax_groups(info.name, held, self._cuts[held.spread])
 
 
 def _route(copy: Copy) -> tuple[int, int]:
     return copy.destination_rank, copy.source_rank
 
 
-def _check_tensors(source: Manifest, destination: Manifest) -> None:
-    faults = []
-    for name, info in destination.tensors.items():
-        held = source.tensors.get(name)
-        if held is None:
-            faults.append(f"{name}: the engine expects it, the trainer does not have it")
-        elif held.shape != info.shape:
-            faults.append(f"{name}: trainer shape {held.shape}, engine expects {info.shape}")
-    faults += [
-        f"{name}: the trainer has it, the engine does not take it"
-        for name in source.tensors
-        if name not in destination.tensors
-    ]
-    if faults:
-        raise TensorMismatch("trainer and engine hold different tensors", faults)
+def _wanted(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[Box]:
+    """Yield a rank's boxes; a tensor that the plan itself puts on the misc path comes whole."""
+    seen = set()
+    for box in boxes:
+        info = infos[box.tensor]
+        if not info.misc or box.at.storage.startswith(MISC):
+            yield box
+        elif box.tensor not in seen:
+            seen.add(box.tensor)
+            yield _misc_box(info, scales=box.scale_at is not None)
 
 
-def _boxes_by_tensor(source: Manifest) -> dict[str, list[tuple[int, Box]]]:
-    held: dict[str, list[tuple[int, Box]]] = defaultdict(list)
-    for rank, boxes in source.ranks.items():
-        for box in boxes:
-            held[box.tensor].append((rank, box))
-    return held
+def _misc_box(info: TensorInfo, *, scales: bool) -> Box:
+    at = Placement(MISC + info.name, 0, _contiguous(info.shape))
+    scale_at = None
+    if scales:
+        strides = _contiguous(block_shape(info.shape))
+        scale_at = Placement(f"{MISC}{info.name}_scale_inv", 0, strides)
+    return Box(info.name, (0,) * len(info.shape), info.shape, at, scale_at)
 
 
-def _fill(
-    wanted: Box, held: Sequence[tuple[int, Box]], turn: int
-) -> Iterator[tuple[Rect, int, Box]]:
-    """Yield the parts of `wanted`, each from one owner; replicas take turns."""
-    replicas: dict[Rect, list[tuple[int, Box]]] = defaultdict(list)
-    for rank, box in held:
-        part = overlap((wanted.start, wanted.shape), (box.start, box.shape))
-        if part is not None:
-            replicas[part].append((rank, box))
-    parts = list(replicas)
-    if any(overlapping(parts)):
-        # Replicas cut differently: keep a greedy set of parts that do not overlap.
-        parts = _disjoint(parts)
-    for part in parts:
-        rank, box = replicas[part][turn % len(replicas[part])]
-        yield part, rank, box
+def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))
 
 
-def _disjoint(parts: Sequence[Rect]) -> list[Rect]:
-    chosen: list[Rect] = []
-    for part in sorted(parts, key=volume, reverse=True):
-        if not any(overlap(part, other) for other in chosen):
-            chosen.append(part)
-    return sorted(chosen)
-
-
-def _copy(part: Rect, source_rank: int, owner: Box, rank: int, box: Box, info: TensorInfo) -> Copy:
+def _copy(
+    part: Rect, sender: int, owner: Box, rank: int, box: Box, info: TensorInfo, pair: bool
+) -> Copy:
     start, shape = part
-    within = [a - b for a, b in zip(start, box.start, strict=True)]
     blockwise = info.encoding is Encoding.BLOCKWISE
+    from_owner = _difference(start, owner.start)
+    scale_at, source_scale_at = box.scale_at, owner.scale_at if pair else None
+    if scale_at is not None:
+        scale_at = scale_at.at(
+            [-(-a // BLOCK) - b // BLOCK for a, b in zip(start, box.start, strict=True)]
+        )
+    if source_scale_at is not None:
+        source_scale_at = source_scale_at.at([i // BLOCK for i in from_owner])
     return Copy(
         tensor=box.tensor,
         start=start,
@@ -197,13 +225,14 @@ def _copy(part: Rect, source_rank: int, owner: Box, rank: int, box: Box, info: T
         dtype="float8_e4m3fn" if blockwise else info.dtype,
         encoding=info.encoding,
         formula=info.formula,
-        source_rank=source_rank,
-        source_at=owner.at.at([a - b for a, b in zip(start, owner.start, strict=True)]),
+        source_rank=sender,
+        source_at=owner.at.at(from_owner),
         destination_rank=rank,
-        at=box.at.at(within),
-        scale_at=box.scale_at and box.scale_at.at([i // BLOCK for i in within]),
+        at=box.at.at(_difference(start, box.start)),
+        scale_at=scale_at,
+        source_scale_at=source_scale_at,
     )
 
 
-def _span(start: Sequence[int], shape: Sequence[int]) -> str:
-    return "[" + ", ".join(f"{a}:{a + n}" for a, n in zip(start, shape, strict=True)) + "]"
+def _difference(a: Sequence[int], b: Sequence[int]) -> list[int]:
+    return [x - y for x, y in zip(a, b, strict=True)]

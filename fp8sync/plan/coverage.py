@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable
 from itertools import pairwise, product
+from typing import TYPE_CHECKING
 
 from fp8sync.errors import TensorMismatch
-from fp8sync.manifest import Manifest
 from fp8sync.plan.boxes import Rect, volume
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fp8sync.manifest import Manifest
 
 __all__ = ["check_all_used", "union_volume"]
 

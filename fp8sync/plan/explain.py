@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from typing import TYPE_CHECKING
 
-from fp8sync.manifest import TensorInfo
-from fp8sync.plan.build import Plan
 from fp8sync.recipe import Encoding
+
+if TYPE_CHECKING:
+    from fp8sync.manifest import TensorInfo
+    from fp8sync.plan.build import Plan
 
 __all__ = ["explain"]
 
@@ -16,9 +20,7 @@ def explain(plan: Plan) -> str:
     links: Counter[tuple[int, int]] = Counter()
     kinds: Counter[str] = Counter()
     for copy in plan.copies:
-        nbytes = copy.weight_bytes
-        if copy.encoding is Encoding.BLOCKWISE:
-            nbytes += 4 * copy.scale_shape[0] * copy.scale_shape[1]
+        nbytes = copy.weight_bytes + copy.scale_bytes
         links[copy.source_rank, copy.destination_rank] += nbytes
         kinds[_kind(plan.tensors[copy.tensor])] += nbytes
     misc = [t for t in plan.tensors.values() if t.misc]
@@ -26,10 +28,24 @@ def explain(plan: Plan) -> str:
         f"{len(plan.tensors)} tensors in {len(plan.copies)} copies, {sum(links.values()):,} bytes",
         f"bulk: {len(plan.tensors) - len(misc)} tensors; misc: {len(misc)}",
         *(f"  {kind}: {nbytes:,} bytes" for kind, nbytes in sorted(kinds.items())),
+        *_amax_lines(plan),
         *(f"link {a} -> {b}: {nbytes:,} bytes" for (a, b), nbytes in sorted(links.items())),
         *(f"misc {t.name}: {t.misc}" for t in misc),
     ]
     return "\n".join(lines)
+
+
+def _amax_lines(plan: Plan) -> list[str]:
+    if not plan.amax:
+        return []
+    tensors = len({g.tensor for g in plan.amax})
+    blocks = sum(math.prod(g.shape) for g in plan.amax)
+    between = sum(len(g.ranks) > 1 for g in plan.amax)
+    line = (
+        f"partial amax: {blocks:,} blocks of {tensors} tensors in {len(plan.amax)} groups, "
+        f"{between} of them between ranks"
+    )
+    return [line]
 
 
 def _kind(info: TensorInfo) -> str:

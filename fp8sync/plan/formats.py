@@ -1,0 +1,115 @@
+"""Do both sides hold the same tensors, in formats that fit?
+
+Checked for all tensors before anything is planned; every fault is listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import RecipeMismatch, TensorMismatch
+from fp8sync.plan.boxes import misaligned_dim, span
+from fp8sync.recipe import BLOCK, Encoding, Formula
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fp8sync.manifest import TensorInfo
+    from fp8sync.plan.spread import Spread
+
+__all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
+
+MISC = "misc/"
+"""Prefix of the storages that hold whole HF tensors for the engine's own loader."""
+
+
+def agree_on_tensors(
+    source: Mapping[str, TensorInfo],
+    destination: Mapping[str, TensorInfo],
+    spreads: Mapping[str, Spread],
+) -> dict[str, TensorInfo]:
+    """Return the destination's tensors as they will be sent.
+
+    A pair that is passed through keeps its own formula. A pair that the trainer's boxes cut inside a
+    block is given a `misc` reason: it has to be quantized anew.
+
+    Args:
+        source: the trainer's tensors.
+        destination: the engine's.
+        spreads: where the trainer keeps them.
+
+    Raises:
+        TensorMismatch: a tensor is missing on one side, or shapes differ.
+        RecipeMismatch: a pair that the engine would have to convert.
+    """
+    faults = []
+    for name, info in destination.items():
+        held = source.get(name)
+        if held is None:
+            faults.append(f"{name}: the engine expects it, the trainer does not have it")
+        elif held.shape != info.shape:
+            faults.append(f"{name}: trainer shape {held.shape}, engine expects {info.shape}")
+    faults += [
+        f"{name}: the trainer has it, the engine does not take it"
+        for name in source
+        if name not in destination
+    ]
+    if faults:
+        raise TensorMismatch("trainer and engine hold different tensors", faults)
+    faults = [f for n, info in destination.items() if (f := _misfit(source[n], info))]
+    if faults:
+        raise RecipeMismatch("trainer and engine hold different formats", faults)
+    cut = cut_pairs(source, spreads)
+    agreed = {}
+    for name, info in destination.items():
+        if name in cut:
+            agreed[name] = replace(info, misc=info.misc or cut[name])
+        elif source[name].encoding is Encoding.BLOCKWISE:
+            agreed[name] = replace(info, formula=source[name].formula)
+        else:
+            agreed[name] = info
+    return agreed
+
+
+def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
+    if held.encoding is Encoding.PLAIN:
+        return ""
+    if wanted.encoding is Encoding.PLAIN:
+        return f"{held.name}: the trainer holds {_format(held)}, the engine wants {wanted.dtype}"
+    if held.formula is Formula.FP32 and wanted.formula is Formula.POW2:
+        return (
+            f"{held.name}: the trainer holds {_format(held)}, the engine keeps {_format(wanted)}; "
+            "its kernel would round every scale a second time"
+        )
+    return ""
+
+
+def _format(info: TensorInfo) -> str:
+    return f"an FP8 pair with {info.formula.value if info.formula else 'unknown'} scales"
+
+
+def cut_pairs(source: Mapping[str, TensorInfo], spreads: Mapping[str, Spread]) -> dict[str, str]:
+    """Return, by tensor, why an FP8 pair cannot be passed through: a box cuts one of its blocks."""
+    reasons: dict[str, str] = {}
+    known: dict[Spread, str] = {}
+    for name, info in source.items():
+        if info.encoding is not Encoding.BLOCKWISE or name not in spreads:
+            continue
+        spread = spreads[name]
+        if spread not in known:
+            known[spread] = _cut(spread, info.shape)
+        if known[spread]:
+            reasons[name] = known[spread]
+    return reasons
+
+
+def _cut(spread: Spread, shape: tuple[int, ...]) -> str:
+    for rect, ranks in zip(spread.rects, spread.ranks, strict=True):
+        dim = misaligned_dim(rect, shape)
+        if dim is not None:
+            return (
+                f"trainer rank {ranks[0]} holds {span(rect)} of an FP8 pair, which cuts a "
+                f"{BLOCK}-block in dim {dim}; the values are quantized anew"
+            )
+    return ""
