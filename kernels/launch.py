@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from fp8sync_kernels.table import Table
 
 NUM_WARPS = 8
+MAX_REGISTERS = 64  # so that four programs share a multiprocessor
+
+_COMPILED: dict[tuple[object, ...], Any] = {}
 
 
 def run_table(
@@ -61,15 +64,20 @@ def launch_kernel(
     programs: int | None = None,
 ) -> None:
     """The launch itself, on the current device and stream (or in Triton's interpreter)."""
+    grid = (min(table.blocks, programs or table.blocks), 1, 1)
+    tensors = (table.rows, table.block_row, digests, nonfinite)
+    # What Triton specializes on. Its own search for the compiled kernel takes the host longer than
+    # everything else together, as it compares every constant that the kernels refer to.
+    kinds = tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
+    key = (table.rows.device, table.paths, kinds)
+    kernel = _COMPILED.get(key)
+    if kernel is not None:
+        kernel[grid](*tensors, table.blocks, table.paths)
+        return
     from fp8sync_kernels.gpu.bucket import bucket_kernel
 
-    grid = (min(table.blocks, programs or table.blocks),)
-    bucket_kernel[grid](
-        table.rows,
-        table.block_row,
-        digests,
-        nonfinite,
-        table.blocks,
-        PATHS=table.paths,
-        num_warps=NUM_WARPS,
+    kernel = bucket_kernel[grid](
+        *tensors, table.blocks, PATHS=table.paths, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS
     )
+    if kernel is not None:  # None: interpreted
+        _COMPILED[key] = kernel

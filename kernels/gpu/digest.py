@@ -36,16 +36,9 @@ def element_terms(bits: tl.tensor, line: tl.tensor, offset: tl.tensor) -> tl.ten
 
 
 @triton.jit
-def pack_words(codes: tl.tensor, ROWS: tl.constexpr, COLS: tl.constexpr) -> tl.tensor:
-    """uint8 [ROWS, COLS] -> uint32 [ROWS, COLS / 4], little-endian."""
-    quads = tl.reshape(codes, [ROWS, COLS // 4, 4]).to(tl.uint32)
-    return tl.sum(quads << (tl.arange(0, 4) * 8).to(tl.uint32)[None, None, :], axis=2)
-
-
-@triton.jit
 def total(terms: tl.tensor) -> tl.tensor:
-    """Sum of a 2-D tile of uint64 terms."""
-    return tl.sum(tl.sum(terms, axis=1), axis=0)
+    """Sum of a tile of uint64 terms."""
+    return tl.sum(terms)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-# ruff: noqa: C901, SIM102 - tests for None are decided at compile time, those they enclose are not
+# ruff: noqa: SIM102 - tests for None are decided at compile time, those they enclose are not
 """One 128x128 block: amax, scale, codes, digest. Reference: reference/table."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fp8sync_kernels.gpu.columns import (
 from fp8sync_kernels.gpu.digest import add_digest, word_terms
 from fp8sync_kernels.gpu.scale import INF_BITS, fp32_scale, pow2_scale
 from fp8sync_kernels.gpu.sliced import encode_slices, examine
-from fp8sync_kernels.gpu.tile import digest_tile, load_block, store_codes, tile_amax_bits
+from fp8sync_kernels.gpu.tile import encode_tile, load_amax_bits
 
 OP_FP32 = tl.constexpr(int(Op.FP32))
 OP_POW2_GIVEN = tl.constexpr(int(Op.POW2_GIVEN))
@@ -43,8 +43,7 @@ def quantize_block(
     op = tl.load(desc + OP)
     slot = tl.load(desc + SLOT)
     if WIDE:
-        values, row, col, inside = load_block(desc, block_row, block_col, DTYPE)
-        amax_bits = tile_amax_bits(values, DTYPE)
+        amax_bits = load_amax_bits(desc, block_row, block_col, DTYPE)
         if nonfinite is not None:
             if amax_bits >= INF_BITS:
                 count, amax_bits = examine(desc, block_row, block_col, DTYPE)
@@ -67,13 +66,7 @@ def quantize_block(
         else:
             multiplier, scale_inv = pow2_scale(amax_bits)
         if WIDE:
-            codes = (
-                (values.to(tl.float32) * multiplier).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-            )
-            store_codes(desc, codes, row, col, inside)
-            value = tl.full([], 0, tl.uint64)
-            if digests is not None:
-                value = digest_tile(desc, codes, row, block_col)
+            value = encode_tile(desc, digests, block_row, block_col, multiplier, DTYPE)
         else:
             value = encode_slices(desc, block_row, block_col, multiplier, DTYPE)
         scale_at = tl.load(desc + SCALE_INV)
@@ -101,8 +94,7 @@ def canonical_block(
     offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
     scale_inv = tl.load(tl.load(desc + SCALE_INV).to(tl.pointer_type(tl.float32)) + offset)
     if WIDE:
-        codes, row, _col, _inside = load_block(desc, block_row, block_col, tl.uint8)
-        largest_bits = tile_amax_bits(codes, tl.uint8)
+        largest_bits = load_amax_bits(desc, block_row, block_col, tl.uint8)
     else:
         count, largest_bits = examine(desc, block_row, block_col, tl.uint8)
         largest_bits = tl.where(count == 0, largest_bits, INF_BITS)
@@ -116,9 +108,7 @@ def canonical_block(
         ratio = tl.where(largest_bits == 0, ratio, scale_inv * multiplier)
         scale_inv = canonical_scale
     if WIDE:
-        x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-        recoded = (x * ratio).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-        value = digest_tile(desc, recoded, row, block_col)
+        value = encode_tile(desc, digests, block_row, block_col, ratio, tl.uint8)
     else:
         value = encode_slices(desc, block_row, block_col, ratio, tl.uint8)
     value += _digest_scale(desc, scale_inv, block_row, block_col)

@@ -1,0 +1,127 @@
+"""Job lists that both the interpreter's tests and the GPU's run: name -> function of an arena."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from fp8sync_kernels.formulas import FORMULAS
+from fp8sync_kernels.job import Part, canonical_digest, cast, copy, partial_amax, quantize
+from tests.kernels.cases import FLOATS, all_bf16_patterns, hard, with_nonfinite
+
+WHOLE = Part()
+SHAPES = [(128, 128), (200, 304), (130, 77), (1, 16), (3, 1)]
+STRIDED = [((33, 1040), 2048), ((3, 5000), 5000), ((33, 36), 40), ((5, 31), 33)]
+
+
+def quantized(arena, x, formula, part=WHOLE, **given):
+    """A quantize job into fresh outputs."""
+    rows, cols = x.shape
+    origin = given.get("origin", (0, 0))
+    grid = (-(-(origin[0] + rows) // 128), -(-(origin[1] + cols) // 128))
+    weight = arena.output(rows, cols)
+    scale_inv = arena.output(*grid, torch.float32)
+    return quantize(arena.input(x), formula, weight, scale_inv, part, **given)
+
+
+def one(arena, x, formula, slot=0):
+    return [quantized(arena, x, formula, Part(slot=slot))]
+
+
+def by_magnitude():
+    """Every finite bf16 pattern, sorted, so that the amax of blocks takes many values."""
+    x = all_bf16_patterns()
+    x = torch.where(x.isfinite(), x, torch.zeros_like(x)).flatten()
+    return x[x.float().abs().argsort(stable=True)].view(256, 256)
+
+
+def everything(arena):
+    """One launch: several dtypes, formulas, strides and slots, copies, casts, digests."""
+    wide = hard(300, 400)
+    codes = random_bytes(70, 200)
+    return [
+        quantized(arena, wide[:, :256], "pow2", Part(slot=0)),
+        quantized(arena, wide[5:, 48:200], "fp32", Part(slot=1)),
+        quantized(arena, hard(64, 64, torch.float32), "fp32", Part(slot=2)),
+        quantize(
+            arena.input(wide[:128, 1:130]),
+            "pow2",
+            arena.output(128, 129, stride=200),
+            None,
+            Part(slot=3, base=7, pitch=301),
+        ),
+        copy(arena.input(codes), arena.output(70, 200, stride=224), Part(slot=4)),
+        copy(arena.input(codes[:, 3:50]), arena.output(70, 47, stride=51), Part(slot=5)),
+        copy(arena.input(codes), None, Part(slot=6)),
+        copy(arena.input(wide[0]), arena.output(1, 400, torch.bfloat16), Part(slot=6)),
+        cast(arena.input(wide[1]), arena.output(1, 400, torch.float32), Part(slot=7, base=16)),
+    ]
+
+
+def copies(arena, shape, stride):
+    rows, cols = shape
+    x = random_bytes(rows, stride)[:, :cols]
+    return [
+        copy(arena.input(x), arena.output(rows, cols, stride=stride), Part(slot=0)),
+        copy(arena.input(x), None, Part(slot=1)),
+    ]
+
+
+def casts(arena, source, target):
+    x = hard(17, 300, source)
+    return [cast(arena.input(x), arena.output(17, 300, target, stride=320))]
+
+
+def amaxes(arena, origin):
+    x = with_nonfinite(hard(150, 160))
+    grid = (-(-(origin[0] + 150) // 128), -(-(origin[1] + 160) // 128))
+    return [partial_amax(arena.input(x), arena.output(*grid, torch.float32), origin=origin)]
+
+
+def given(arena, origin, formula):
+    x = hard(150, 160)
+    grid = (-(-(origin[0] + 150) // 128), -(-(origin[1] + 160) // 128))
+    amax = torch.rand(grid, generator=torch.Generator().manual_seed(1)) * 2
+    return [quantized(arena, x, formula, amax=arena.input(amax), origin=origin)]
+
+
+def canonical(arena, cols):
+    """Every code, NaN of both signs too, under scales that are and are not powers of two."""
+    weight = random_bytes(200, cols)
+    weight[:128, :128] = weight[:128, :128].clamp(max=0x70)
+    scale_inv = torch.tensor([[2.0**-9, 2.0**100], [0.37, -1.0]])
+    return [canonical_digest(arena.input(weight), arena.input(scale_inv))]
+
+
+def random_bytes(rows, cols):
+    generator = torch.Generator().manual_seed(rows * cols)
+    return torch.randint(0, 256, (rows, cols), dtype=torch.uint8, generator=generator)
+
+
+def scenarios():
+    """Name -> function of an arena."""
+    named = {"everything": everything}
+    for formula in FORMULAS:
+        named[f"patterns-{formula}"] = partial(one, x=all_bf16_patterns(), formula=formula)
+        named[f"magnitudes-{formula}"] = partial(one, x=by_magnitude(), formula=formula)
+        for dtype in FLOATS:
+            short = str(dtype)[6:]
+            x = with_nonfinite(hard(140, 272, dtype))
+            named[f"nonfinite-{short}-{formula}"] = partial(one, x=x, formula=formula, slot=3)
+            for shape in SHAPES:
+                name = f"{shape[0]}x{shape[1]}-{short}-{formula}"
+                named[name] = partial(one, x=hard(*shape, dtype), formula=formula)
+        for origin in ((64, 48), (100, 33)):
+            named[f"given-{origin}-{formula}"] = partial(given, origin=origin, formula=formula)
+    for source in FLOATS:
+        for target in FLOATS:
+            name = f"cast-{str(source)[6:]}-{str(target)[6:]}"
+            named[name] = partial(casts, source=source, target=target)
+    for shape, stride in STRIDED:
+        named[f"copy-{shape[0]}x{shape[1]}"] = partial(copies, shape=shape, stride=stride)
+    for origin in ((0, 0), (64, 48), (100, 33)):
+        named[f"amax-{origin}"] = partial(amaxes, origin=origin)
+    for cols in (144, 131):
+        named[f"canonical-{cols}"] = partial(canonical, cols=cols)
+    return named
