@@ -66,19 +66,22 @@ class Plan:
         return hashlib.sha256(canonical_json(items)).hexdigest()
 
 
-def build_plan(source: Manifest, destination: Manifest) -> Plan:
+def build_plan(source: Manifest, destination: Manifest, *, exchange_amax: bool = False) -> Plan:
     """Intersect two manifests.
 
     Args:
         source: the trainer's boxes, all ranks.
         destination: the engine's boxes, of one rank or of all.
+        exchange_amax: whether the trainer's ranks can exchange `Plan.amax`, and packing quantizes with
+            it. Without, a block that the trainer's boxes cut is refused.
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
         RecipeMismatch: an FP8 pair that the engine would have to convert.
-        UnsupportedLayout: source boxes leave a hole, or an engine's box cuts a 128-block.
+        UnsupportedLayout: source boxes leave a hole, an engine's box cuts a 128-block, or a trainer's
+            does and `exchange_amax` is not given.
     """
-    return Planner(source).plan(destination)
+    return Planner(source, exchange_amax=exchange_amax).plan(destination)
 
 
 class Planner:
@@ -89,10 +92,11 @@ class Planner:
 
     Args:
         source: the trainer's boxes, all ranks.
+        exchange_amax: see `build_plan`.
     """
 
-    def __init__(self, source: Manifest) -> None:
-        self._source = source
+    def __init__(self, source: Manifest, *, exchange_amax: bool = False) -> None:
+        self._source, self._exchange_amax = source, exchange_amax
         self._held = holdings(source)
         self._spreads = {name: h.spread for name, h in self._held.items()}
         self._first = first_senders(self._spreads)
@@ -138,13 +142,6 @@ class Planner:
 
     def _copies(self, rank: int, box: Box, info: TensorInfo, faults: list[str]) -> Iterator[Copy]:
         wanted = box.start, box.shape
-        blockwise = info.encoding is Encoding.BLOCKWISE
-        if blockwise and (dim := misaligned_dim(wanted, info.shape)) is not None:
-            faults.append(
-                f"{box.tensor}: engine rank {rank} wants {span(wanted)}, which cuts a "
-                f"{BLOCK}-block in dim {dim}"
-            )
-            return
         held = self._held.get(box.tensor)
         parts = self._router.parts(held.spread, wanted) if held else ()
         if held is None or sum(volume(p.rect) for p in parts) != volume(wanted):
@@ -155,13 +152,33 @@ class Planner:
             return
         first = self._first[box.tensor]
         pair = self._source.tensors[box.tensor].encoding is Encoding.BLOCKWISE and not info.misc
+        found = []
         for part in parts:
             owners = part.owners
             i, j = owners[0]
             if len(owners) > 1:
                 i, j = owners[(first[i] + turn(rank, len(owners))) % len(owners)]
             sender = held.spread.ranks[i][j]
-            yield _copy(part.rect, sender, held.boxes[i][j], rank, box, info, pair)
+            found.append(_copy(part.rect, sender, held.boxes[i][j], rank, box, info, pair))
+        if info.encoding is Encoding.BLOCKWISE:
+            faults += self._cut_faults(box, rank, info, found)
+        yield from found
+
+    def _cut_faults(
+        self, box: Box, rank: int, info: TensorInfo, copies: Sequence[Copy]
+    ) -> Iterator[str]:
+        if not self._exchange_amax:
+            for copy in copies:
+                if (dim := misaligned_dim(copy.rect, info.shape)) is not None:
+                    yield (
+                        f"{box.tensor}: copy {span(copy.rect)} from rank {copy.source_rank} to "
+                        f"engine rank {rank} cuts a {BLOCK}-block in dim {dim}"
+                    )
+        elif (dim := misaligned_dim((box.start, box.shape), info.shape)) is not None:
+            yield (
+                f"{box.tensor}: engine rank {rank} wants {span((box.start, box.shape))}, which "
+                f"cuts a {BLOCK}-block in dim {dim}"
+            )
 
     def _amax(self, info: TensorInfo) -> Iterator[AmaxGroup]:
         held = self._held.get(info.name)
