@@ -1,0 +1,163 @@
+"""The report: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from scripts.demo import plots
+from scripts.demo.rounds import PROMPT, WINDOW_LENGTH, WINDOWS
+from scripts.demo.style import stylesheet
+from scripts.demo.verdict import ENGINE_TRAINER, FRESH_LIMIT, STALE_FACTOR, ratio
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from scripts.demo.rounds import ModelRun, Round
+
+
+def write_page(
+    path: Path,
+    runs: Sequence[ModelRun],
+    seconds: Mapping[str, float],
+    failures: Sequence[str],
+    mode: str,
+) -> None:
+    """Writes the report, making its folder where there is none.
+
+    Args:
+        path: the file to write.
+        runs: what to report.
+        seconds: wall seconds by phase of the demo.
+        failures: one sentence per condition not met.
+        mode: one sentence on what the engine holds.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(render(runs, seconds, failures, mode), encoding="utf-8")
+
+
+def render(
+    runs: Sequence[ModelRun],
+    seconds: Mapping[str, float],
+    failures: Sequence[str],
+    mode: str,
+) -> str:
+    """Returns the report as HTML; the arguments are those of `write_page`."""
+    positions = WINDOWS * (WINDOW_LENGTH - 1)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>fp8sync: the demo's report</title>
+<style>{stylesheet()}</style>
+</head>
+<body>
+<h1>A trainer's weights in a live vLLM, as blockwise FP8</h1>
+{_verdict(failures)}
+<p>Small byte-level Qwen3, {_names(runs)}, learns the sources of Python's standard library in one
+process. A vLLM in another process starts on random weights and is refitted after every round of
+optimizer steps. {escape(mode)}.</p>
+
+<h2>How far the engine is from the trainer</h2>
+<p>Mean divergence per token of the full distributions over {positions:,} held-out bytes.
+<em>Stale</em> is the engine before the refit: on random weights in round 0, on the weights of the
+round before in all others. <em>Fresh</em> is the engine after it.</p>
+{_pair(runs, plots.divergence_plot)}
+{_rounds_table(runs)}
+
+<h2>What quantization costs</h2>
+<p>‖dequantized − weight‖ / ‖weight‖ of every tensor that travels as FP8, all rounds together.</p>
+{_pair(runs, plots.error_plot)}
+
+<h2>Bytes</h2>
+{_pair(runs, plots.bytes_plot)}
+
+<h2>Seconds per stage</h2>
+<p>Of <code>refit</code>, once connected. Stages overlap: the engine's worker receives while the
+trainer still quantizes and sends.</p>
+{_pair(runs, plots.stages_plot)}
+
+<h2>What the engine writes</h2>
+<p>After each refit, from the same prompt (grey) and seed.</p>
+{_texts(runs)}
+
+<h2>Where the time went</h2>
+{_table(("phase", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()])}
+</body>
+</html>
+"""
+
+
+def _verdict(failures: Sequence[str]) -> str:
+    if failures:
+        items = "".join(f"<li>{escape(failure)}</li>" for failure in failures)
+        return f'<div class="verdict failed"><p>Failed:</p><ul>{items}</ul></div>'
+    return (
+        f'<p class="verdict">In every round the fresh engine\'s {ENGINE_TRAINER} is at most '
+        f"{FRESH_LIMIT:g} nats per token, and the stale engine's at least {STALE_FACTOR:g} times "
+        "the fresh one's.</p>"
+    )
+
+
+def _names(runs: Sequence[ModelRun]) -> str:
+    return " and ".join(
+        f"{escape(run.architecture)} ({run.parameters / 1e6:.1f} M parameters)" for run in runs
+    )
+
+
+def _pair(runs: Sequence[ModelRun], plot: Callable[[ModelRun], str]) -> str:
+    figures = "".join(
+        f"<figure><figcaption>{escape(run.architecture)}</figcaption>{plot(run)}</figure>"
+        for run in runs
+    )
+    return f'<div class="pair">{figures}</div>'
+
+
+def _rounds_table(runs: Sequence[ModelRun]) -> str:
+    header = (
+        "model",
+        "round",
+        "steps",
+        "stale, engine ‖ trainer",
+        "fresh",
+        "stale / fresh",
+        "stale, trainer ‖ engine",
+        "fresh",
+        "trainer, nats per byte",
+        "engine",
+    )
+    return _table(header, [_cells(run, each) for run in runs for each in run.rounds])
+
+
+def _cells(run: ModelRun, each: Round) -> tuple[str, ...]:
+    return (
+        run.kind,
+        str(each.number),
+        str(each.steps),
+        f"{each.stale.engine_trainer:.2e}",
+        f"{each.fresh.engine_trainer:.2e}",
+        f"{ratio(each):,.0f}",
+        f"{each.stale.trainer_engine:.2e}",
+        f"{each.fresh.trainer_engine:.2e}",
+        f"{each.trainer_loss:.3f}",
+        f"{each.engine_loss:.3f}",
+    )
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(
+        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
+    )
+    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _texts(runs: Sequence[ModelRun]) -> str:
+    return "".join(
+        f'<p class="muted">{escape(run.kind)}, round {each.number}</p>'
+        f"<pre><b>{escape(PROMPT)}</b>{escape(each.text.rstrip())}</pre>"
+        for run in runs
+        for each in run.rounds
+    )
