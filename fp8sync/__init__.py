@@ -1,6 +1,6 @@
 """fp8sync: a trainer's new weights in a live vLLM, as blockwise FP8, after every optimizer step.
 
-    report = fp8sync.refit(model, engine, recipe="blockwise")
+report = fp8sync.refit(model, engine, recipe="blockwise")
 """
 
 from fp8sync.api import refit

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import atexit
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fp8sync.link import Link, connect
+from fp8sync.link import FollowerLink, Link, connect
 from fp8sync.recipe import Recipe
-from fp8sync.report import RefitReport
+
+if TYPE_CHECKING:
+    from fp8sync.report import RefitReport
 
 __all__ = ["close_links", "refit"]
 
-_links: dict[tuple[int, int], tuple[Link, Any, Any]] = {}
+_links: dict[tuple[int, int], tuple[Link | FollowerLink, Any, Any]] = {}
 
 
 def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitReport:

@@ -1,6 +1,7 @@
-"""The trainer's conversation with an engine's workers: agree, send, commit.
+"""Trainer rank 0's conversation with everyone else: agree on a plan, send, lead the commit.
 
-Runs in one thread. Every wait is bounded by the link's timeout; every error names the worker.
+Engine workers and the trainer's other ranks (`follower`) join over the same control channel. Runs in one
+thread. Every wait is bounded by the link's timeout; every error names the peer.
 """
 
 from __future__ import annotations
@@ -8,30 +9,25 @@ from __future__ import annotations
 import time
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from fp8sync_kernels import digest
-
-from fp8sync.control import Channel, Listener
-from fp8sync.errors import (
-    Fp8SyncError,
-    NonFiniteWeight,
-    PlanMismatch,
-    from_wire,
-)
-from fp8sync.manifest import Manifest
-from fp8sync.payload import PartReport, pack
-from fp8sync.plan import Bucket, Plan, build_plan, fill_buckets
+from fp8sync.errors import Fp8SyncError, NonFiniteWeight, PlanMismatch, UnsupportedLayout, from_wire
+from fp8sync.manifest import Box, Manifest, TensorInfo
+from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_used
-from fp8sync.recipe import Recipe
 from fp8sync.report import RefitReport, tensor_reports
-from fp8sync.sources import Source
+from fp8sync.sender import Sender, Sent
 from fp8sync.transport import GlooGroup, Rendezvous
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from fp8sync.control import Channel, Listener
+    from fp8sync.payload import PartReport
+    from fp8sync.recipe import Recipe
+    from fp8sync.sources import Source
 
 __all__ = ["Conductor", "Outcome"]
-
-TRAINER_RANKS = 1
 
 
 @dataclass(frozen=True)
@@ -51,26 +47,33 @@ class Outcome:
 
 
 class Conductor:
-    """Leads one engine's workers.
+    """Leads one engine's workers and the trainer's other ranks.
 
     Args:
-        source: where the weights are.
+        source: this rank's weights.
         recipe: what the engine is to hold.
-        workers: how many will join.
+        trainers: ranks of the trainer, this one included.
+        workers: workers of the engine.
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait.
     """
 
     def __init__(
-        self, source: Source, recipe: Recipe, workers: int, bucket_bytes: int, timeout_s: float
+        self,
+        source: Source,
+        recipe: Recipe,
+        trainers: int,
+        workers: int,
+        bucket_bytes: int,
+        timeout_s: float,
     ) -> None:
-        self._source, self._recipe, self._workers = source, recipe, workers
+        self._source, self._recipe = source, recipe
+        self._counts = {"trainer": trainers - 1, "engine": workers}
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._channels: dict[int, Channel] = {}
-        self._group: GlooGroup | None = None
+        self._channels: dict[tuple[str, int], Channel] = {}
+        self._sender: Sender | None = None
         self._rendezvous: Rendezvous | None = None
         self._plan: Plan | None = None
-        self._buckets: dict[int, list[Bucket]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -80,203 +83,207 @@ class Conductor:
         return self._plan
 
     def agree(self, listener: Listener) -> None:
-        """Take every worker's manifest, build the plan, compare digests, open the transport."""
-        manifest = self._source.manifest()
-        opening = {
-            "type": "source",
-            "manifest": manifest.to_json(),
-            "recipe": self._recipe.to_json(),
-            "bucket_bytes": self._bucket_bytes,
-        }
-        for number in range(self._workers):
-            channel = listener.accept(f"engine worker {number} of {self._workers}")
-            rank = int(channel.receive("worker")["rank"])
-            channel.peer = f"engine rank {rank}"
-            self._channels[rank] = channel
-            channel.send(opening)
-        wanted = self._collect_manifests()
-        check_all_used(wanted)
-        plan = build_plan(manifest, wanted)
-        for rank, channel in self._each():
-            found = channel.receive("plan")["digest"]
-            mine = plan.digest(rank)
-            channel.send({"type": "agreed", "digest": mine})
-            if found != mine:
-                raise _difference(plan.digests(rank), channel.receive("digests")["digests"], rank)
-        self._open_transport(listener.host)
-        for _, channel in self._each():
-            channel.receive("ready")
-        self._buckets = {r: fill_buckets(plan.to_rank(r), self._bucket_bytes) for r in self._channels}
-        self._plan = plan
+        """Take everyone's manifest, build the plan, compare digests, open the transport."""
+        try:
+            self._agree(listener)
+        except Fp8SyncError as error:
+            for channel in self._channels.values():
+                channel.try_send({"type": "error", "error": error.to_wire()})
+            raise
 
     def open(self, version: int) -> None:
-        """Announce a version; the workers read it in `start_weight_update`."""
-        for _, channel in self._each():
+        """Announce a version: trainers begin to send, workers read it in `start_weight_update`."""
+        for channel in self._channels.values():
             channel.send({"type": "version", "version": version})
 
     def transfer(self, version: int) -> Outcome:
-        """Send everything, then lead the vote; returns once every worker has committed.
+        """Send this rank's share, then lead the vote; returns once every worker has committed.
 
         Raises:
             Fp8SyncError: of the kind that stopped it; every worker has then kept its old weights.
         """
-        clock: Counter[str] = Counter()
-        parts: list[PartReport] = []
-        failure: BaseException | None = None
-        sent = 0
+        if self._sender is None:
+            raise Fp8SyncError("the link was not established")
         began = time.perf_counter()
-        try:
-            sent = self._send_all(version, parts, clock)
-            failure = _nonfinite(parts)
-        # Whatever failed here, the workers have to hear of it before it is raised.
-        except Exception as error:  # noqa: BLE001
-            failure = error
-        faults = self._votes()
-        clock["receive"] = time.perf_counter() - began - clock["quantize"] - clock["send"]
-        go = failure is None and not faults
-        self._tell({"type": "prepare", "go": go})
-        began = time.perf_counter()
-        faults = faults or self._votes()
-        clock["prepare"] = time.perf_counter() - began
-        self._tell({"type": "decision", "commit": go and not faults})
-        if failure is not None:
-            raise failure
+        sent = [self._sender.send(version)]
+        sent += [Sent.from_json(c.receive("sent")) for c in self._each("trainer")]
+        own_s = time.perf_counter() - began
+        faults: list[Fp8SyncError] = [s.error for s in sent if s.error is not None]
+        faults = faults or _nonfinite(sent)
+        # Ask the workers in any case: they have to leave the version, too.
+        refused = self._votes()
+        received_s = time.perf_counter() - began
+        faults = faults or refused
+        self._tell("engine", {"type": "prepare", "go": not faults})
+        prepared = self._votes()
+        faults = faults or prepared
+        prepared_s = time.perf_counter() - began
+        self._tell("engine", {"type": "decision", "commit": not faults})
+        error = faults[0].to_wire() if faults else None
+        self._tell("trainer", {"type": "outcome", "error": error})
         if faults:
             raise faults[0]
-        clock["commit"] = max(
-            float(channel.receive("committed")["commit_s"]) for _, channel in self._each()
-        )
-        return Outcome(self.plan, tuple(parts), sent, dict(clock))
+        commits = [float(c.receive("committed")["commit_s"]) for c in self._each("engine")]
+        seconds = {
+            "quantize": max(s.quantize_s for s in sent),
+            "send": max(s.send_s for s in sent),
+            "receive": received_s - own_s,
+            "prepare": prepared_s - received_s,
+            "commit": max(commits),
+        }
+        parts = tuple(part for share in sent for part in share.parts)
+        return Outcome(self.plan, parts, sum(s.bytes for s in sent), seconds)
 
     def close(self) -> None:
-        """Hang up; a thread that waits for a worker wakes with `EngineLost`."""
+        """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
         for channel in self._channels.values():
             channel.close()
-        self._group = None
+        self._sender = None
         self._rendezvous = None
 
-    def _each(self) -> list[tuple[int, Channel]]:
-        return sorted(self._channels.items())
+    def _agree(self, listener: Listener) -> None:
+        self._accept_all(listener)
+        held = _merge([self._source.manifest(), *self._manifests("trainer")])
+        opening = {
+            "type": "source",
+            "manifest": held.to_json(),
+            "recipe": self._recipe.to_json(),
+            "bucket_bytes": self._bucket_bytes,
+        }
+        self._tell("engine", opening)
+        wanted = _merge(self._manifests("engine"))
+        check_all_used(wanted)
+        plan = build_plan(held, wanted)
+        self._tell("trainer", {**opening, "destination": wanted.to_json()})
+        self._compare(plan)
+        self._open_transport(listener.host, plan)
+        for channel in self._channels.values():
+            channel.receive("ready")
+        self._plan = plan
 
-    def _tell(self, message: dict[str, object]) -> None:
-        for _, channel in self._each():
+    def _accept_all(self, listener: Listener) -> None:
+        expected = sum(self._counts.values())
+        for number in range(expected):
+            channel = listener.accept(f"peer {number + 1} of {expected}")
+            joined = channel.receive("join")
+            role, rank = str(joined["role"]), int(joined["rank"])
+            channel.peer = f"{role} rank {rank}"
+            if role not in self._counts or (role, rank) in self._channels:
+                raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
+            self._channels[role, rank] = channel
+
+    def _each(self, role: str) -> list[Channel]:
+        return [channel for (r, _), channel in sorted(self._channels.items()) if r == role]
+
+    def _tell(self, role: str, message: dict[str, object]) -> None:
+        for channel in self._each(role):
             channel.send(message)
 
-    def _collect_manifests(self) -> Manifest:
-        found = [
-            Manifest.from_json(channel.receive("manifest")["manifest"]) for _, channel in self._each()
-        ]
-        tensors = {}
-        for manifest in found:
-            for name, info in manifest.tensors.items():
-                known = tensors.setdefault(name, info)
-                if info.formula and not known.formula:
-                    tensors[name] = info
-        ranks = {rank: boxes for m in found for rank, boxes in m.ranks.items()}
-        return Manifest.of(tensors.values(), ranks)
+    def _manifests(self, role: str) -> list[Manifest]:
+        found = (channel.receive("manifest")["manifest"] for channel in self._each(role))
+        return [Manifest.from_json(m) for m in found]
 
-    def _open_transport(self, host: str) -> None:
+    def _compare(self, plan: Plan) -> None:
+        """Every peer's digest of its part of the plan must equal ours."""
+        for (role, rank), channel in sorted(self._channels.items()):
+            ranks = (
+                [rank]
+                if role == "engine"
+                else sorted(r for n, r in self._channels if n == "engine")
+            )
+            found = channel.receive("plan")["digests"]
+            mine = {str(r): plan.digest(r) for r in ranks}
+            channel.send({"type": "agreed", "digests": mine})
+            if found != mine:
+                theirs = channel.receive("digests")["digests"]
+                raise _difference(plan, theirs, channel.peer)
+
+    def _open_transport(self, host: str, plan: Plan) -> None:
         rendezvous = Rendezvous(host, self._timeout_s)
-        size = TRAINER_RANKS + self._workers
-        for number, (_, channel) in enumerate(self._each()):
-            place = {"host": rendezvous.host, "port": rendezvous.port}
-            rank = TRAINER_RANKS + number
-            channel.send({"type": "transport", **place, "rank": rank, "size": size})
-        names = {TRAINER_RANKS + n: c.peer for n, (_, c) in enumerate(self._each())}
-        self._group = GlooGroup(rendezvous.store, 0, size, host, self._timeout_s, names)
+        trainers = self._counts["trainer"] + 1
+        engine_ranks = sorted(rank for role, rank in self._channels if role == "engine")
+        members = {rank: trainers + n for n, rank in enumerate(engine_ranks)}
+        size = trainers + len(members)
+        names = {0: "trainer rank 0"}
+        for (role, rank), channel in self._channels.items():
+            place = members[rank] if role == "engine" else rank
+            names[place] = channel.peer
+            channel.send(
+                {
+                    "type": "transport",
+                    "host": rendezvous.host,
+                    "port": rendezvous.port,
+                    "rank": place,
+                    "size": size,
+                    "members": [list(item) for item in members.items()],
+                }
+            )
+        group = GlooGroup(rendezvous.store, 0, size, host, self._timeout_s, names)
+        self._sender = Sender(self._source, 0, plan, group, members, self._bucket_bytes)
         self._rendezvous = rendezvous
 
-    def _send_all(self, version: int, parts: list[PartReport], clock: Counter[str]) -> int:
-        storages = self._source.storages()
-        device = next(iter(storages.values())).device
-        queues = [(n, r, self._buckets[r]) for n, (r, _) in enumerate(self._each())]
-        largest = max((b.nbytes for _, _, q in queues for b in q), default=0)
-        message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
-        payload = message[HEADER_BYTES:] if device.type == "cpu" else None
-        sent = 0
-        for turn in range(max(len(queue) for _, _, queue in queues)):
-            for number, rank, queue in queues:
-                if turn >= len(queue):
-                    continue
-                bucket = queue[turn]
-                used = message[: HEADER_BYTES + bucket.nbytes]
-                began = time.perf_counter()
-                try:
-                    parts += self._fill(bucket, storages, used[HEADER_BYTES:], payload is None)
-                    header = self._header(bucket, version, digest(used[HEADER_BYTES:]))
-                except Exception:
-                    self._abort(number, bucket, version, used)
-                    raise
-                packed = time.perf_counter()
-                _write(used, header)
-                self._send(used, number)
-                clock["quantize"] += packed - began
-                clock["send"] += time.perf_counter() - packed
-                sent += used.numel()
-        return sent
-
-    def _fill(
-        self,
-        bucket: Bucket,
-        storages: dict[str, torch.Tensor],
-        out: torch.Tensor,
-        on_device: bool,
-    ) -> list[PartReport]:
-        if not on_device:
-            out.zero_()
-            return pack(bucket, storages, out)
-        device = next(iter(storages.values())).device
-        payload = torch.zeros(bucket.nbytes, dtype=torch.uint8, device=device)
-        reports = pack(bucket, storages, payload)
-        out.copy_(payload)
-        return reports
-
-    def _header(self, bucket: Bucket, version: int, payload_digest: int, flags: int = 0) -> Header:
-        return Header(
-            index=bucket.index,
-            version=version,
-            payload_bytes=bucket.nbytes,
-            digest=payload_digest,
-            plan=bytes.fromhex(self.plan.digest(bucket.destination_rank))[:16],
-            parts=len(bucket.parts),
-            flags=flags,
-        )
-
-    def _abort(self, number: int, bucket: Bucket, version: int, used: torch.Tensor) -> None:
-        _write(used, self._header(bucket, version, 0, ABORT))
-        self._send(used, number)
-
-    def _send(self, message: torch.Tensor, number: int) -> None:
-        if self._group is None:
-            raise Fp8SyncError("the transport is closed")
-        self._group.send(message, TRAINER_RANKS + number)
-
     def _votes(self) -> list[Fp8SyncError]:
-        votes = [channel.receive("vote")["error"] for _, channel in self._each()]
+        votes = [channel.receive("vote")["error"] for channel in self._each("engine")]
         return [from_wire(v) for v in votes if v is not None]
 
 
-def _write(message: torch.Tensor, header: Header) -> None:
-    message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+def _merge(manifests: Iterable[Manifest]) -> Manifest:
+    """Join the ranks of one side; a rank that has no box of a tensor has no say in its format.
+
+    Raises:
+        UnsupportedLayout: two ranks hold, or want, one tensor in different formats.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    ranks: dict[int, tuple[Box, ...]] = {}
+    settled: dict[str, int] = {}
+    faults = []
+    for manifest in manifests:
+        ranks.update(manifest.ranks)
+        owner = {box.tensor: rank for rank, boxes in manifest.ranks.items() for box in boxes}
+        for name, info in manifest.tensors.items():
+            known = tensors.setdefault(name, info)
+            if name not in owner:
+                continue
+            if name not in settled:
+                settled[name] = owner[name]
+                tensors[name] = info
+            elif known != info:
+                faults.append(
+                    f"{name}: rank {settled[name]} has {_format(known)}, "
+                    f"rank {owner[name]} has {_format(info)}"
+                )
+    if faults:
+        raise UnsupportedLayout("ranks of one side disagree on a tensor", faults)
+    return Manifest.of(tensors.values(), ranks)
 
 
-def _nonfinite(parts: list[PartReport]) -> NonFiniteWeight | None:
+def _format(info: TensorInfo) -> str:
+    formula = f" {info.formula.value}" if info.formula else ""
+    misc = f", misc ({info.misc})" if info.misc else ""
+    return f"{info.shape} {info.dtype} {info.encoding.value}{formula}{misc}"
+
+
+def _nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:
     bad: Counter[str] = Counter()
-    for part in parts:
-        bad[part.tensor] += part.nonfinite
+    for share in shares:
+        for part in share.parts:
+            bad[f"{part.tensor} (trainer rank {share.rank})"] += part.nonfinite
     faults = [
-        f"{name}: expected finite values, found {count} NaN or Inf (trainer rank 0)"
-        for name, count in bad.items()
+        f"{where}: expected finite values, found {count} NaN or Inf"
+        for where, count in bad.items()
         if count
     ]
-    return NonFiniteWeight("NaN or Inf in the trainer's weights", faults) if faults else None
+    return [NonFiniteWeight("NaN or Inf in the trainer's weights", faults)] if faults else []
 
 
-def _difference(mine: dict[str, str], found: dict[str, str], rank: int) -> PlanMismatch:
-    for name in {**mine, **found}:
-        if mine.get(name) != found.get(name):
-            return PlanMismatch(
-                f"trainer and engine rank {rank} computed different plans",
-                [f"{name}: first tensor that differs; trainer {mine.get(name)}, engine {found.get(name)}"],
-            )
-    return PlanMismatch(f"trainer and engine rank {rank} order their copies differently")
+def _difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:
+    for rank, found in theirs.items():
+        mine = plan.digests(int(rank))
+        for name in {**mine, **found}:
+            if mine.get(name) != found.get(name):
+                line = (
+                    f"{name}: first tensor that differs (to engine rank {rank}); "
+                    f"expected {mine.get(name)}, found {found.get(name)}"
+                )
+                return PlanMismatch(f"{peer} computed another plan than trainer rank 0", [line])
+    return PlanMismatch(f"{peer} orders its copies differently from trainer rank 0")

@@ -10,6 +10,7 @@ import hmac
 import json
 import socket
 import struct
+from contextlib import suppress
 from typing import Any
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
@@ -58,6 +59,11 @@ class Channel:
         except OSError as error:
             raise EngineLost(f"{self.peer} is gone: {error}") from error
 
+    def try_send(self, message: Message) -> None:
+        """Send one message to a peer that may be gone."""
+        with suppress(EngineLost, TransferTimeout):
+            self.send(message)
+
     def receive(self, kind: str, timeout_s: float | None = None) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
@@ -82,10 +88,8 @@ class Channel:
     def close(self) -> None:
         """Close the connection; the peer sees it as gone."""
         # Shutdown first: close alone does not wake a thread that waits in recv.
-        try:
+        with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._sock.close()
 
     def _read(self, size: int, kind: str) -> bytes:
@@ -148,8 +152,6 @@ class Listener:
 
     def close(self) -> None:
         """Stop listening; a thread that waits in `accept` wakes with `EngineLost`."""
-        try:
+        with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self._sock.close()

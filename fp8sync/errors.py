@@ -6,8 +6,10 @@ and what was found. Errors cross the control channel as plain data (`to_wire`, `
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = [
     "CorruptBucket",

@@ -13,20 +13,24 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.conductor import Conductor
-from fp8sync.control import Listener
+from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm import as_engine
 from fp8sync.errors import EngineLost, Fp8SyncError, RefitInProgress, TransferTimeout
+from fp8sync.follower import Follower
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
-from fp8sync.report import RefitReport
+from fp8sync.report import RefitReport, tensor_reports
 from fp8sync.sources import as_source
+from fp8sync.trainers import announce, rank_and_size
 
-__all__ = ["Link", "LinkPlan", "connect"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["FollowerLink", "Link", "LinkPlan", "connect"]
 
 T = TypeVar("T")
 
@@ -50,8 +54,11 @@ def connect(
     timeout_s: float = 120.0,
     host: str = "127.0.0.1",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> Link:
+) -> Link | FollowerLink:
     """Join a trainer's model and a live engine; nothing in the engine is changed.
+
+    On a trainer of several ranks (an initialized torch.distributed default group) every rank calls
+    this, and later `refit`, like a collective. Rank 0 holds the engine; others may pass None.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
@@ -76,7 +83,10 @@ def connect(
         >>> link.refit().version  # doctest: +SKIP
         1
     """
-    return Link(model, engine, Recipe.of(recipe), timeout_s, host, bucket_bytes)
+    wanted = Recipe.of(recipe)
+    if rank_and_size()[0] > 0:
+        return FollowerLink(model, wanted)
+    return Link(model, engine, wanted, timeout_s, host, bucket_bytes)
 
 
 class Link:
@@ -91,7 +101,7 @@ class Link:
         host: str,
         bucket_bytes: int,
     ) -> None:
-        self._source = as_source(model)
+        self._model = model
         self._engine = as_engine(engine)
         self.recipe = recipe
         self.version = 0
@@ -145,9 +155,6 @@ class Link:
     def _connect(self) -> None:
         token = secrets.token_hex(16)
         listener = Listener(token, self._host, self._timeout_s)
-        conductor = Conductor(
-            self._source, self.recipe, self._engine.workers, self._bucket_bytes, self._timeout_s
-        )
         info = {
             "host": listener.host,
             "port": listener.port,
@@ -155,11 +162,22 @@ class Link:
             "timeout_s": self._timeout_s,
         }
         try:
+            announce(info)
+            trainers, workers = rank_and_size()[1], self._engine.workers
+            conductor = Conductor(
+                as_source(self._model),
+                self.recipe,
+                trainers,
+                workers,
+                self._bucket_bytes,
+                self._timeout_s,
+            )
             task = self._threads.submit(conductor.agree, listener)
-            self._together(task, lambda: self._engine.initialize(info), listener.close)
-        except BaseException:
-            conductor.close()
-            raise
+            try:
+                self._together(task, lambda: self._engine.initialize(info), listener.close)
+            except BaseException:
+                conductor.close()
+                raise
         finally:
             listener.close()
         self._conductor = conductor
@@ -204,3 +222,64 @@ class Link:
         if self._conductor is not None:
             self._conductor.close()
             self._conductor = None
+
+
+class FollowerLink:
+    """The link as trainer ranks other than 0 hold it; made by `connect`."""
+
+    def __init__(self, model: Any, recipe: Recipe) -> None:
+        self._model = model
+        self.recipe = recipe
+        self.version = 0
+        self._follower: Follower | None = None
+        self._connect()
+
+    @property
+    def plan(self) -> LinkPlan:
+        """The plan that all ranks agreed on."""
+        return LinkPlan(self._connected().plan)
+
+    def refit(self) -> RefitReport:
+        """Send this rank's share of a version. Returns, or raises, what rank 0 learned.
+
+        The report's bytes, seconds and tensors are this rank's share alone.
+        """
+        if self._follower is None:
+            self._connect()
+        began = time.perf_counter()
+        follower = self._connected()
+        try:
+            sent = follower.transfer()
+        except (TransferTimeout, EngineLost):
+            self.close()
+            raise
+        self.version += 1
+        seconds = {
+            "quantize": sent.quantize_s,
+            "send": sent.send_s,
+            "total": time.perf_counter() - began,
+        }
+        tensors = tensor_reports(follower.plan, sent.parts, {sent.rank})
+        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
+
+    def close(self) -> None:
+        """Leave the link."""
+        if self._follower is not None:
+            self._follower.close()
+            self._follower = None
+
+    def _connected(self) -> Follower:
+        if self._follower is None:
+            raise EngineLost("the link is down; the next refit() connects again")
+        return self._follower
+
+    def _connect(self) -> None:
+        info = announce(None)
+        channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
+        follower = Follower(channel, as_source(self._model), rank_and_size()[0])
+        try:
+            follower.agree()
+        except BaseException:
+            follower.close()
+            raise
+        self._follower = follower

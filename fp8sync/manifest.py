@@ -10,11 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.recipe import Encoding, Formula
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["ITEMSIZE", "Box", "Manifest", "Placement", "TensorInfo", "canonical_json"]
 
@@ -137,7 +139,9 @@ class Manifest:
         """Return the manifest as JSON-able data."""
         return {
             "tensors": [t.to_json() for t in self.tensors.values()],
-            "ranks": {str(rank): [b.to_json() for b in boxes] for rank, boxes in self.ranks.items()},
+            "ranks": {
+                str(rank): [b.to_json() for b in boxes] for rank, boxes in self.ranks.items()
+            },
         }
 
     @classmethod

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 from fp8sync.manifest import ITEMSIZE, Placement
-from fp8sync.plan import Bucket, Part
 from fp8sync.recipe import Encoding
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+
+if TYPE_CHECKING:
+    from fp8sync.plan import Bucket, Part
 
 __all__ = ["PartReport", "Storages", "pack", "unpack", "view"]
 
@@ -66,7 +69,8 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor) -> PartRep
     _elements(payload, part.scale_offset, copy.scale_shape, "float32").copy_(q.scale_inv)
     exact = x.float()
     error = dequantize_blockwise(q.weight, q.scale_inv, torch.float32) - exact
-    squares = torch.stack([error.square().sum(), exact.square().sum()]).tolist()
+    sums = torch.stack([error.square().sum(), exact.square().sum()])
+    squares = torch.nan_to_num(sums, posinf=0.0).tolist()
     return PartReport(copy.tensor, int(q.nonfinite), *squares)
 
 
@@ -92,8 +96,6 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
             view(staging, copy.scale_at, copy.scale_shape).copy_(scales)
 
 
-def _elements(
-    payload: torch.Tensor, offset: int, shape: Sequence[int], dtype: str
-) -> torch.Tensor:
+def _elements(payload: torch.Tensor, offset: int, shape: Sequence[int], dtype: str) -> torch.Tensor:
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     return payload[offset : offset + nbytes].view(getattr(torch, dtype)).view(tuple(shape))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fp8sync.payload import PartReport
-from fp8sync.plan import Plan
+if TYPE_CHECKING:
+    from collections.abc import Container, Iterable, Mapping
+
+    from fp8sync.payload import PartReport
+    from fp8sync.plan import Plan
 
 __all__ = ["RefitReport", "TensorReport", "tensor_reports"]
 
@@ -56,14 +59,18 @@ class RefitReport:
     tensors: tuple[TensorReport, ...]
 
 
-def tensor_reports(plan: Plan, parts: Iterable[PartReport]) -> tuple[TensorReport, ...]:
-    """Join the plan with what packing showed."""
+def tensor_reports(
+    plan: Plan, parts: Iterable[PartReport], source_ranks: Container[int] | None = None
+) -> tuple[TensorReport, ...]:
+    """Join the plan with what packing showed; of the copies of `source_ranks` alone if given."""
     errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for part in parts:
         errors[part.tensor][0] += part.error_sq
         errors[part.tensor][1] += part.norm_sq
     sent: Counter[str] = Counter()
     for copy in plan.copies:
+        if source_ranks is not None and copy.source_rank not in source_ranks:
+            continue
         sent[copy.tensor] += copy.weight_bytes + 4 * math.prod(copy.scale_shape)
     return tuple(
         TensorReport(

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.manifest import Manifest
 from fp8sync.sources.module import ModuleSource
+from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
+    from fp8sync.manifest import Manifest
     from fp8sync.payload import Storages
 
 __all__ = ["ModuleSource", "Source", "as_source"]
@@ -36,7 +37,7 @@ def as_source(model: Any) -> Source:
         UnsupportedLayout: nothing here can list the boxes of such an object.
     """
     if isinstance(model, torch.nn.Module):
-        return ModuleSource(model)
+        return ModuleSource(model, rank_and_size()[0])
     if callable(getattr(model, "manifest", None)) and callable(getattr(model, "storages", None)):
         return model
     raise UnsupportedLayout(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["ModuleSource"]
 
@@ -21,20 +24,24 @@ class ModuleSource:
     Parameters and persistent buffers are listed under their `state_dict` names. Tied parameters are
     listed once, under their first name. Expert stacks of recent transformers (`experts.gate_up_proj`
     [E, 2I, H], `experts.down_proj` [E, H, I]) are listed per expert, as checkpoints name them.
+
+    Args:
+        module: the model.
+        rank: this trainer rank; where every rank has a whole copy, they share the sending.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._module = module
+    def __init__(self, module: torch.nn.Module, rank: int = 0) -> None:
+        self._module, self._rank = module, rank
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Return the live parameters and buffers by name; nothing is copied."""
-        seen: set[tuple[int, int, torch.Size]] = set()
+        seen: set[tuple[int, torch.Size]] = set()
         live: dict[str, torch.Tensor] = {}
         for name, value in self._module.state_dict(keep_vars=True).items():
             if not isinstance(value, torch.Tensor):
                 continue
             tensor = value.detach()
-            key = (tensor.data_ptr(), tensor.storage_offset(), tensor.shape)
+            key = (tensor.data_ptr(), tensor.shape)
             if tensor.numel() and key in seen:
                 continue
             seen.add(key)
@@ -57,7 +64,7 @@ class ModuleSource:
                 infos.append(TensorInfo(name, shape, _dtype(tensor)))
                 at = Placement(storage, offset, strides)
                 boxes.append(Box(name, (0,) * len(shape), shape, at))
-        return Manifest.of(infos, {0: boxes})
+        return Manifest.of(infos, {self._rank: boxes})
 
 
 def _unplain(tensor: torch.Tensor) -> str:

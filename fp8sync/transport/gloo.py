@@ -8,11 +8,17 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from fp8sync.errors import EngineLost, TransferTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+dist: Any = torch.distributed  # its classes of stores and groups are not in its stubs
 
 __all__ = ["GlooGroup", "Rendezvous"]
 
@@ -55,7 +61,7 @@ class GlooGroup:
 
     def __init__(
         self,
-        store: dist.Store,
+        store: Any,
         rank: int,
         size: int,
         host: str,
@@ -93,7 +99,7 @@ class GlooGroup:
         """Fill a contiguous uint8 CPU tensor from `source`. Errors as for `send`."""
         self._wait(lambda: self._group.recv([message], source, 0), source, "send")
 
-    def _wait(self, start, rank: int, verb: str) -> None:  # type: ignore[no-untyped-def]
+    def _wait(self, start: Callable[[], Any], rank: int, verb: str) -> None:
         peer = self._names.get(rank, f"rank {rank}")
         try:
             start().wait(self._timeout)
@@ -101,7 +107,9 @@ class GlooGroup:
             text = str(error)
             if "imed out" in text or "imeout" in text:
                 limit = self._timeout.total_seconds()
-                raise TransferTimeout(f"{peer} did not {verb} a bucket within {limit:g} s") from error
+                raise TransferTimeout(
+                    f"{peer} did not {verb} a bucket within {limit:g} s"
+                ) from error
             raise EngineLost(f"{peer} is gone: {text.splitlines()[0]}") from error
 
 

@@ -5,18 +5,18 @@ from __future__ import annotations
 import gc
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from safetensors.torch import save_file
 
 import fp8sync
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests import skips
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
 KINDS = ("dense", "moe")
@@ -80,7 +80,9 @@ def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Pa
     return folder
 
 
-def write_checkpoint(model: torch.nn.Module, folder: Path, formula: str, *, fp8: bool = FP8) -> Path:
+def write_checkpoint(
+    model: torch.nn.Module, folder: Path, formula: str, *, fp8: bool = FP8
+) -> Path:
     """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16."""
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in hf_tensors(model):
@@ -120,8 +122,10 @@ def start_engine(
     folder: Path, *, multiprocess: bool = False, load_format: str = "auto", **options: Any
 ) -> Any:
     """A real vLLM on `folder`."""
+    from vllm import LLM, envs
+
+    envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
-    from vllm import LLM
 
     settings = {
         "model": str(folder),
@@ -164,9 +168,7 @@ def logprobs(llm: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
 
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=256, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    rows = [
-        [row[token].logprob for token in range(256)] for row in output.prompt_logprobs[1:]
-    ]
+    rows = [[row[token].logprob for token in range(256)] for row in output.prompt_logprobs[1:]]
     return torch.tensor(rows, dtype=torch.float64)
 
 

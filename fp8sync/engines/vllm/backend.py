@@ -7,9 +7,8 @@ calls return nothing; all answers go over the control channel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
@@ -21,6 +20,9 @@ from vllm.distributed.weight_transfer.base import (
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import worker_rank
 from fp8sync.engines.vllm.session import WorkerSession
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"]
 
@@ -56,7 +58,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
         rank = worker_rank(self.parallel_config)
-        channel.send({"type": "worker", "rank": rank})
+        channel.send({"type": "join", "role": "engine", "rank": rank})
         dtype = self.model_config.dtype
         session = WorkerSession(channel, self.model, rank, self.device, dtype)
         # 0.25 does not set the current config around these calls; later versions do.

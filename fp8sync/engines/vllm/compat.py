@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.recipe import Formula
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "holds_quantizable_weights",

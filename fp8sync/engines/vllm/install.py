@@ -8,9 +8,9 @@ addresses never change. Until `commit` any failure leaves the old weights in pla
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
@@ -19,6 +19,9 @@ from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.layout import MISC, EngineLayout
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
 from fp8sync.errors import InstallFailed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
 
 __all__ = ["ProcessInstall"]
 
@@ -54,7 +57,8 @@ class ProcessInstall:
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        self._model, self._layout = model, layout
+        self._model: Any = model  # every vLLM model has load_weights
+        self._layout = layout
         self._device, self._dtype = device, dtype
         self._staging = dict(staging)
         self._modules: list[_Processed] = []
@@ -145,7 +149,7 @@ class ProcessInstall:
         whole = {n: t for n, t in self._staging.items() if n.startswith(MISC)}
         if whole:
             weights = ((name.removeprefix(MISC), tensor) for name, tensor in whole.items())
-            self._model.load_weights(weights)  # type: ignore[operator]
+            self._model.load_weights(weights)
 
     def _process(self, entry: _Processed) -> None:
         module = entry.module

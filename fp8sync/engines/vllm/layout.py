@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
@@ -18,6 +18,9 @@ from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.boxes import Rect, block_shape, misaligned_dim, overlap, overlapping, volume
 from fp8sync.plan.coverage import union_volume
 from fp8sync.recipe import BLOCK, Encoding, Recipe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = ["MISC", "EngineLayout", "StorageSpec", "describe_engine"]
 
@@ -157,7 +160,7 @@ class _Describer:
         for trace in (plain, pairs):
             self._check_overlaps(trace)
         touched = self._touched(plain, pairs)
-        self._check_filled(plain, pairs, touched, aliases)
+        self._check_filled(plain, pairs, aliases)
         storages = {n: self._spec(n, plain) for n in touched}
         storages |= self._misc_storages(infos)
         misc = tuple(n for n, i in infos.items() if i.misc)
@@ -175,14 +178,14 @@ class _Describer:
         if not self.recipe.dequantize or len(held.shape) != 2 or not writes:
             return replace(held, dtype=dtype)
         module = self.modules[writes[0].storage]
-        if self.recipe.leaves_unquantized(held.name) or not compat.holds_quantizable_weights(module):
+        if self.recipe.leaves_unquantized(held.name) or not compat.holds_quantizable_weights(
+            module
+        ):
             return replace(held, dtype=dtype)
         formula = self.recipe.formula(compat.kept_formula(module))
         return replace(held, dtype=dtype, encoding=Encoding.BLOCKWISE, formula=formula)
 
-    def _boxes(
-        self, info: TensorInfo, writes: Sequence[Write], pairs: Trace
-    ) -> list[Box] | None:
+    def _boxes(self, info: TensorInfo, writes: Sequence[Write], pairs: Trace) -> list[Box] | None:
         """The boxes of one tensor, or None where weight and scales cannot be cut alike."""
         boxes = []
         scales = pairs.writes.get(info.name + "_scale_inv", [])
@@ -226,12 +229,12 @@ class _Describer:
         if attention:
             raise UnsupportedLayout("KV-cache scales cannot be refitted yet", attention)
         return [
-            n for n, t in self.targets.items() if id(self.modules[n]) in owners and (t.is_meta or n in direct)
+            n
+            for n, t in self.targets.items()
+            if id(self.modules[n]) in owners and (t.is_meta or n in direct)
         ]
 
-    def _check_filled(
-        self, plain: Trace, pairs: Trace, touched: Sequence[str], aliases: Mapping[str, str]
-    ) -> None:
+    def _check_filled(self, plain: Trace, pairs: Trace, aliases: Mapping[str, str]) -> None:
         """Every parameter in load form must be written whole, or belong to a tensor on misc."""
         filled: dict[str, list[Rect]] = defaultdict(list)
         for trace in (pairs, plain):
@@ -301,7 +304,10 @@ def _shared_parameters(model: torch.nn.Module) -> dict[str, str]:
     aliases = {}
     for prefix, module in model.named_modules():
         for name, parameter in module._parameters.items():
-            if parameter is None or not get_layerwise_info(module).restore_metadata[0].get(name, parameter).numel():
+            if (
+                parameter is None
+                or not get_layerwise_info(module).restore_metadata[0].get(name, parameter).numel()
+            ):
                 continue
             qualified = f"{prefix}.{name}" if prefix else name
             if first.setdefault(id(parameter), qualified) != qualified:

@@ -7,14 +7,17 @@ write, and with staged tensors, to let vLLM process new weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 from vllm.model_executor.model_loader.reload.meta import restore_layer_on_meta
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    import torch
 
 __all__ = ["ModuleState", "load_form", "storages_of", "to_load_form"]
 

@@ -10,22 +10,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from fp8sync_kernels import digest
 
-from fp8sync.control import Channel
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
-from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
+from fp8sync.errors import (
+    CorruptBucket,
+    EngineLost,
+    Fp8SyncError,
+    InstallFailed,
+    PlanMismatch,
+    TransferTimeout,
+)
 from fp8sync.manifest import Manifest
 from fp8sync.payload import unpack
 from fp8sync.plan import Bucket, build_plan, fill_buckets
 from fp8sync.recipe import Recipe
 from fp8sync.transport import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync_kernels import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fp8sync.control import Channel
 
 __all__ = ["WorkerSession"]
 
@@ -84,10 +94,18 @@ class WorkerSession:
             self._receiver.join()
 
     def finish(self) -> None:
-        """Take part in the two-phase commit: prepare, vote, then install or abandon."""
-        install = self._prepare()
-        self._vote(self._failure)
-        go = self._channel.receive("decision")["commit"]
+        """Take part in the two-phase commit: prepare, vote, then install or abandon.
+
+        Never raises for a lost trainer: the old weights stay, and vLLM's update session closes.
+        """
+        install: ProcessInstall | None = None
+        try:
+            install = self._prepare()
+            self._vote(self._failure)
+            go = self._channel.receive("decision")["commit"]
+        except (EngineLost, TransferTimeout) as error:
+            logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
+            go = False
         if install is None or not go:
             if install is not None:
                 install.abandon()
@@ -96,7 +114,8 @@ class WorkerSession:
         install.commit()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._channel.send({"type": "committed", "commit_s": time.perf_counter() - began})
+        seconds = time.perf_counter() - began
+        self._channel.try_send({"type": "committed", "commit_s": seconds})
 
     def close(self) -> None:
         """Leave the link."""
@@ -111,11 +130,12 @@ class WorkerSession:
         self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
         plan = build_plan(source, layout.manifest)
         plan_digest = plan.digest(self._rank)
-        self._channel.send({"type": "plan", "digest": plan_digest})
-        answer = self._channel.receive("agreed")
-        if answer["digest"] != plan_digest:
-            self._channel.send({"type": "digests", "digests": plan.digests(self._rank)})
-            raise PlanMismatch("the trainer's plan differs from this worker's")
+        mine = {str(self._rank): plan_digest}
+        self._channel.send({"type": "plan", "digests": mine})
+        if self._channel.receive("agreed")["digests"] != mine:
+            details = {str(self._rank): plan.digests(self._rank)}
+            self._channel.send({"type": "digests", "digests": details})
+            raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
         group = self._channel.receive("transport")
         self._group = GlooGroup.join(
             group["host"], group["port"], group["rank"], group["size"], self._channel.timeout_s
@@ -133,7 +153,9 @@ class WorkerSession:
         # The thread has no caller to raise to: the vote carries the reason.
         except Exception as error:
             logger.exception("fp8sync: receiving version %d failed", version)
-            self._failure = Fp8SyncError(f"engine rank {self._rank}: {type(error).__name__}: {error}")
+            self._failure = Fp8SyncError(
+                f"engine rank {self._rank}: {type(error).__name__}: {error}"
+            )
 
     def _fill_staging(self, version: int) -> None:
         if self._layout is None or self._group is None:
@@ -145,19 +167,27 @@ class WorkerSession:
         for bucket in self._buckets:
             used = message[: HEADER_BYTES + bucket.nbytes]
             self._group.receive(used, bucket.source_rank)
-            header = Header.unpack(bytes(used[:HEADER_BYTES].numpy()))
-            if header.flags & ABORT:
-                raise Fp8SyncError("the trainer stopped sending")
-            payload = used[HEADER_BYTES:]
-            expected = Header(
-                index=bucket.index,
-                version=version,
-                payload_bytes=bucket.nbytes,
-                digest=digest(payload),
-                plan=self._plan_digest,
-                parts=len(bucket.parts),
-            )
-            header.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
+            try:
+                self._take(bucket, used, version)
+            except CorruptBucket as error:
+                # What follows is taken off the wire, so that the senders are not left waiting.
+                self._failure = self._failure or error
+
+    def _take(self, bucket: Bucket, message: torch.Tensor, version: int) -> None:
+        header = Header.unpack(bytes(message[:HEADER_BYTES].numpy()))
+        if header.flags & ABORT:
+            raise Fp8SyncError(f"trainer rank {bucket.source_rank} stopped sending")
+        payload = message[HEADER_BYTES:]
+        expected = Header(
+            index=bucket.index,
+            version=version,
+            payload_bytes=bucket.nbytes,
+            digest=digest(payload),
+            plan=self._plan_digest,
+            parts=len(bucket.parts),
+        )
+        header.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
+        if self._failure is None:
             unpack(bucket, payload.to(self._device), self._staging)
 
     def _prepare(self) -> ProcessInstall | None:
@@ -166,9 +196,7 @@ class WorkerSession:
         staging, self._staging = self._staging, {}
         if not go or self._failure is not None or self._layout is None:
             return None
-        install = ProcessInstall(
-            self._model, self._layout, staging, self._device, self._dtype
-        )
+        install = ProcessInstall(self._model, self._layout, staging, self._device, self._dtype)
         try:
             install.prepare()
         except InstallFailed as error:

@@ -9,14 +9,16 @@ reaches a parameter is a transform, and its tensors take the misc path.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fp8sync.plan.boxes import Rect, overlap
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["Trace", "Write", "rect_of_view", "trace_load"]
 
@@ -85,7 +87,8 @@ def trace_load(
         # A loader may raise anything; what it raised is the reason in the plan.
         except Exception as error:  # noqa: BLE001
             name = names[max(position - 1, before)]
-            trace.failures[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            said = str(error).partition("\n")[0]
+            trace.failures[name] = f"the loader raises {type(error).__name__} {said}".rstrip()
             trace.writes.pop(name, None)
             position = max(position, before + 1)
     return trace
@@ -227,35 +230,33 @@ def _match(
     strides = [0] * tensor.dim()
     for dim, step in zip(dims, steps, strict=True):
         strides[dim] = step
-    offset = dst.storage_offset() - parameter.storage_offset()
+    offset = int(dst.storage_offset() - parameter.storage_offset())
     return Write(name, source[0], storage, target[0], offset, tuple(strides))
 
 
-def rect_of_view(
-    base: torch.Tensor, view: torch.Tensor
-) -> tuple[Rect, list[int]] | None:
+def rect_of_view(base: torch.Tensor, view: torch.Tensor) -> tuple[Rect, list[int]] | None:
     """Return the rectangle of `base` that `view` shows, or None where it shows something else.
 
     Returns:
         ((start, shape), dims): `dims[i]` is the base dim of the i-th view dim of size > 1.
     """
-    rest = view.storage_offset() - base.storage_offset()
-    order = sorted(range(base.dim()), key=lambda d: -base.stride(d))
+    rest = int(view.storage_offset() - base.storage_offset())
+    order = sorted(range(base.dim()), key=base.stride, reverse=True)
     start, shape = [0] * base.dim(), [1] * base.dim()
     for dim in order:
         if base.size(dim) > 1:
             start[dim], rest = divmod(rest, base.stride(dim))
     if rest:
         return None
-    dims = []
+    dims: list[int] = []
     for size, stride in zip(view.shape, view.stride(), strict=True):
         if size == 1:
             continue
-        dim = _dim_with_stride(base, stride, order, dims)
-        if dim is None or start[dim] + size > base.size(dim):
+        match = _dim_with_stride(base, stride, order, dims)
+        if match is None or start[match] + size > base.size(match):
             return None
-        shape[dim] = size
-        dims.append(dim)
+        shape[match] = size
+        dims.append(match)
     if view.numel() == 0 or any(s >= n for s, n in zip(start, base.shape, strict=True)):
         return None
     return (tuple(start), tuple(shape)), dims

@@ -1,0 +1,89 @@
+"""A trainer rank other than 0: it sends its share when rank 0 says so, and learns the outcome."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
+from fp8sync.manifest import Manifest
+from fp8sync.plan import Plan, build_plan
+from fp8sync.sender import Sender, Sent
+from fp8sync.transport import GlooGroup
+
+if TYPE_CHECKING:
+    from fp8sync.control import Channel
+    from fp8sync.sources import Source
+
+__all__ = ["Follower"]
+
+
+class Follower:
+    """One trainer rank's side of a link.
+
+    Args:
+        channel: connected to trainer rank 0.
+        source: this rank's weights.
+        rank: this rank among the trainer's.
+    """
+
+    def __init__(self, channel: Channel, source: Source, rank: int) -> None:
+        self._channel, self._source, self._rank = channel, source, rank
+        self._sender: Sender | None = None
+        self._plan: Plan | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """The agreed plan."""
+        if self._plan is None:
+            raise Fp8SyncError("no plan yet")
+        return self._plan
+
+    def agree(self) -> None:
+        """Present this rank's boxes, build the plan, compare digests, join the transport."""
+        self._channel.send({"type": "join", "role": "trainer", "rank": self._rank})
+        try:
+            own = self._source.manifest()
+        except Fp8SyncError as error:
+            self._channel.try_send({"type": "error", "error": error.to_wire()})
+            raise
+        self._channel.send({"type": "manifest", "manifest": own.to_json()})
+        message = self._channel.receive("source")
+        wanted = Manifest.from_json(message["destination"])
+        plan = build_plan(Manifest.from_json(message["manifest"]), wanted)
+        mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
+        self._channel.send({"type": "plan", "digests": mine})
+        if self._channel.receive("agreed")["digests"] != mine:
+            details = {str(rank): plan.digests(rank) for rank in wanted.ranks}
+            self._channel.send({"type": "digests", "digests": details})
+            raise PlanMismatch(f"trainer rank 0 has another plan than trainer rank {self._rank}")
+        place = self._channel.receive("transport")
+        group = GlooGroup.join(
+            place["host"], place["port"], place["rank"], place["size"], self._channel.timeout_s
+        )
+        members = {int(rank): int(number) for rank, number in place["members"]}
+        self._sender = Sender(
+            self._source, self._rank, plan, group, members, message["bucket_bytes"]
+        )
+        self._plan = plan
+        self._channel.send({"type": "ready"})
+
+    def transfer(self) -> Sent:
+        """Send this rank's share and wait for the outcome.
+
+        Raises:
+            Fp8SyncError: what stopped the refit, on whichever rank.
+        """
+        if self._sender is None:
+            raise Fp8SyncError("the link was not established")
+        version = int(self._channel.receive("version")["version"])
+        sent = self._sender.send(version)
+        self._channel.send(sent.to_json())
+        error = self._channel.receive("outcome")["error"]
+        if error is not None:
+            raise from_wire(error)
+        return sent
+
+    def close(self) -> None:
+        """Leave the link."""
+        self._channel.close()
+        self._sender = None

@@ -1,0 +1,148 @@
+"""One trainer rank's share of a refit: quantize, pack, send, bucket by bucket."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8sync.errors import Fp8SyncError, from_wire
+from fp8sync.payload import PartReport, Storages, pack
+from fp8sync.plan import Bucket, Plan, fill_buckets
+from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync_kernels import digest
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fp8sync.sources import Source
+    from fp8sync.transport import GlooGroup
+
+__all__ = ["Sender", "Sent"]
+
+
+@dataclass
+class Sent:
+    """What one rank sent: filled while it sends, complete or with the error that stopped it."""
+
+    rank: int
+    parts: list[PartReport] = field(default_factory=list)
+    bytes: int = 0
+    quantize_s: float = 0.0
+    send_s: float = 0.0
+    error: Fp8SyncError | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the share as a control message."""
+        parts = [[p.tensor, p.nonfinite, p.error_sq, p.norm_sq] for p in self.parts]
+        error = self.error and self.error.to_wire()
+        times = {"quantize_s": self.quantize_s, "send_s": self.send_s}
+        own = {"rank": self.rank, "parts": parts, "bytes": self.bytes, "error": error}
+        return {"type": "sent", **own, **times}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Sent:
+        """Rebuild a share from `to_json`."""
+        parts = [PartReport(*row) for row in data["parts"]]
+        error = from_wire(data["error"]) if data["error"] else None
+        times = data["quantize_s"], data["send_s"]
+        return cls(data["rank"], parts, data["bytes"], *times, error)
+
+
+class Sender:
+    """Sends one source rank's buckets to all engine workers, in turn.
+
+    Args:
+        source: where this rank's weights are.
+        rank: this rank among the trainer's.
+        plan: the agreed plan.
+        group: the transport.
+        members: transport rank of every engine rank.
+        bucket_bytes: payload of a message.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        rank: int,
+        plan: Plan,
+        group: GlooGroup,
+        members: Mapping[int, int],
+        bucket_bytes: int,
+    ) -> None:
+        self._source, self._rank, self._group, self._members = source, rank, group, dict(members)
+        self._digests = {r: bytes.fromhex(plan.digest(r))[:16] for r in members}
+        queues = [
+            [b for b in fill_buckets(plan.to_rank(r), bucket_bytes) if b.source_rank == rank]
+            for r in members
+        ]
+        turns = max((len(q) for q in queues), default=0)
+        self._buckets = [q[turn] for turn in range(turns) for q in queues if turn < len(q)]
+        largest = max((b.nbytes for b in self._buckets), default=0)
+        self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
+
+    def send(self, version: int) -> Sent:
+        """Send the weights as they are now; never raises, so that the vote always takes place."""
+        sent = Sent(self._rank)
+        storages: Storages | None = None
+        told: set[int] = set()
+        for bucket in self._buckets:
+            if bucket.destination_rank in told:
+                continue
+            message = self._message[: HEADER_BYTES + bucket.nbytes]
+            began = time.perf_counter()
+            value = 0
+            try:
+                if sent.error is None:
+                    storages = storages or self._source.storages()
+                    sent.parts += _pack(bucket, storages, message[HEADER_BYTES:])
+                    value = digest(message[HEADER_BYTES:])
+            # Whatever stops packing, the workers that wait for a bucket have to hear of it.
+            except Exception as error:  # noqa: BLE001
+                sent.error = _named(error, self._rank)
+            if sent.error is not None:
+                told.add(bucket.destination_rank)
+            self._write_header(message, bucket, version, value, void=sent.error is not None)
+            packed = time.perf_counter()
+            try:
+                self._group.send(message, self._members[bucket.destination_rank])
+            except Fp8SyncError as error:
+                sent.error = sent.error or error
+                told.add(bucket.destination_rank)
+            sent.quantize_s += packed - began
+            sent.send_s += time.perf_counter() - packed
+            sent.bytes += message.numel()
+        return sent
+
+    def _write_header(
+        self, message: torch.Tensor, bucket: Bucket, version: int, value: int, *, void: bool
+    ) -> None:
+        header = Header(
+            index=bucket.index,
+            version=version,
+            payload_bytes=bucket.nbytes,
+            digest=value,
+            plan=self._digests[bucket.destination_rank],
+            parts=len(bucket.parts),
+            flags=ABORT if void else 0,
+        )
+        message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+
+
+def _pack(bucket: Bucket, storages: Storages, payload: torch.Tensor) -> list[PartReport]:
+    device = storages[bucket.parts[0].copy.source_at.storage].device
+    if device.type == "cpu":
+        payload.zero_()
+        return pack(bucket, storages, payload)
+    packed = torch.zeros(bucket.nbytes, dtype=torch.uint8, device=device)
+    reports = pack(bucket, storages, packed)
+    payload.copy_(packed)
+    return reports
+
+
+def _named(error: Exception, rank: int) -> Fp8SyncError:
+    if isinstance(error, Fp8SyncError):
+        return error
+    return Fp8SyncError(f"trainer rank {rank} could not send: {type(error).__name__}: {error}")

@@ -1,0 +1,176 @@
+"""What cannot be moved is refused by name, at once, and the engine serves on as before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from fp8sync.manifest import Manifest
+from fp8sync.sources import ModuleSource
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+class Edited:
+    """A trainer whose list of tensors was changed."""
+
+    def __init__(self, model: torch.nn.Module, edit: Any) -> None:
+        self._source, self._edit = ModuleSource(model), edit
+
+    def manifest(self) -> Manifest:
+        manifest = self._source.manifest()
+        tensors, boxes = self._edit(dict(manifest.tensors), list(manifest.ranks[0]))
+        return Manifest.of(tensors.values(), {0: boxes})
+
+    def storages(self) -> Any:
+        return self._source.storages()
+
+
+def without(name: str) -> Any:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        del tensors[name]
+        return tensors, [b for b in boxes if b.tensor != name]
+
+    return edit
+
+
+def renamed(old: str, new: str) -> Any:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        info = tensors.pop(old)
+        tensors[new] = replace(info, name=new)
+        return tensors, [replace(b, tensor=new) if b.tensor == old else b for b in boxes]
+
+    return edit
+
+
+def added(name: str, like: str) -> Any:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        tensors[name] = replace(tensors[like], name=name)
+        (box,) = (b for b in boxes if b.tensor == like)
+        return tensors, [*boxes, replace(box, tensor=name)]
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An engine that serves known weights."""
+    model = world.tiny_model("dense", 1)
+    folder = world.write_config(model, tmp_path_factory.mktemp("live"))
+    llm = world.start_engine(folder, load_format="dummy")
+    fp8sync.refit(model, llm, world.recipe("blockwise-pow2"))
+    yield llm
+    del llm
+    world.forget_engines()
+
+
+@pytest.fixture(autouse=True)
+def unchanged(live: Any) -> Iterator[None]:
+    """Whatever a test does, the engine serves the same bytes and log-probabilities."""
+    logprobs, digests = world.logprobs(live), world.live_bytes(live)
+    yield
+    assert torch.equal(world.logprobs(live), logprobs)
+    assert world.live_bytes(live) == digests
+
+
+LAST = "model.layers.1.mlp.down_proj.weight"
+FIRST = "model.layers.0.self_attn.k_proj.weight"
+
+
+def test_missing_tensors_are_all_named(live: Any) -> None:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        return without(LAST)(*without(FIRST)(tensors, boxes))
+
+    source = Edited(world.tiny_model("dense", 2), edit)
+    with pytest.raises(fp8sync.TensorMismatch) as caught:
+        fp8sync.connect(source, live, world.recipe("blockwise"))
+    faults = "\n".join(caught.value.violations)
+    assert "model.layers.1.mlp.down_proj.weight" in faults
+    assert "model.layers.0.self_attn.qkv_proj.weight" in faults
+    assert "filled by no tensor" in faults
+
+
+def test_extra_tensor(live: Any) -> None:
+    name = "model.layers.0.mlp.side_proj.weight"
+    source = Edited(world.tiny_model("dense", 2), added(name, LAST))
+    with pytest.raises(fp8sync.TensorMismatch, match=name):
+        fp8sync.connect(source, live, world.recipe("blockwise"))
+
+
+def test_tensor_that_the_loader_skips_silently(live: Any) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    source = Edited(world.tiny_model("dense", 2), added(name, "model.norm.weight"))
+    with pytest.raises(fp8sync.TensorMismatch, match=r"inv_freq.*take 0"):
+        fp8sync.connect(source, live, world.recipe("blockwise"))
+
+
+def test_misspelled_tensor(live: Any) -> None:
+    source = Edited(world.tiny_model("dense", 2), renamed(LAST, LAST.replace("down", "dwon")))
+    with pytest.raises(fp8sync.TensorMismatch, match="dwon_proj"):
+        fp8sync.connect(source, live, world.recipe("blockwise"))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"intermediate_size": 512},  # longer than the engine's: a loader could narrow it
+        {"intermediate_size": 256},
+        {"num_attention_heads": 6},
+        {"num_hidden_layers": 1},
+        {"num_hidden_layers": 3},
+        {"vocab_size": 320},
+    ],
+    ids=str,
+)
+def test_model_of_another_size(live: Any, changes: dict[str, int]) -> None:
+    with pytest.raises(fp8sync.TensorMismatch) as caught:
+        fp8sync.connect(world.tiny_model("dense", 2, **changes), live, world.recipe("blockwise"))
+    assert caught.value.violations
+
+
+def test_another_model(live: Any) -> None:
+    with pytest.raises(fp8sync.TensorMismatch, match="experts"):
+        fp8sync.connect(world.tiny_model("moe", 2), live, world.recipe("blockwise"))
+
+
+def test_dtype_that_cannot_travel(live: Any) -> None:
+    model = world.tiny_model("dense", 2)
+    model.model.norm.weight.data = model.model.norm.weight.data.to(torch.complex64)
+    with pytest.raises(fp8sync.UnsupportedLayout, match=r"model\.norm\.weight: dtype complex64"):
+        fp8sync.connect(model, live, world.recipe("blockwise"))
+
+
+def test_recipe_that_the_engine_cannot_hold(live: Any) -> None:
+    wrong = fp8sync.Recipe("bf16") if world.FP8 else fp8sync.Recipe("blockwise")
+    with pytest.raises(fp8sync.RecipeMismatch):
+        fp8sync.connect(world.tiny_model("dense", 2), live, wrong)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_weights_are_all_named(live: Any, value: float) -> None:
+    model = world.tiny_model("dense", 2)
+    with torch.no_grad():
+        model.get_parameter(LAST)[5, 7] = value
+        model.get_parameter("model.norm.weight")[3] = value
+    link = fp8sync.connect(model, live, world.recipe("blockwise"))
+    with pytest.raises(fp8sync.NonFiniteWeight) as caught:
+        link.refit()
+    assert len(caught.value.violations) == 2
+    assert f"{LAST} (trainer rank 0): expected finite values, found 1" in caught.value.violations[0]
+    link.close()
+
+
+def test_engine_without_the_backend() -> None:
+    with pytest.raises(fp8sync.UnsupportedLayout, match=r"expected a vllm\.LLM"):
+        fp8sync.connect(world.tiny_model("dense", 2), object())
+
+
+def test_unknown_recipe() -> None:
+    with pytest.raises(ValueError, match="unknown recipe 'int4'"):
+        fp8sync.Recipe("int4")

@@ -1,0 +1,236 @@
+"""A refit that fails at any stage leaves the old weights serving, and the next refit works."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from fp8sync.sources import ModuleSource
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from fp8sync.manifest import Manifest
+
+TIMEOUT_S = 4.0
+
+
+class Held:
+    """A trainer that hands out its weights only when told to."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._source = ModuleSource(model)
+        self.asked, self.go = threading.Event(), threading.Event()
+        self.error: Exception | None = None
+
+    def manifest(self) -> Manifest:
+        return self._source.manifest()
+
+    def storages(self) -> Any:
+        self.asked.set()
+        self.go.wait()
+        if self.error is not None:
+            raise self.error
+        return self._source.storages()
+
+
+class Wire:
+    """The link's own transport, with something done to each message before it is sent."""
+
+    def __init__(self, group: Any, meddle: Callable[[int, torch.Tensor], None]) -> None:
+        self._group, self._meddle, self._count = group, meddle, 0
+
+    def send(self, message: torch.Tensor, to: int) -> None:
+        self._meddle(self._count, message)
+        self._count += 1
+        self._group.send(message, to)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    model = world.tiny_model("dense", 1)
+    folder = world.write_config(model, tmp_path_factory.mktemp("engine"))
+    llm = world.start_engine(folder, load_format="dummy")
+    yield llm
+    del llm
+    world.forget_engines()
+
+
+@pytest.fixture
+def link(engine: Any) -> Iterator[fp8sync.Link]:
+    """A link whose engine serves version 1; small buckets, so that there are many."""
+    model = world.tiny_model("dense", 2)
+    link = fp8sync.connect(
+        model, engine, world.recipe("blockwise"), timeout_s=TIMEOUT_S, bucket_bytes=1 << 18
+    )
+    link.refit()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    yield link
+    link.close()
+
+
+@pytest.fixture
+def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
+    """The old weights serve on; then the next refit brings the new ones."""
+    logprobs, digests = world.logprobs(engine), world.live_bytes(engine)
+    yield
+    assert torch.equal(world.logprobs(engine), logprobs)
+    assert world.live_bytes(engine) == digests
+    assert link.version == 1
+    assert link.refit().version == 2
+    assert not torch.equal(world.logprobs(engine), logprobs)
+
+
+def meddle(link: Any, change: Callable[[int, torch.Tensor], None]) -> None:
+    sender = link._conductor._sender
+    sender._group = Wire(sender._group, change)
+
+
+def mend(link: Any) -> None:
+    if link._conductor is not None:
+        link._conductor._sender._group = link._conductor._sender._group._group
+
+
+@pytest.mark.usefixtures("untouched")
+@pytest.mark.parametrize(
+    ("byte", "field"),
+    [(64 + 1000, "digest"), (12, "index"), (16, "version"), (24, "payload_bytes"), (40, "plan")],
+)
+def test_changed_byte(link: fp8sync.Link, byte: int, field: str) -> None:
+    def flip(count: int, message: torch.Tensor) -> None:
+        if count == 2:
+            message[byte] ^= 0x10
+
+    meddle(link, flip)
+    with pytest.raises(fp8sync.CorruptBucket, match=rf"engine rank 0, bucket 2: {field} expected"):
+        link.refit()
+    mend(link)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_reordered_buckets(link: fp8sync.Link) -> None:
+    kept: list[torch.Tensor] = []
+
+    def swap(count: int, message: torch.Tensor) -> None:
+        if count == 1:
+            kept.append(message.clone())
+        if count == 2:
+            message[: kept[0].numel()] = kept[0][: message.numel()]
+
+    meddle(link, swap)
+    with pytest.raises(fp8sync.CorruptBucket, match="index expected 2, found 1"):
+        link.refit()
+    mend(link)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_trainer_that_falls_silent(link: fp8sync.Link) -> None:
+    """The engine gives up by itself, names the trainer, and takes the next link."""
+    meddle(link, lambda count, _: time.sleep(2 * TIMEOUT_S) if count == 1 else None)
+    began = time.monotonic()
+    with pytest.raises((fp8sync.TransferTimeout, fp8sync.EngineLost)):
+        link.refit()
+    assert time.monotonic() - began < 5 * TIMEOUT_S
+    mend(link)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_processing_that_fails(engine: Any, link: fp8sync.Link) -> None:
+    """vLLM's own processing raises on the last linear layer, after all others were processed."""
+    target = "model.layers.1.mlp.down_proj"
+
+    def sabotage(model: torch.nn.Module) -> None:
+        def fail(_: torch.nn.Module) -> None:
+            raise RuntimeError("no memory left")
+
+        model.get_submodule(target).quant_method.process_weights_after_loading = fail
+
+    def repair(model: torch.nn.Module) -> None:
+        del model.get_submodule(target).quant_method.process_weights_after_loading
+
+    engine.apply_model(sabotage)
+    with pytest.raises(fp8sync.InstallFailed, match="no memory left"):
+        link.refit()
+    engine.apply_model(repair)
+
+
+def test_source_that_fails(engine: Any) -> None:
+    source = Held(world.tiny_model("dense", 3))
+    source.go.set()
+    link = fp8sync.connect(source, engine, world.recipe("blockwise"), timeout_s=TIMEOUT_S)
+    before = world.logprobs(engine)
+    source.error = RuntimeError("the parameter buffer was freed")
+    with pytest.raises(fp8sync.Fp8SyncError, match=r"trainer rank 0 could not send.*was freed"):
+        link.refit()
+    assert torch.equal(world.logprobs(engine), before)
+    source.error = None
+    assert link.refit().version == 1
+    assert not torch.equal(world.logprobs(engine), before)
+    link.close()
+
+
+def test_second_refit_while_one_runs(engine: Any) -> None:
+    source = Held(world.tiny_model("dense", 3))
+    link = fp8sync.connect(source, engine, world.recipe("blockwise"))
+    reports = []
+    first = threading.Thread(target=lambda: reports.append(link.refit()))
+    first.start()
+    assert source.asked.wait(30)
+    with pytest.raises(fp8sync.RefitInProgress):
+        link.refit()
+    source.go.set()
+    first.join()
+    assert [r.version for r in reports] == [1]
+    link.close()
+
+
+def test_plans_that_differ(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides plan for themselves; here the trainer's version of the code plans otherwise."""
+    import fp8sync.conductor as conductor
+    from fp8sync.plan import Plan, build_plan
+
+    def reversed_plan(*args: Any) -> Plan:
+        plan = build_plan(*args)
+        return Plan(plan.tensors, plan.copies[::-1])
+
+    monkeypatch.setattr(conductor, "build_plan", reversed_plan)
+    before = world.logprobs(engine)
+    with pytest.raises(fp8sync.PlanMismatch, match="engine rank 0"):
+        fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
+    assert torch.equal(world.logprobs(engine), before)
+
+
+def test_engine_process_killed(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 1)
+    folder = world.write_config(model, tmp_path)
+    llm = world.start_engine(folder, load_format="dummy", multiprocess=True)
+    source = Held(model)
+    source.go.set()
+    link = fp8sync.connect(source, llm, world.recipe("blockwise"), timeout_s=30.0)
+    link.refit()
+    source.go.clear()
+    source.asked.clear()
+    (process, *_) = llm.llm_engine.engine_core.resources.engine_manager.processes
+
+    def kill() -> None:
+        source.asked.wait()
+        os.kill(process.pid, signal.SIGKILL)
+        source.go.set()
+
+    threading.Thread(target=kill).start()
+    began = time.monotonic()
+    with pytest.raises(fp8sync.EngineLost):
+        link.refit()
+    assert time.monotonic() - began < 30.0
+    link.close()
+    world.stop_engine(llm)

@@ -1,0 +1,70 @@
+"""A trainer of two ranks, run by torchrun: `two_ranks FOLDER TENSOR_PARALLEL`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fp8sync
+from tests import conftest as _environment  # noqa: F401  (sets it)
+from tests.engines import world
+
+
+def main(folder: Path, tensor_parallel: int) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    result: dict[str, Any] = {"difference": []}
+    models = [world.tiny_model("dense", seed) for seed in (1, 2)]
+    llm = None
+    if rank == 0:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(n) for n in range(tensor_parallel))
+        config = world.write_config(models[0], folder / "config")
+        options = {"multiprocess": True, "tensor_parallel_size": tensor_parallel}
+        llm = without_torchrun(lambda: world.start_engine(config, load_format="dummy", **options))
+    dist.barrier()
+    for number, model in enumerate(models):
+        report = fp8sync.refit(model, llm, world.recipe("blockwise-pow2"))
+        if rank == 0:
+            checkpoint = world.write_checkpoint(model, folder / str(number), "pow2")
+            fresh = without_torchrun(lambda c=checkpoint: world.start_engine(c, **options))
+            difference = (world.logprobs(llm) - world.logprobs(fresh)).abs().max().item()
+            result["difference"].append(difference)
+            world.stop_engine(fresh)
+        dist.barrier()
+    result["sent"] = {"bytes": report.bytes_sent}
+    if rank == 1:
+        with torch.no_grad():
+            for parameter in models[1].parameters():
+                parameter.fill_(float("nan"))
+    before = world.logprobs(llm) if llm else None
+    try:
+        fp8sync.refit(models[1], llm, world.recipe("blockwise-pow2"))
+    except fp8sync.NonFiniteWeight as error:
+        result["error"] = str(error)
+    if llm:
+        result["kept"] = (world.logprobs(llm) - before).abs().max().item()
+        world.stop_engine(llm)
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))
+    dist.barrier()
+
+
+def without_torchrun(start: Any) -> Any:
+    """Start an engine as if torchrun had not set its variables, which vLLM would take for its own."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
+    kept = {name: value for name, value in os.environ.items() if name.startswith(ours)}
+    for name in kept:
+        del os.environ[name]
+    try:
+        return start()
+    finally:
+        os.environ.update(kept)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
