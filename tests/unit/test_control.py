@@ -1,0 +1,315 @@
+"""The control channel over real sockets, with peers that are wrong, hostile, slow or gone."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fp8sync.control import Channel, Listener
+from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, TransferTimeout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+TOKEN = "5ca1ab1e" * 4
+WAIT_S = 5.0
+
+
+@pytest.fixture
+def listener() -> Iterator[Listener]:
+    with_token = Listener(TOKEN, timeout_s=WAIT_S)
+    yield with_token
+    with_token.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Channel, socket.socket]]:
+    """A channel and the bare socket at its other end."""
+    ours, theirs = socket.create_server(("127.0.0.1", 0)), None
+    theirs = socket.create_connection(ours.getsockname())
+    accepted, _ = ours.accept()
+    channel = Channel(accepted, "engine rank 7", timeout_s=WAIT_S)
+    yield channel, theirs
+    channel.close()
+    theirs.close()
+    ours.close()
+
+
+def cases(table: dict[str, object], open_faults: set[str]) -> list[object]:
+    """The names of a table; those in `open_faults` are known to fail."""
+    fault = pytest.mark.xfail(strict=True, reason="leaves receive() as another kind of error")
+    return [pytest.param(name, marks=fault) if name in open_faults else name for name in table]
+
+
+def framed(data: bytes) -> bytes:
+    return struct.pack("<I", len(data)) + data
+
+
+def test_messages_arrive_whole_and_in_order(listener: Listener) -> None:
+    long = {"type": "manifest", "manifest": ["×" * 3_000_000]}
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(Channel.connect, "127.0.0.1", listener.port, TOKEN, WAIT_S)
+        trainer = listener.accept("engine worker 0 of 1")
+        worker = joined.result()
+        sending = pool.submit(lambda: [worker.send(m) for m in (long, {"type": "plan"})])
+        assert trainer.receive("manifest") == long
+        assert trainer.receive("plan") == {"type": "plan"}
+        sending.result()
+        trainer.send({"type": "agreed", "digest": None})
+        assert worker.receive("agreed") == {"type": "agreed", "digest": None}
+    trainer.close()
+    worker.close()
+
+
+def test_a_frame_is_a_length_and_json(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    channel.send({"type": "version", "version": 3})
+    size = struct.unpack("<I", peer.recv(4, socket.MSG_WAITALL))[0]
+    assert json.loads(peer.recv(size, socket.MSG_WAITALL)) == {"type": "version", "version": 3}
+
+
+def test_only_loopback_is_bound_unless_told_otherwise(listener: Listener) -> None:
+    assert listener._sock.getsockname() == ("127.0.0.1", listener.port)
+    assert listener.host == "127.0.0.1"
+
+
+# --- who gets in ----------------------------------------------------------------------------------
+
+INTRUDERS: dict[str, bytes] = {
+    "wrong token": framed(b'{"type":"hello","token":"0000"}'),
+    "no token": framed(b'{"type":"hello"}'),
+    "empty token": framed(b'{"type":"hello","token":""}'),
+    "token of another type": framed(b'{"type":"hello","token":["%s"]}' % TOKEN.encode()),
+    "prefix of the token": framed(b'{"type":"hello","token":"%s"}' % TOKEN[:-1].encode()),
+    "half a character": framed(b'{"type":"hello","token":"\\ud800"}'),
+    "another message first": framed(b'{"type":"worker","rank":0}'),
+    "an error first": framed(b'{"type":"error","error":{"kind":"EngineLost","summary":"x"}}'),
+    "an error without content": framed(b'{"type":"error"}'),
+    "an error that is a number": framed(b'{"type":"error","error":5}'),
+    "errors that are a number": framed(b'{"type":"error","error":{"violations":5}}'),
+    "not an object": framed(b"[1,2]"),
+    "not JSON": framed(b"\x80\x04\x95garbage"),
+    "not UTF-8": framed(b'{"type":"\xff\xfe"}'),
+    "deep nesting": framed(b"[" * 100_000),
+    "a very long number": framed(b'{"type":' + b"9" * 5000 + b"}"),
+    "oversized length": b"\xff\xff\xff\xff",
+    "HTTP": b"GET / HTTP/1.1\r\n\r\n",
+    "nothing": b"",
+    "half a length": b"\x10\x00",
+    "half a message": framed(b'{"type":"hello"}')[:-3],
+}
+
+
+OPEN_FAULTS = {
+    "half a character",
+    "an error without content",
+    "an error that is a number",
+    "errors that are a number",
+    "deep nesting",
+}
+
+
+@pytest.mark.parametrize("name", cases(INTRUDERS, OPEN_FAULTS))
+def test_an_intruder_is_turned_away_and_the_worker_still_gets_in(
+    name: str, listener: Listener
+) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        accepted = pool.submit(listener.accept, "engine worker 0 of 1")
+        with socket.create_connection(("127.0.0.1", listener.port)) as intruder:
+            intruder.sendall(INTRUDERS[name])
+            intruder.shutdown(socket.SHUT_WR)
+            intruder.settimeout(2.0)
+            assert _closed(intruder)
+        worker = Channel.connect("127.0.0.1", listener.port, TOKEN, WAIT_S)
+        trainer = accepted.result(WAIT_S)
+        worker.send({"type": "worker", "rank": 0})
+        assert trainer.receive("worker") == {"type": "worker", "rank": 0}
+    trainer.close()
+    worker.close()
+
+
+def _closed(sock: socket.socket) -> bool:
+    """Whether the other side hung up without a word."""
+    try:
+        return sock.recv(1) == b""
+    except ConnectionResetError:
+        return True
+
+
+def test_nobody_comes() -> None:
+    listener = Listener(TOKEN, timeout_s=0.2)
+    began = time.monotonic()
+    with pytest.raises(TransferTimeout, match=r"engine worker 1 of 2 did not join within 0\.2 s"):
+        listener.accept("engine worker 1 of 2")
+    assert 0.15 < time.monotonic() - began < 3
+    listener.close()
+
+
+def test_closing_the_listener_wakes_who_waits() -> None:
+    listener = Listener(TOKEN, timeout_s=60)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(listener.accept, "engine worker 0 of 1")
+        time.sleep(0.1)
+        listener.close()
+        with pytest.raises(EngineLost, match="engine worker 0 of 1 did not join"):
+            waiting.result(WAIT_S)
+
+
+def test_nobody_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with pytest.raises(EngineLost, match=f"no trainer link answers at 127.0.0.1:{port}"):
+        Channel.connect("127.0.0.1", port, TOKEN, WAIT_S)
+
+
+# --- what a peer that got in may send --------------------------------------------------------------
+
+BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
+    "oversized length": (b"\x01\x00\x00\x40", "announced a message of 1073741825 bytes"),
+    "not an object": (framed(b'["vote"]'), "sent list, expected an object"),
+    "null": (framed(b"null"), "sent NoneType, expected an object"),
+    "out of turn": (framed(b'{"type":"ready"}'), "sent 'ready', expected 'vote'"),
+    "without a type": (framed(b"{}"), "sent None, expected 'vote'"),
+    "garbage": (framed(b"\x80\x04K\x01."), ""),
+    "an empty message": (framed(b""), ""),
+    "not UTF-8": (framed(b'{"type":"\xff"}'), ""),
+    "deep nesting": (framed(b"[" * 100_000), ""),
+    "an error without content": (framed(b'{"type":"error"}'), ""),
+    "an error that is a list": (framed(b'{"type":"error","error":[1]}'), ""),
+}
+
+
+OPEN_FAULTS_INSIDE = {
+    "garbage",
+    "an empty message",
+    "not UTF-8",
+    "deep nesting",
+    "an error without content",
+    "an error that is a list",
+}
+
+
+@pytest.mark.parametrize("name", cases(BAD_MESSAGES, OPEN_FAULTS_INSIDE))
+def test_a_bad_message_is_an_error_that_names_the_peer(
+    name: str, pair: tuple[Channel, socket.socket]
+) -> None:
+    channel, peer = pair
+    data, says = BAD_MESSAGES[name]
+    peer.sendall(data)
+    with pytest.raises(Fp8SyncError) as refusal:
+        channel.receive("vote")
+    assert "engine rank 7" in str(refusal.value)
+    assert says in str(refusal.value)
+
+
+def test_a_peers_error_is_raised_as_itself(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    told = CorruptBucket("a bucket is not the one", ["engine rank 7, bucket 1: index"])
+    peer.sendall(framed(json.dumps({"type": "error", "error": told.to_wire()}).encode()))
+    with pytest.raises(CorruptBucket) as raised:
+        channel.receive("vote")
+    assert str(raised.value) == str(told)
+
+
+def test_silence_is_a_timeout_that_names_peer_and_message(
+    pair: tuple[Channel, socket.socket],
+) -> None:
+    channel, _ = pair
+    with pytest.raises(TransferTimeout, match=r"engine rank 7 sent no 'vote' within 0\.2 s"):
+        channel.receive("vote", timeout_s=0.2)
+    channel.timeout_s = 0.1
+    with pytest.raises(TransferTimeout, match=r"engine rank 7 sent no 'vote' within 0\.1 s"):
+        channel.receive("vote")
+
+
+@pytest.mark.xfail(run=False, reason="the timeout is of each piece, not of the message")
+def test_a_message_that_never_ends_is_a_timeout(pair: tuple[Channel, socket.socket]) -> None:
+    """Each byte in time, the message not."""
+    channel, peer = pair
+    done = threading.Event()
+
+    def drip() -> None:
+        peer.sendall(struct.pack("<I", 10_000))
+        while not done.wait(0.1):
+            peer.sendall(b" ")
+
+    with ThreadPoolExecutor(1) as pool:
+        dripping = pool.submit(drip)
+        began = time.monotonic()
+        try:
+            with pytest.raises(TransferTimeout, match="engine rank 7"):
+                channel.receive("vote", timeout_s=0.5)
+            assert time.monotonic() - began < 3
+        finally:
+            done.set()
+            dripping.result()
+
+
+def test_a_peer_that_reads_nothing_is_a_timeout(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    channel.timeout_s = 0.2
+    with pytest.raises(TransferTimeout, match="engine rank 7 reads nothing within"):
+        channel.send({"type": "manifest", "manifest": "x" * 100_000_000})
+
+
+@pytest.mark.parametrize("sent", [b"", b"\x10", framed(b'{"type":"vote"}')[:-1]])
+def test_a_peer_that_hangs_up_is_lost(sent: bytes, pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    peer.sendall(sent)
+    peer.close()
+    with pytest.raises(EngineLost, match="engine rank 7 closed the connection; expected 'vote'"):
+        channel.receive("vote")
+
+
+def test_sending_to_a_peer_that_is_gone(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    peer.close()
+    with pytest.raises(EngineLost, match="engine rank 7 is gone"):
+        channel.send({"type": "manifest", "manifest": "x" * 100_000_000})
+
+
+def test_closing_a_channel_wakes_who_waits(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Callable[[], object] = pool.submit(channel.receive, "vote").result
+        time.sleep(0.1)
+        channel.close()
+        with pytest.raises(EngineLost, match="engine rank 7"):
+            waiting()
+
+
+def test_values_that_are_not_json_are_never_sent(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        channel.send({"type": "sent", "error_sq": float("nan")})
+
+
+class Bomb:
+    """What unpickling would run: it leaves a file behind."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, (self.path,)
+
+
+def test_a_pickle_is_only_bytes(pair: tuple[Channel, socket.socket], tmp_path) -> None:
+    import pickle
+
+    channel, peer = pair
+    bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
+    peer.sendall(framed(bomb))
+    with pytest.raises((Fp8SyncError, ValueError)):
+        channel.receive("vote")
+    assert list(tmp_path.iterdir()) == []
+    pickle.loads(bomb)
+    assert [path.name for path in tmp_path.iterdir()] == ["exploded"]

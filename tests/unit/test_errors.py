@@ -1,0 +1,46 @@
+"""Errors cross a wire as data and arrive as themselves."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import fp8sync
+from fp8sync import errors
+from fp8sync.errors import Fp8SyncError, from_wire
+
+FAMILY = [getattr(errors, name) for name in errors.__all__ if name != "from_wire"]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_an_error_survives_the_wire(kind: type[Fp8SyncError]) -> None:
+    error = kind("what happened", ["w: expected 1, found 2", "v: expected ‖x‖, found NaN"])
+    again = from_wire(json.loads(json.dumps(error.to_wire())))
+    assert type(again) is kind
+    assert again.violations == error.violations
+    assert str(again) == str(error)
+
+
+def test_the_text_lists_every_violation() -> None:
+    error = Fp8SyncError("two faults", ["first", "second"])
+    assert str(error) == "two faults\n  - first\n  - second"
+    assert str(Fp8SyncError("alone")) == "alone"
+
+
+@pytest.mark.parametrize("kind", ["", "KeyboardInterrupt", "Fp8SyncError", "os.system", None])
+def test_only_known_kinds_are_made(kind: object) -> None:
+    error = from_wire({"kind": kind, "summary": 5, "violations": [1, None]})
+    assert type(error) is Fp8SyncError
+    assert error.summary == "5"
+    assert error.violations == ("1", "None")
+
+
+def test_nothing_but_a_kind_is_needed() -> None:
+    assert str(from_wire({"kind": "EngineLost"})) == ""
+
+
+def test_the_family_is_public() -> None:
+    for kind in FAMILY:
+        assert getattr(fp8sync, kind.__name__) is kind
+        assert issubclass(kind, Fp8SyncError)

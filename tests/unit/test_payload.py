@@ -1,0 +1,215 @@
+"""What lands in the engine equals the whole HF tensor, quantized and then sliced, byte for byte."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.payload import pack, unpack
+from fp8sync.plan import build_plan, fill_buckets
+from fp8sync.recipe import Encoding, Formula
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from tests.unit import layouts
+from tests.unit.layouts import Side, bits
+
+if TYPE_CHECKING:
+    from fp8sync.payload import PartReport
+    from fp8sync.plan import Plan
+
+GUARD = 0xA5
+
+
+def move(
+    plan: Plan,
+    source: dict[str, torch.Tensor],
+    staging: dict[str, torch.Tensor],
+    limit: int,
+) -> list[PartReport]:
+    """Send all of a plan through buckets, from every source rank to every destination rank."""
+    reports = []
+    for rank in sorted({copy.destination_rank for copy in plan.copies}):
+        for bucket in fill_buckets(plan.to_rank(rank), limit):
+            payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+            reports += pack(bucket, source, payload)
+            unpack(bucket, payload, staging)
+    return reports
+
+
+def staging_of(side: Side, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The engine's storages, every byte of them a guard value."""
+    storages = {}
+    for name, size in side.sizes.items():
+        kind = torch.float32 if name.endswith(".scale_inv") else dtype
+        raw = torch.full((size * kind.itemsize,), GUARD, dtype=torch.uint8)
+        storages[name] = raw.view(kind)
+    return storages
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_blockwise_equals_quantize_then_slice(data: st.DataObject) -> None:
+    infos = data.draw(layouts.blockwise_infos())
+    source = data.draw(layouts.sides(infos, unit=128, replicas=data.draw(st.integers(1, 2))))
+    destination = data.draw(layouts.sides(infos, unit=128, scales=True))
+    tensors = layouts.random_tensors(infos, data.draw(st.integers(0, 99)))
+    plan = build_plan(source.manifest(layouts.as_source(infos)), destination.manifest(infos))
+    found = staging_of(destination, torch.float8_e4m3fn)
+    limit = data.draw(st.sampled_from([1, 20_000, 70_000, 1 << 26]))
+    move(plan, layouts.held_by(source, tensors), found, limit)
+
+    expected = staging_of(destination, torch.float8_e4m3fn)
+    whole = {i.name: quantize_blockwise(tensors[i.name], i.formula.value) for i in infos}
+    for box in layouts.boxes(destination):
+        weight, scale_inv, _ = whole[box.tensor]
+        first = tuple(a // 128 for a in box.start)
+        blocks = tuple(-(-n // 128) for n in box.shape)
+        _put(expected, box.at, layouts.cut(weight, box.start, box.shape))
+        _put(expected, box.scale_at, layouts.cut(scale_inv, first, blocks))
+    for name, storage in expected.items():
+        assert torch.equal(bits(found[name]), bits(storage)), name
+
+
+def _put(storages: dict[str, torch.Tensor], at: Placement, value: torch.Tensor) -> None:
+    layouts.tensor_window(storages[at.storage], at, value.shape).copy_(value)
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_an_engine_without_fp8_gets_codes_times_scales_rounded_once(data: st.DataObject) -> None:
+    infos = data.draw(layouts.blockwise_infos(limit=1))
+    source = data.draw(layouts.sides(infos, unit=128))
+    destination = data.draw(layouts.sides(infos, unit=128))
+    tensors = layouts.random_tensors(infos, 5)
+    plan = build_plan(source.manifest(layouts.as_source(infos)), destination.manifest(infos))
+    found = staging_of(destination, torch.bfloat16)
+    move(plan, layouts.held_by(source, tensors), found, 40_000)
+    (info,) = infos
+    weight, scale_inv, _ = quantize_blockwise(tensors[info.name], info.formula.value)
+    whole = dequantize_blockwise(weight, scale_inv, torch.bfloat16)
+    for box in layouts.boxes(destination):
+        window = layouts.tensor_window(found[box.at.storage], box.at, box.shape)
+        assert torch.equal(bits(window), bits(layouts.cut(whole, box.start, box.shape)))
+
+
+@pytest.mark.parametrize(
+    ("held", "wanted"),
+    [
+        ("bfloat16", "bfloat16"),
+        ("float32", "bfloat16"),
+        ("float32", "float16"),
+        ("bfloat16", "float32"),
+        ("int64", "int64"),
+        ("bool", "bool"),
+    ],
+)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_plain_tensors_arrive_in_the_engines_dtype(
+    held: str, wanted: str, data: st.DataObject
+) -> None:
+    infos = data.draw(layouts.plain_infos(wanted))
+    source, destination = data.draw(layouts.sides(infos)), data.draw(layouts.sides(infos))
+    kinds = getattr(torch, held), getattr(torch, wanted)
+    generator = torch.Generator().manual_seed(7)
+    tensors = {
+        i.name: (torch.randn(i.shape, generator=generator) * 1000).to(kinds[0]) for i in infos
+    }
+    plan = build_plan(source.manifest(layouts.as_source(infos, held)), destination.manifest(infos))
+    storages = {n: torch.zeros(s, dtype=kinds[0]) for n, s in source.sizes.items()}
+    for box in layouts.boxes(source):
+        _put(storages, box.at, layouts.cut(tensors[box.tensor], box.start, box.shape))
+    found = {n: torch.zeros(s, dtype=kinds[1]) for n, s in destination.sizes.items()}
+    move(plan, storages, found, 48)
+    for box in layouts.boxes(destination):
+        window = layouts.tensor_window(found[box.at.storage], box.at, box.shape)
+        whole = tensors[box.tensor].to(kinds[1])
+        assert torch.equal(bits(window), bits(layouts.cut(whole, box.start, box.shape)))
+
+
+def _one(
+    tensor: torch.Tensor, formula: Formula | None, *, scaled: bool = True
+) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """A plan for one whole tensor from rank 0 to rank 0, and its source storages."""
+    shape = tuple(tensor.shape)
+    held = TensorInfo("w", shape, str(tensor.dtype).removeprefix("torch."))
+    wanted = held
+    scale_at = None
+    if formula is not None:
+        wanted = TensorInfo("w", shape, "float8_e4m3fn", Encoding.BLOCKWISE, formula)
+        if scaled:
+            scale_at = Placement("w_scale_inv", 0, (-(-shape[1] // 128), 1))
+    start = (0,) * len(shape)
+    source = Box("w", start, shape, Placement("w", 0, tensor.stride()))
+    at = Placement("w", 0, torch.empty(shape, device="meta").stride())
+    destination = Box("w", start, shape, at, scale_at)
+    plan = build_plan(Manifest.of([held], {0: [source]}), Manifest.of([wanted], {0: [destination]}))
+    return plan, {"w": tensor}
+
+
+def test_a_storage_may_begin_inside_its_memory() -> None:
+    """Placements count from a storage's first element, wherever that lies in an allocation."""
+    memory = torch.arange(400.0).to(torch.bfloat16)
+    tensor = memory[37:357].view(16, 20)[:, 3:11]
+    plan, storages = _one(tensor, None)
+    found = {"w": torch.zeros(16, 8, dtype=torch.bfloat16)}
+    move(plan, storages, found, 1 << 20)
+    assert torch.equal(found["w"], tensor)
+
+
+@pytest.mark.parametrize(("formula", "code"), [(Formula.POW2, 0x78), (Formula.FP32, 0x7E)])
+def test_padding_between_parts_stays_zero(formula: Formula, code: int) -> None:
+    """1.0 is 256 * 2^-8 by pow2, and 448 (E4M3's largest) times 1/448 by fp32."""
+    plan, storages = _one(torch.ones(3, 5, dtype=torch.bfloat16), formula)
+    (bucket,) = fill_buckets(plan.copies)
+    payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+    pack(bucket, storages, payload)
+    assert bucket.nbytes == 32
+    assert payload[:15].tolist() == [code] * 15
+    assert payload[15] == 0
+    assert payload[20:].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("formula", [None, *Formula])
+@pytest.mark.parametrize("limit", [1, 1 << 20])
+def test_every_nonfinite_element_is_counted(formula: Formula | None, limit: int) -> None:
+    x = torch.randn(300, 140, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    x[0, 0], x[131, 7], x[299, 139] = torch.nan, torch.inf, -torch.inf
+    plan, storages = _one(x, formula)
+    found = {
+        "w": torch.zeros(
+            300, 140, dtype=torch.bfloat16 if formula is None else torch.float8_e4m3fn
+        ),
+        "w_scale_inv": torch.zeros(3, 2),
+    }
+    reports = move(plan, storages, found, limit)
+    assert sum(report.nonfinite for report in reports) == 3
+    assert {report.tensor for report in reports} == {"w"}
+
+
+def test_a_value_that_overflows_the_engines_dtype_is_counted() -> None:
+    x = torch.tensor([1.0, 7e4, -7e4])
+    held, wanted = (TensorInfo("b", (3,), dtype) for dtype in ("float32", "float16"))
+    box = Box("b", (0,), (3,), Placement("b", 0, (1,)))
+    plan = build_plan(Manifest.of([held], {0: [box]}), Manifest.of([wanted], {0: [box]}))
+    (report,) = move(plan, {"b": x}, {"b": torch.zeros(3, dtype=torch.float16)}, 1 << 20)
+    assert report.nonfinite == 2
+
+
+@pytest.mark.parametrize("formula", Formula)
+def test_the_reported_error_is_the_frobenius_error(formula: Formula) -> None:
+    x = torch.randn(256, 256, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    plan, storages = _one(x, formula)
+    found = {
+        "w": torch.zeros(256, 256, dtype=torch.float8_e4m3fn),
+        "w_scale_inv": torch.zeros(2, 2),
+    }
+    (report,) = move(plan, storages, found, 1 << 20)
+    value = dequantize_blockwise(found["w"], found["w_scale_inv"], torch.float32)
+    assert report.error_sq == (value - x.float()).square().sum().item()
+    assert report.norm_sq == x.float().square().sum().item()
+    assert 0.0 < report.error_sq < report.norm_sq
