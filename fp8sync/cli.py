@@ -1,0 +1,118 @@
+"""The command line: `fp8sync plan` says what a refit will move, without a GPU or an engine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import Fp8SyncError
+from fp8sync.layouts import geometry
+from fp8sync.layouts.parse import parse_engine, parse_model, parse_settings, parse_trainer
+from fp8sync.layouts.pieces import join_sides
+from fp8sync.manifest import Manifest
+from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
+from fp8sync.plan.forecast import Bandwidths, forecast, report
+from fp8sync.plan.spread import side_of
+from fp8sync.plan.traffic import Traffic, traffic
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from fp8sync.layouts import Layout, ModelShape
+    from fp8sync.plan.spread import Side
+
+__all__ = ["main"]
+
+_EXAMPLE = """\
+example:
+  fp8sync plan --model deepseek-v3 --trainer tp=8,pp=16,dp=8,ep=64,etp=1 \\
+               --engine tp=8,dp=4,ep,engines=16
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status.
+
+    Args:
+        argv: arguments after the program's name; `sys.argv` if not given.
+    """
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (Fp8SyncError, ValueError, OSError) as error:
+        print(f"fp8sync: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fp8sync", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    plan = commands.add_parser(
+        "plan",
+        help="what a refit will move: bytes per link, messages, memory, time, misc list",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan.add_argument("--model", help="preset (deepseek-v3, ...) or a config.json")
+    plan.add_argument("--trainer", required=True, help="layout, or a saved manifest (.json)")
+    plan.add_argument(
+        "--engine",
+        required=True,
+        action="append",
+        help="layout, or a saved manifest (.json); repeat for several engines fed together",
+    )
+    plan.add_argument("--bandwidth", default="", help="such as node_gb_s=366,network_gb_s=50")
+    plan.add_argument("--bucket-bytes", type=int, default=DEFAULT_BUCKET_BYTES)
+    plan.add_argument("--top", type=int, default=10, help="how many links to print")
+    plan.add_argument("--json", action="store_true", help="figures as JSON")
+    plan.set_defaults(run=_plan)
+    return parser
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    model = parse_model(arguments.model) if arguments.model else None
+    source = _side(arguments.trainer, parse_trainer, model)
+    engines = [_side(text, parse_engine, model) for text in arguments.engine]
+    bandwidths = parse_settings(Bandwidths, arguments.bandwidth)
+    found = traffic(source, join_sides(engines), arguments.bucket_bytes)
+    if arguments.json:
+        print(json.dumps(_figures(found, bandwidths, arguments.top), indent=1))
+    else:
+        print(report(found, bandwidths, arguments.top))
+    return 0
+
+
+def _side(text: str, parse: Callable[[str], Layout], model: ModelShape | None) -> Side:
+    if text.endswith(".json"):
+        data = json.loads(Path(text).read_text(encoding="utf-8"))
+        return side_of(Manifest.from_json(data))
+    if model is None:
+        raise ValueError(f"{text!r} is a layout: say of which --model")
+    return geometry(parse(text), model)
+
+
+def _figures(found: Traffic, bandwidths: Bandwidths, top: int) -> dict[str, object]:
+    ahead = forecast(found, bandwidths)
+    sent, received = found.sent(), found.received()
+    busiest = sorted(found.links.items(), key=lambda item: (-item[1], item[0]))[:top]
+    return {
+        "tensors": len(found.tensors),
+        "copies": found.copies,
+        "bytes": found.total_bytes,
+        "links": len(found.links),
+        "messages": found.messages,
+        "top_links": [[a, b, nbytes] for (a, b), nbytes in busiest],
+        "max_sent_bytes": max(sent.values(), default=0),
+        "max_received_bytes": max(received.values(), default=0),
+        "max_staged_bytes": max(found.staged.values(), default=0),
+        "amax_groups": found.amax.groups,
+        "wire_s": ahead.seconds,
+        "misc": found.misc,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

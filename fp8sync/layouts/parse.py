@@ -1,0 +1,92 @@
+"""Layouts and models from text, as a command line gives them.
+
+tp=8,pp=16,dp=8,ep=64,etp=1        a trainer
+tp=8,dp=4,ep,engines=16            an engine
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fp8sync.layouts.engine import EngineLayout
+from fp8sync.layouts.models import ModelShape, from_config
+from fp8sync.layouts.presets import PRESETS
+from fp8sync.layouts.trainer import TrainerLayout
+from fp8sync.recipe import Formula
+
+__all__ = ["parse_engine", "parse_model", "parse_settings", "parse_trainer"]
+
+T = TypeVar("T")
+
+
+def parse_model(text: str) -> ModelShape:
+    """Return a preset by name, or the model of a Hugging Face `config.json` by its path.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text in PRESETS:
+        return PRESETS[text]
+    path = Path(text)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        return from_config(json.loads(path.read_text(encoding="utf-8")))
+    raise ValueError(f"model {text!r} is neither a config.json nor one of {', '.join(PRESETS)}")
+
+
+def parse_trainer(text: str) -> TrainerLayout:
+    """Return a trainer's layout from `axis=size,...`; see `TrainerLayout` for the names.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong kind.
+    """
+    return parse_settings(TrainerLayout, text)
+
+
+def parse_engine(text: str) -> EngineLayout:
+    """Return an engine's layout from `axis=size,...`; `ep` stands for `expert_parallel`.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong kind.
+    """
+    return parse_settings(EngineLayout, text, {"ep": "expert_parallel"})
+
+
+def parse_settings(kind: type[T], text: str, aliases: dict[str, str] | None = None) -> T:
+    """Return a dataclass from `name=value,...`; a name alone means true, stages are `5:6:6`.
+
+    Raises:
+        ValueError: an unknown name, or a value of the wrong kind.
+    """
+    known = {f.name: str(f.type) for f in fields(kind)}  # type: ignore[arg-type]
+    settings: dict[str, Any] = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.partition("=")
+        name = (aliases or {}).get(name, name)
+        if name not in known:
+            raise ValueError(
+                f"{item!r}: {kind.__name__} has no {name!r}; it has {', '.join(known)}"
+            )
+        settings[name] = _value(name, value, known[name])
+    return kind(**settings)
+
+
+def _value(name: str, text: str, kind: str) -> Any:
+    if kind == "bool":
+        if text.lower() not in {"", "1", "true", "yes", "0", "false", "no"}:
+            raise ValueError(f"{name}={text}: expected true or false")
+        return text.lower() in {"", "1", "true", "yes"}
+    if kind == "int":
+        return int(text)
+    if kind == "float":
+        return float(text)
+    if kind == "str":
+        return text
+    if kind == "Formula | None":
+        return None if text in {"", "none", "bf16"} else Formula(text)
+    if kind == "tuple[int, ...]":
+        return tuple(int(part) for part in text.split(":"))
+    raise ValueError(f"{name} cannot be given as text")
