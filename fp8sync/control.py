@@ -10,6 +10,7 @@ import hmac
 import json
 import socket
 import struct
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -19,6 +20,9 @@ __all__ = ["Channel", "Listener"]
 
 _LENGTH = struct.Struct("<I")
 _MAX_BYTES = 1 << 30
+_HELLO_BYTES = 1 << 10
+"""Largest first message: whoever sends it has not shown the token yet."""
+_HELLO_S = 5.0
 
 Message = dict[str, Any]
 
@@ -55,7 +59,7 @@ class Channel:
         try:
             self._sock.sendall(_LENGTH.pack(len(data)) + data)
         except TimeoutError as error:
-            raise self._late("reads nothing") from error
+            raise self._late("reads nothing", self.timeout_s) from error
         except OSError as error:
             raise EngineLost(f"{self.peer} is gone: {error}") from error
 
@@ -64,23 +68,31 @@ class Channel:
         with suppress(EngineLost, TransferTimeout):
             self.send(message)
 
-    def receive(self, kind: str, timeout_s: float | None = None) -> Message:
+    def receive(
+        self, kind: str, timeout_s: float | None = None, max_bytes: int = _MAX_BYTES
+    ) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
         Raises:
             EngineLost: the peer is gone.
-            TransferTimeout: nothing came within the timeout.
+            TransferTimeout: no whole message came within the timeout.
             Fp8SyncError: what the peer reported, or a message out of turn.
         """
-        self._sock.settimeout(self.timeout_s if timeout_s is None else timeout_s)
-        (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind))
-        if size > _MAX_BYTES:
+        limit_s = self.timeout_s if timeout_s is None else timeout_s
+        ends = time.monotonic() + limit_s
+        (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind, ends, limit_s))
+        if size > max_bytes:
             raise Fp8SyncError(f"{self.peer} announced a message of {size} bytes")
-        message = json.loads(self._read(size, kind))
+        data = self._read(size, kind, ends, limit_s)
+        try:
+            message = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            text = f"{self.peer} sent what is not JSON, expected {kind!r}: {error}"
+            raise Fp8SyncError(text) from error
         if not isinstance(message, dict):
             raise Fp8SyncError(f"{self.peer} sent {type(message).__name__}, expected an object")
         if message.get("type") == "error":
-            raise from_wire(message["error"])
+            raise self._told(message.get("error"))
         if message.get("type") != kind:
             raise Fp8SyncError(f"{self.peer} sent {message.get('type')!r}, expected {kind!r}")
         return message
@@ -92,13 +104,20 @@ class Channel:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
-    def _read(self, size: int, kind: str) -> bytes:
+    def _told(self, error: Any) -> Fp8SyncError:
+        if not isinstance(error, dict) or not isinstance(error.get("violations", []), list):
+            return Fp8SyncError(f"{self.peer} reported an error of no known form")
+        return from_wire(error)
+
+    def _read(self, size: int, kind: str, ends: float, limit_s: float) -> bytes:
         data = bytearray()
         while len(data) < size:
+            # A deadline for the whole, so that a peer that drips bytes is late as well.
+            self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
             try:
                 piece = self._sock.recv(min(size - len(data), 1 << 20))
             except TimeoutError as error:
-                raise self._late(f"sent no {kind!r}") from error
+                raise self._late(f"sent no {kind!r}", limit_s) from error
             except OSError as error:
                 raise EngineLost(f"{self.peer} is gone: {error}") from error
             if not piece:
@@ -106,8 +125,8 @@ class Channel:
             data += piece
         return bytes(data)
 
-    def _late(self, what: str) -> TransferTimeout:
-        return TransferTimeout(f"{self.peer} {what} within {self._sock.gettimeout():g} s")
+    def _late(self, what: str, limit_s: float) -> TransferTimeout:
+        return TransferTimeout(f"{self.peer} {what} within {limit_s:g} s")
 
 
 class Listener:
@@ -131,8 +150,9 @@ class Listener:
         Raises:
             TransferTimeout: nobody came within the timeout.
         """
-        self._sock.settimeout(self._timeout_s)
+        ends = time.monotonic() + self._timeout_s
         while True:
+            self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
             try:
                 sock, _ = self._sock.accept()
             except TimeoutError as error:
@@ -141,14 +161,18 @@ class Listener:
             except OSError as error:
                 raise EngineLost(f"{peer} did not join: {error}") from error
             channel = Channel(sock, peer, self._timeout_s)
-            try:
-                hello = channel.receive("hello", timeout_s=min(5.0, self._timeout_s))
-            except (Fp8SyncError, ValueError):
-                channel.close()
-                continue
-            if hmac.compare_digest(str(hello.get("token")).encode(), self._token.encode()):
+            if self._admits(channel, min(_HELLO_S, max(ends - time.monotonic(), 1e-3))):
                 return channel
             channel.close()
+
+    def _admits(self, channel: Channel, timeout_s: float) -> bool:
+        try:
+            token = channel.receive("hello", timeout_s, _HELLO_BYTES).get("token")
+        except Fp8SyncError:
+            return False
+        if not isinstance(token, str):
+            return False
+        return hmac.compare_digest(token.encode(errors="replace"), self._token.encode())
 
     def close(self) -> None:
         """Stop listening; a thread that waits in `accept` wakes with `EngineLost`."""

@@ -35,14 +35,15 @@ class ModuleSource:
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Return the live parameters and buffers by name; nothing is copied."""
-        seen: set[tuple[int, torch.Size]] = set()
+        seen: set[tuple[object, ...]] = set()
         live: dict[str, torch.Tensor] = {}
         for name, value in self._module.state_dict(keep_vars=True).items():
             if not isinstance(value, torch.Tensor):
                 continue
             tensor = value.detach()
-            key = (tensor.data_ptr(), tensor.shape)
-            if tensor.numel() and key in seen:
+            # Two views of one memory are tied only if they show it alike; meta tensors have none.
+            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+            if tensor.numel() and not tensor.is_meta and key in seen:
                 continue
             seen.add(key)
             live[name] = tensor
@@ -55,7 +56,7 @@ class ModuleSource:
             UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype.
         """
         live = self.storages()
-        faults = [f"{name}: {fault}" for name, t in live.items() if (fault := _unplain(t))]
+        faults = [f"{name}: {fault}" for name, t in live.items() if (fault := _unplain(name, t))]
         if faults:
             raise UnsupportedLayout("not a plain module", faults)
         infos, boxes = [], []
@@ -67,13 +68,15 @@ class ModuleSource:
         return Manifest.of(infos, {self._rank: boxes})
 
 
-def _unplain(tensor: torch.Tensor) -> str:
+def _unplain(name: str, tensor: torch.Tensor) -> str:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"expected a plain tensor, found {type(tensor).__name__}"
     if tensor.is_meta:
         return "expected data, found a meta tensor"
     if _dtype(tensor) not in ITEMSIZE:
         return f"dtype {_dtype(tensor)} cannot travel"
+    if name.endswith(".experts.gate_up_proj") and tensor.dim() == 3 and tensor.shape[1] % 2:
+        return f"expected gate and up halves [E, 2I, H], found {tuple(tensor.shape)}"
     return ""
 
 

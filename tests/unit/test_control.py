@@ -43,12 +43,6 @@ def pair() -> Iterator[tuple[Channel, socket.socket]]:
     ours.close()
 
 
-def cases(table: dict[str, object], open_faults: set[str]) -> list[object]:
-    """The names of a table; those in `open_faults` are known to fail."""
-    fault = pytest.mark.xfail(strict=True, reason="leaves receive() as another kind of error")
-    return [pytest.param(name, marks=fault) if name in open_faults else name for name in table]
-
-
 def framed(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
 
@@ -108,16 +102,7 @@ INTRUDERS: dict[str, bytes] = {
 }
 
 
-OPEN_FAULTS = {
-    "half a character",
-    "an error without content",
-    "an error that is a number",
-    "errors that are a number",
-    "deep nesting",
-}
-
-
-@pytest.mark.parametrize("name", cases(INTRUDERS, OPEN_FAULTS))
+@pytest.mark.parametrize("name", INTRUDERS)
 def test_an_intruder_is_turned_away_and_the_worker_still_gets_in(
     name: str, listener: Listener
 ) -> None:
@@ -126,7 +111,7 @@ def test_an_intruder_is_turned_away_and_the_worker_still_gets_in(
         with socket.create_connection(("127.0.0.1", listener.port)) as intruder:
             intruder.sendall(INTRUDERS[name])
             intruder.shutdown(socket.SHUT_WR)
-            intruder.settimeout(2.0)
+            intruder.settimeout(WAIT_S)
             assert _closed(intruder)
         worker = Channel.connect("127.0.0.1", listener.port, TOKEN, WAIT_S)
         trainer = accepted.result(WAIT_S)
@@ -187,17 +172,7 @@ BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
 }
 
 
-OPEN_FAULTS_INSIDE = {
-    "garbage",
-    "an empty message",
-    "not UTF-8",
-    "deep nesting",
-    "an error without content",
-    "an error that is a list",
-}
-
-
-@pytest.mark.parametrize("name", cases(BAD_MESSAGES, OPEN_FAULTS_INSIDE))
+@pytest.mark.parametrize("name", BAD_MESSAGES)
 def test_a_bad_message_is_an_error_that_names_the_peer(
     name: str, pair: tuple[Channel, socket.socket]
 ) -> None:
@@ -230,7 +205,6 @@ def test_silence_is_a_timeout_that_names_peer_and_message(
         channel.receive("vote")
 
 
-@pytest.mark.xfail(run=False, reason="the timeout is of each piece, not of the message")
 def test_a_message_that_never_ends_is_a_timeout(pair: tuple[Channel, socket.socket]) -> None:
     """Each byte in time, the message not."""
     channel, peer = pair
@@ -308,7 +282,7 @@ def test_a_pickle_is_only_bytes(pair: tuple[Channel, socket.socket], tmp_path) -
     channel, peer = pair
     bomb = pickle.dumps(Bomb(str(tmp_path / "exploded")))
     peer.sendall(framed(bomb))
-    with pytest.raises((Fp8SyncError, ValueError)):
+    with pytest.raises(Fp8SyncError):
         channel.receive("vote")
     assert list(tmp_path.iterdir()) == []
     pickle.loads(bomb)

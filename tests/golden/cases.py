@@ -1,0 +1,175 @@
+"""The tiny world behind the golden files: two trainer ranks, one engine rank, five tensors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.payload import pack
+from fp8sync.plan import Plan, build_plan, fill_buckets
+from fp8sync.recipe import Encoding, Formula
+from fp8sync.wire import ABORT, Header
+from fp8sync_kernels import digest
+
+POW2 = ("float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+FP32 = ("float8_e4m3fn", Encoding.BLOCKWISE, Formula.FP32)
+ENGINE_RANK = 1
+BUCKET_BYTES = 400
+
+
+def source_manifest() -> Manifest:
+    """`tall` lies on both ranks in halves, `wide` is a transposed view, the rest is contiguous."""
+    tensors = [
+        TensorInfo("tall.weight", (131, 2), "bfloat16"),
+        TensorInfo("wide.weight", (2, 3), "float32"),
+        TensorInfo("norm.weight", (5,), "bfloat16"),
+        TensorInfo("step", (), "int64"),
+        TensorInfo("decay", (4,), "float32"),
+    ]
+    ranks = {
+        0: [
+            Box("tall.weight", (0, 0), (128, 2), Placement("flat", 6, (3, 1))),
+            Box("norm.weight", (0,), (5,), Placement("norm", 0, (1,))),
+            Box("step", (), (), Placement("step", 0, ())),
+        ],
+        1: [
+            Box("tall.weight", (128, 0), (3, 2), Placement("tail", 0, (2, 1))),
+            Box("wide.weight", (0, 0), (2, 3), Placement("turned", 1, (1, 2))),
+            Box("decay", (0,), (4,), Placement("decay", 0, (1,))),
+            Box("norm.weight", (0,), (5,), Placement("norm", 0, (1,))),
+        ],
+    }
+    return Manifest.of(tensors, ranks)
+
+
+def engine_manifest() -> Manifest:
+    """One engine rank; `tall` inside a fused storage with scales, `decay` by the misc path."""
+    reason = "the loader computes what it stores"
+    tensors = [
+        TensorInfo("tall.weight", (131, 2), *POW2),
+        TensorInfo("wide.weight", (2, 3), *FP32),
+        TensorInfo("norm.weight", (5,), "float32"),
+        TensorInfo("step", (), "int64"),
+        TensorInfo("decay", (4,), "float32", misc=reason),
+    ]
+    fused = Placement("layer.fused.weight", 512, (2, 1))
+    scales = Placement("layer.fused.weight_scale_inv", 2, (1, 1))
+    boxes = [
+        Box("tall.weight", (0, 0), (131, 2), fused, scales),
+        Box(
+            "wide.weight",
+            (0, 0),
+            (2, 3),
+            Placement("layer.wide.weight", 0, (3, 1)),
+            Placement("layer.wide.weight_scale_inv", 0, (1, 1)),
+        ),
+        Box("norm.weight", (0,), (5,), Placement("layer.norm.weight", 0, (1,))),
+        Box("step", (), (), Placement("layer.step", 0, ())),
+        Box("decay", (0,), (4,), Placement("misc/decay", 0, (1,))),
+    ]
+    return Manifest.of(tensors, {ENGINE_RANK: boxes})
+
+
+def storages(rank: int) -> dict[str, torch.Tensor]:
+    """The trainer's memory, filled from arithmetic alone."""
+    steps = torch.arange(400, dtype=torch.float32)
+    values = (steps * 37 % 101 - 50) / 8  # exact in BF16
+    norm = values[300:305].to(torch.bfloat16)
+    if rank == 0:
+        flat = values[:392].to(torch.bfloat16)
+        return {"flat": flat, "norm": norm, "step": torch.tensor(2**40 + 7)}
+    tail = values[10:16].to(torch.bfloat16)
+    turned = torch.tensor([9.0, 1.0, -0.0, 0.3, 1e-5, -7.3, 2.5])
+    return {"tail": tail, "turned": turned, "decay": values[:4] / 3, "norm": norm}
+
+
+def plan() -> Plan:
+    return build_plan(source_manifest(), engine_manifest())
+
+
+# --- the golden files' contents -------------------------------------------------------------------
+
+
+def manifest_json() -> str:
+    source, engine = source_manifest(), engine_manifest()
+    sides = {"source": source, "engine": engine}
+    data = {n: {"digest": m.digest(), "manifest": m.to_json()} for n, m in sides.items()}
+    return pretty(data)
+
+
+def plan_json() -> str:
+    made = plan()
+    data = {
+        "copies": [copy.to_json() for copy in made.copies],
+        "digests": made.digests(ENGINE_RANK),
+        "digest": made.digest(ENGINE_RANK),
+    }
+    return pretty(data)
+
+
+def bucket_hex() -> str:
+    """Every message of version 3 in order, a line of 16 bytes each, then an abort."""
+    made = plan()
+    lines = []
+    buckets = fill_buckets(made.to_rank(ENGINE_RANK), BUCKET_BYTES)
+    for bucket in buckets:
+        payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+        pack(bucket, storages(bucket.source_rank), payload)
+        header = Header(
+            index=bucket.index,
+            version=3,
+            payload_bytes=bucket.nbytes,
+            digest=digest(payload),
+            plan=bytes.fromhex(made.digest(ENGINE_RANK))[:16],
+            parts=len(bucket.parts),
+        )
+        lines.append(f"# bucket {bucket.index}, from trainer rank {bucket.source_rank}: header")
+        lines += dump(header.pack())
+        for part in bucket.parts:
+            copy = part.copy
+            scales = f", scale_inv at {part.scale_offset}" if part.scale_offset >= 0 else ""
+            lines.append(f"# {copy.tensor} {copy.shape} {copy.dtype} at {part.offset}{scales}")
+        lines += dump(bytes(payload.numpy()))
+    plan_id = bytes.fromhex(made.digest(ENGINE_RANK))[:16]
+    void = Header(
+        index=0,
+        version=4,
+        payload_bytes=buckets[0].nbytes,
+        digest=0,
+        plan=plan_id,
+        parts=len(buckets[0].parts),
+        flags=ABORT,
+    )
+    lines.append("# header of a sender that failed: the payload, as long as ever, is void")
+    lines += dump(void.pack())
+    return "\n".join(lines) + "\n"
+
+
+def dump(data: bytes) -> list[str]:
+    return [data[i : i + 16].hex(" ") for i in range(0, len(data), 16)]
+
+
+def pretty(data: Any) -> str:
+    """JSON for reading: one line for each tensor, box or copy."""
+    text = json.dumps(data, indent=1)
+    return _join_lists(text) + "\n"
+
+
+def _join_lists(text: str) -> str:
+    """Put lists that stand one level inside another list on one line."""
+    lines: list[str] = []
+    depth = 0
+    for line in text.splitlines():
+        bare = line.strip()
+        if depth > 1:
+            lines[-1] += bare if bare[0] == "]" else ("" if lines[-1][-1] == "[" else " ") + bare
+        else:
+            lines.append(line)
+        depth += line.endswith("[") - (bare in ("]", "],"))
+    return "\n".join(lines)
+
+
+FILES = {"manifest.json": manifest_json, "plan.json": plan_json, "bucket.hex": bucket_hex}
