@@ -12,7 +12,9 @@ from fp8sync.payload import pack
 from fp8sync.plan import Plan, build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.wire import ABORT, Header
-from fp8sync_kernels import digest
+from fp8sync_kernels import Matrix, Part, build_table, digest, job
+from fp8sync_kernels.descriptor import Column, Dtype, Op
+from fp8sync_kernels.descriptor import Path as InnerLoop
 
 POW2 = ("float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
 FP32 = ("float8_e4m3fn", Encoding.BLOCKWISE, Formula.FP32)
@@ -172,4 +174,38 @@ def _join_lists(text: str) -> str:
     return "\n".join(lines)
 
 
-FILES = {"manifest.json": manifest_json, "plan.json": plan_json, "bucket.hex": bucket_hex}
+def descriptor_json() -> str:
+    """Names of the codes, and one row for each kind of work, at made-up addresses."""
+    bf16, f32, u8 = torch.bfloat16, torch.float32, torch.uint8
+    weight = Matrix(0x1_0000, 256, 384, 512, bf16)
+    codes, scales = Matrix(0x9_0000, 256, 384, 384, u8), Matrix(0xA_8000, 2, 3, 3, f32)
+    ragged, amax = Matrix(0x2_0002, 100, 77, 80, bf16), Matrix(0xB_0000, 2, 1, 1, f32)
+    narrow = Matrix(0xC_0001, 100, 77, 77, u8)
+    norm, wanted = Matrix(0xD_0000, 1, 5, 5, bf16), Matrix(0xE_0000, 1, 5, 5, f32)
+    jobs = {
+        "quantize by pow2": job.quantize(weight, "pow2", codes, scales, Part(slot=2)),
+        "quantize a part of blocks by fp32": job.quantize(
+            ragged, "fp32", narrow, None, Part(1, 4096, 384), amax=amax, origin=(60, 0)
+        ),
+        "amax of a part of blocks": job.partial_amax(ragged, amax, Part(1), origin=(60, 0)),
+        "canonical digest": job.canonical_digest(codes, scales, Part(3)),
+        "copy": job.copy(weight, Matrix(0xF_0000, 256, 384, 384, bf16), Part(4)),
+        "cast": job.cast(norm, wanted, Part(5, 16)),
+    }
+    table = build_table(jobs.values(), "cpu")
+    data = {
+        "columns": {column.name: column.value for column in Column},
+        "ops": {op.name: op.value for op in Op},
+        "dtypes": {dtype.name: dtype.value for dtype in Dtype},
+        "paths": {path.name: path.value for path in InnerLoop},
+        "rows": [[name, *row] for name, row in zip(jobs, table.rows.tolist(), strict=True)],
+    }
+    return pretty(data)
+
+
+FILES = {
+    "manifest.json": manifest_json,
+    "plan.json": plan_json,
+    "bucket.hex": bucket_hex,
+    "descriptor.json": descriptor_json,
+}
