@@ -1,0 +1,15 @@
+"""Megatron-Core through Megatron-Bridge: this rank's boxes, listed without gathering a weight.
+
+tasks.py     the bridge's conversion tasks: which local parameter is which global one
+mappings.py  a mapping class and its module: which rectangles of which HF tensors it holds
+pieces.py    those rectangles, as plain integers
+held.py      how a parameter is held: plain elements, or Transformer Engine FP8 pairs
+masters.py   the FP32 masters of a distributed optimizer, as rectangles
+tiling.py    do all ranks together hold every element of every tensor
+source.py    the `Source`
+"""
+
+from fp8sync.sources.megatron.source import MegatronSource
+from fp8sync.sources.megatron.tiling import check_tiling
+
+__all__ = ["MegatronSource", "check_tiling"]

@@ -1,0 +1,159 @@
+"""Megatron-Core model chunks as a `Source`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.manifest import Box, Manifest, TensorInfo
+from fp8sync.sources.megatron.boxes import SCALE_SUFFIX, boxes_of, infos_of, misaligned
+from fp8sync.sources.megatron.held import Held, held
+from fp8sync.sources.megatron.mappings import Site, layout_of
+from fp8sync.sources.megatron.tasks import LocalParameter, local_parameters
+from fp8sync.trainers import rank_and_size
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fp8sync.sources.megatron.pieces import Layout
+
+__all__ = ["MegatronSource"]
+
+_Form = tuple[torch.dtype, torch.Size, tuple[int, ...]]
+
+
+class MegatronSource:
+    """This rank's part of a Megatron-Core model, under Hugging Face names.
+
+    Every trainer rank makes one, at the same time: names (and nothing else) are exchanged over the
+    pipeline group. The parameters are read where they lie, at every refit anew; BF16 parameters and
+    Transformer Engine's blockwise FP8 parameters may be mixed. Tied output layers are listed once,
+    as the embedding.
+
+    Args:
+        model_chunks: the list that `provide_distributed_model` returned; wrapped in DDP or not.
+        bridge: the `megatron.bridge.AutoBridge` of the model.
+
+    Example:
+        >>> source = MegatronSource(model_chunks, bridge)  # doctest: +SKIP
+        >>> link = fp8sync.connect(source, llm)  # doctest: +SKIP
+    """
+
+    def __init__(self, model_chunks: Sequence[Any], bridge: Any) -> None:
+        from megatron.bridge.models.conversion.utils import unwrap_model
+
+        self._chunks = list(model_chunks)
+        self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
+        self._complete = not self._overlapping
+        self._rank = rank_and_size()[0]
+        found, faults = local_parameters(unwrap_model(self._chunks), bridge)
+        self._parameters, self._faults = found, faults
+        self._forms: dict[str, _Form] = {}
+
+    def manifest(self) -> Manifest:
+        """Return this rank's boxes; nothing is gathered, nothing is allocated.
+
+        Raises:
+            UnsupportedLayout: naming every parameter that is not boxes, with the reason.
+        """
+        faults = list(self._faults)
+        infos: list[TensorInfo] = []
+        boxes: list[Box] = []
+        for parameter in self._parameters:
+            try:
+                layout, state = _look(parameter)
+            except ValueError as error:
+                faults.append(f"{parameter.name} ({_hf_names(parameter)}): {error}")
+                continue
+            infos += infos_of(layout, state)
+            boxes += boxes_of(parameter.name, layout, state)
+            faults += _cut_blocks(layout, state)
+        if faults:
+            summary = "parameters that cannot be sent as they lie"
+            raise UnsupportedLayout(summary, self._at_rank(faults))
+        self._forms = {name: _form(tensor) for name, tensor in self._read()[0].items()}
+        return Manifest.of(infos, {self._rank: boxes})
+
+    def prepare(self) -> None:
+        """Make the parameters complete; every rank calls it after the step, before `storages`.
+
+        A distributed optimizer with `overlap_param_gather` leaves its all-gather of parameters to the
+        next forward. It is done here, as that forward would. For all others nothing happens.
+        """
+        for chunk in self._overlapping:
+            with torch.no_grad():
+                chunk.start_param_sync(force_sync=True)
+        self._complete = True
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        """Return the live parameters.
+
+        Raises:
+            UnsupportedLayout: a parameter is no longer held as the manifest says, or may not be
+                complete.
+        """
+        if not self._complete:
+            raise UnsupportedLayout(
+                f"trainer rank {self._rank}: the distributed optimizer gathers parameters in the "
+                "next forward; expected prepare() on every rank before they are read"
+            )
+        self._complete = not self._overlapping
+        live, faults = self._read()
+        if not faults:
+            faults = [
+                f"{name}: expected {_told(form)}, "
+                f"found {_told(_form(live[name])) if name in live else 'nothing'}"
+                for name, form in self._forms.items()
+                if name not in live or _form(live[name]) != form
+            ]
+        if faults:
+            summary = "parameters changed their form since the link was made"
+            raise UnsupportedLayout(summary, self._at_rank(faults))
+        return live
+
+    def _read(self) -> tuple[dict[str, torch.Tensor], list[str]]:
+        live: dict[str, torch.Tensor] = {}
+        faults = []
+        for parameter in self._parameters:
+            try:
+                state = held(parameter.live())
+            except ValueError as error:
+                faults.append(f"{parameter.name}: {error}")
+                continue
+            live[parameter.name] = state.weight
+            if state.scale_inv is not None:
+                live[parameter.name + SCALE_SUFFIX] = state.scale_inv
+        return live, faults
+
+    def _at_rank(self, faults: Sequence[str]) -> list[str]:
+        return [f"trainer rank {self._rank}: {fault}" for fault in faults]
+
+
+def _look(parameter: LocalParameter) -> tuple[Layout, Held]:
+    tensor = parameter.live()
+    site = Site.of(parameter.mapping, parameter.module, tensor, parameter.vocabulary)
+    return layout_of(site), held(tensor)
+
+
+def _cut_blocks(layout: Layout, state: Held) -> Iterator[str]:
+    if state.scale_inv is not None:
+        yield from misaligned(layout, tuple(state.weight.shape))
+
+
+def _overlaps(chunk: Any) -> bool:
+    return bool(getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False))
+
+
+def _hf_names(parameter: LocalParameter) -> str:
+    names = parameter.mapping.hf_param
+    return ", ".join(names.values()) if isinstance(names, dict) else str(names)
+
+
+def _form(tensor: torch.Tensor) -> _Form:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _told(form: _Form) -> str:
+    return f"{form[0]} {list(form[1])} with strides {list(form[2])}"

@@ -1,0 +1,106 @@
+"""This rank's parameters, as Megatron-Bridge's conversion tasks name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    import torch
+
+__all__ = ["LocalParameter", "local_parameters"]
+
+_VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
+_HARMLESS_HOOKS = {
+    # These only add rotary frequencies that a checkpoint happens to carry; no engine loads them.
+    "MegatronModelBridge",
+    "DeepSeekV3Bridge",
+    "LlamaBridge",
+}
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """One parameter (or persistent buffer) of this rank, and the mapping that speaks of it.
+
+    Args:
+        name: Megatron's name, with layer and expert numbers of the whole model.
+        mapping: the bridge's mapping, resolved.
+        module: the module that owns it.
+        attribute: its name in that module.
+        vocabulary: rows of the HF tensor where the parameter is a vocabulary; the rest is padding.
+    """
+
+    name: str
+    mapping: Any
+    module: Any
+    attribute: str
+    vocabulary: int | None
+
+    def live(self) -> torch.Tensor:
+        """Return the tensor as the module holds it now; optimizers may replace it."""
+        return getattr(self.module, self.attribute)
+
+
+def local_parameters(chunks: Sequence[Any], bridge: Any) -> tuple[list[LocalParameter], list[str]]:
+    """List this rank's parameters; collective over the pipeline group, for names alone.
+
+    Args:
+        chunks: unwrapped model chunks of this rank.
+        bridge: a `megatron.bridge.AutoBridge`.
+
+    Returns:
+        The parameters, and one line for each that cannot be read through the bridge.
+    """
+    model_bridge = bridge._model_bridge
+    tasks = model_bridge.build_conversion_tasks(bridge.hf_pretrained, list(chunks))
+    tasks = [task for task in tasks if task is not None and task.param_weight is not None]
+    faults = [*_hook_faults(model_bridge), *_unmapped(chunks, model_bridge, tasks)]
+    vocabulary = _vocabulary(bridge)
+    found = [
+        LocalParameter(
+            name=task.global_param_name,
+            mapping=task.mapping,
+            module=task.megatron_module,
+            attribute=task.param_name.rpartition(".")[2],
+            vocabulary=vocabulary if task.global_param_name.endswith(_VOCABULARIES) else None,
+        )
+        for task in tasks
+        if not model_bridge._should_skip_mtp_duplicate_embedding_export(task, chunks)
+    ]
+    return found, faults
+
+
+def _unmapped(chunks: Sequence[Any], model_bridge: Any, tasks: Sequence[Any]) -> Iterator[str]:
+    from megatron.bridge.models.conversion.utils import persistent_buffers
+
+    known = {(task.vp_stage, task.param_name) for task in tasks}
+    kind = type(model_bridge).__name__
+    for stage, chunk in enumerate(chunks):
+        tied = getattr(chunk.config, "share_embeddings_and_output_weights", False)
+        for name, _ in chain(chunk.named_parameters(), persistent_buffers(chunk)):
+            if (stage, name) in known or (tied and name.endswith("output_layer.weight")):
+                continue
+            if model_bridge._is_adapter_param_name(name):
+                yield f"{name}: a LoRA adapter; merge it into its layer first"
+                continue
+            yield (
+                f"{name}: expected a mapping of {kind} to HF tensors that the checkpoint has, "
+                "found none (is this the bridge of this model?)"
+            )
+
+
+def _hook_faults(model_bridge: Any) -> Iterator[str]:
+    """A bridge may change tensors after its mappings; then boxes would not be what it exports."""
+    owner = type(model_bridge).maybe_modify_converted_hf_weight.__qualname__.partition(".")[0]
+    if owner not in _HARMLESS_HOOKS:
+        yield f"{owner}.maybe_modify_converted_hf_weight changes what the mappings give"
+
+
+def _vocabulary(bridge: Any) -> int | None:
+    config = getattr(bridge.hf_pretrained, "config", bridge.hf_pretrained)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)

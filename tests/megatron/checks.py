@@ -1,0 +1,166 @@
+"""What is asked of every layout of every model; each check returns its faults, one line each."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from fp8sync.manifest import Manifest
+from fp8sync.recipe import Formula
+from fp8sync.sources.megatron import MegatronSource, check_tiling
+from fp8sync_kernels import quantize_blockwise
+from tests.megatron import cpu, pairs
+from tests.megatron.transfer import SCALES, assemble, destination, transfer
+from tests.megatron.watch import Watch
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LINEAR = re.compile(r"_proj(_with_mqa)?\.weight$")
+
+
+def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Refit a model of this layout, as BF16 and as FP8 by both formulas."""
+    bridge, chunks = load(checkpoint, axes)
+    with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
+        source = MegatronSource(chunks, bridge)
+        names_gathered = watch.collectives
+        manifest = source.manifest()
+    faults = list(watch.faults)
+    if watch.collectives != names_gathered:
+        faults.append(f"manifest() ran {watch.collectives - names_gathered} collectives")
+    merged = gather(manifest)
+    check_tiling(merged)
+    live = source.storages()
+    expected = reference(checkpoint)
+    faults += _same_tensors(merged, expected)
+    arrived = transfer(merged, destination(merged, {}), live)
+    faults += differences(arrived, expected)
+    for formula in Formula:
+        formulas = {name: formula for name in merged.tensors if LINEAR.search(name)}
+        arrived = transfer(merged, destination(merged, formulas), live)
+        faults += differences(arrived, _quantized(expected, formulas))
+    return faults
+
+
+def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """FP8 parameters by both formulas, mixed with BF16 ones: boxes show the pairs as they are, live."""
+    faults = []
+    for formula in Formula:
+        bridge, chunks = load(checkpoint, axes)
+        source, merged = _paired(chunks, bridge, formula)
+        check_tiling(merged)
+        expected = reference(checkpoint)
+        formulas = _pairs(merged)
+        faults += [f"{name}: not {formula}" for name, f in formulas.items() if f is not formula]
+        if not formulas or formulas.keys() == merged.tensors.keys():
+            faults.append(f"expected a mixed model, found {len(formulas)} pairs")
+        faults += differences(assemble(merged, source.storages()), _quantized(expected, formulas))
+        # A step: new codes and new scales, in the same buffers or (as replace_raw_data) in others.
+        for number, (_, parameter) in enumerate(pairs.linear_weights(chunks)):
+            parameter.detach().mul_(1.5)
+            codes, scale_inv = pairs.buffers(parameter.detach(), formula)
+            if number % 2:
+                parameter.metadata |= {"rowwise_data": codes, "rowwise_scale_inv": scale_inv}
+            else:
+                parameter.metadata["rowwise_data"].copy_(codes)
+                parameter.metadata["rowwise_scale_inv"].copy_(scale_inv)
+        moved = {n: t * 1.5 if n in formulas else t for n, t in expected.items()}
+        faults += differences(assemble(merged, source.storages()), _quantized(moved, formulas))
+    return faults
+
+
+def check_export(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """The pairs that boxes show are those that Megatron-Bridge's own FP8 export gathers."""
+    bridge, chunks = load(checkpoint, axes)
+    source, merged = _paired(chunks, bridge, Formula.POW2)
+    shown = assemble(merged, source.storages())
+    tasks = bridge._model_bridge.build_export_fp8_tasks(bridge.hf_pretrained, chunks)
+    as_bytes = [  # gloo carries no float8
+        replace(task, param_weight=task.param_weight.view(torch.uint8))
+        if task.param_weight is not None and task.param_weight.element_size() == 1
+        else task
+        for task in tasks
+    ]
+    exported = bridge.export_hf_weights(chunks, show_progress=False, conversion_tasks=as_bytes)
+    expected = {}
+    for name, tensor in exported:
+        named = name.replace("_scale_inv", SCALES)
+        expected[named] = (
+            tensor.view(torch.float8_e4m3fn) if tensor.dtype is torch.uint8 else tensor
+        )
+    return differences(shown, expected)
+
+
+def _paired(chunks: list, bridge: Any, formula: Formula) -> tuple[MegatronSource, Manifest]:
+    pairs.quantize_in_place(chunks, formula)
+    source = MegatronSource(chunks, bridge)
+    return source, gather(source.manifest())
+
+
+def _pairs(merged: Manifest) -> dict[str, Formula]:
+    return {name: info.formula for name, info in merged.tensors.items() if info.formula}
+
+
+def load(checkpoint: Path, axes: dict[str, int], **changes: Any) -> tuple[Any, list]:
+    """Return the bridge and this rank's chunks, with the checkpoint's weights."""
+    from megatron.bridge import AutoBridge
+
+    bridge = AutoBridge.from_hf_pretrained(str(checkpoint))
+    return bridge, cpu.build_chunks(bridge, axes, **changes)
+
+
+def gather(manifest: Manifest) -> Manifest:
+    """All ranks' manifests as one, through their JSON."""
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, manifest.to_json())
+    parts = [Manifest.from_json(data) for data in found]
+    tensors = {name: info for part in parts for name, info in part.tensors.items()}
+    ranks = {rank: boxes for part in parts for rank, boxes in part.ranks.items()}
+    assert all(tensors[name] == info for part in parts for name, info in part.tensors.items())
+    return Manifest.of(tensors.values(), ranks)
+
+
+def reference(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The checkpoint's tensors, read without Megatron."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def differences(arrived: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Name every tensor whose bytes differ; nothing where nothing was to arrive."""
+    if dist.get_rank():
+        return []
+    faults = [f"{name}: did not arrive" for name in expected if name not in arrived]
+    for name, tensor in arrived.items():
+        wanted = expected[name].to(tensor.dtype)
+        if not torch.equal(tensor.view(torch.uint8), wanted.contiguous().view(torch.uint8)):
+            faults.append(f"{name}: {int((tensor != wanted).sum())} of {tensor.numel()} differ")
+    return faults
+
+
+def _same_tensors(merged: Manifest, expected: dict[str, torch.Tensor]) -> list[str]:
+    found = {name: tuple(info.shape) for name, info in merged.tensors.items()}
+    wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
+    return [
+        f"{name}: expected {wanted.get(name)}, found {found.get(name)}"
+        for name in sorted({**found, **wanted})
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _quantized(
+    tensors: dict[str, torch.Tensor], formulas: dict[str, Formula]
+) -> dict[str, torch.Tensor]:
+    made = dict(tensors)
+    for name, formula in formulas.items():
+        quantized = quantize_blockwise(tensors[name], formula.value)
+        made[name], made[name + SCALES] = quantized.weight, quantized.scale_inv
+    return made
