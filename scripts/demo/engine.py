@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +12,6 @@ import torch
 from scripts.demo.models import MAX_LENGTH, VOCABULARY, write_engine_config
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from transformers import PretrainedConfig
 
 _ENVIRONMENT = {
@@ -32,8 +29,7 @@ def fp8_is_supported() -> bool:
     return torch.cpu._is_amx_tile_supported()
 
 
-@contextmanager
-def start_engine(config: PretrainedConfig, *, fp8: bool, seed: int) -> Iterator[Any]:
+def start_engine(config: PretrainedConfig, *, fp8: bool, seed: int) -> Any:
     """Starts a vLLM with dummy weights that takes weights through the backend `fp8sync`.
 
     Args:
@@ -41,15 +37,15 @@ def start_engine(config: PretrainedConfig, *, fp8: bool, seed: int) -> Iterator[
         fp8: blockwise-FP8 weights, else BF16.
         seed: of the engine.
 
-    Yields:
-        The `vllm.LLM`; its process has ended when the block has.
+    Returns:
+        The `vllm.LLM`, to be ended by `stop_engine`.
     """
     os.environ.update(_ENVIRONMENT)
     from vllm import LLM
 
     with tempfile.TemporaryDirectory(prefix="fp8sync-demo-") as directory:
         write_engine_config(config, Path(directory), fp8=fp8)
-        llm = LLM(
+        return LLM(
             model=directory,
             load_format="dummy",
             skip_tokenizer_init=True,
@@ -62,10 +58,11 @@ def start_engine(config: PretrainedConfig, *, fp8: bool, seed: int) -> Iterator[
             disable_log_stats=True,
             seed=seed,
         )
-        try:
-            yield llm
-        finally:
-            llm.llm_engine.engine_core.shutdown()
+
+
+def stop_engine(llm: Any) -> None:
+    """Ends an engine's processes."""
+    llm.llm_engine.engine_core.shutdown()
 
 
 def log_probabilities(llm: Any, windows: torch.Tensor) -> torch.Tensor:
@@ -97,7 +94,7 @@ def generate(llm: Any, prompt: list[int], tokens: int, seed: int) -> list[int]:
     from vllm import SamplingParams
 
     parameters = SamplingParams(
-        max_tokens=tokens, temperature=0.5, seed=seed, ignore_eos=True, detokenize=False
+        max_tokens=tokens, temperature=0.7, seed=seed, ignore_eos=True, detokenize=False
     )
     (output,) = llm.generate(_prompts([prompt]), parameters, use_tqdm=False)
     return list(output.outputs[0].token_ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,14 +13,20 @@ from scripts.demo import engine, verdict
 from scripts.demo.corpus import read_corpus
 from scripts.demo.models import KINDS
 from scripts.demo.rounds import run_model
-from scripts.demo.stopwatch import Stopwatch
+
+if TYPE_CHECKING:
+    from scripts.demo.stopwatch import Stopwatch
 
 REPORT = Path("reports/demo.html")
 LIMIT_S = 300.0
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(stopwatch: Stopwatch, arguments: list[str] | None = None) -> int:
     """Runs the demo.
+
+    Args:
+        stopwatch: counts the phases; the total is since it was made.
+        arguments: of the command line.
 
     Returns:
         0 if every round met the limits, else 1.
@@ -27,7 +34,6 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Matrices this small gain little from a second thread, and lose much when the other core is busy.
     torch.set_num_threads(1)
-    stopwatch = Stopwatch()
     fp8 = engine.fp8_is_supported()
     mode = _mode(fp8=fp8)
     print(mode, flush=True)

@@ -56,8 +56,8 @@ def render(
 <body>
 <h1>A trainer's weights in a live vLLM, as blockwise FP8</h1>
 {_verdict(failures)}
-<p>Small byte-level Qwen3, {_names(runs)}, learns the sources of Python's standard library in one
-process. A vLLM in another process starts on random weights and is refitted after every round of
+<p>The trainer teaches {_names(runs)} the sources of Python's standard library, byte by byte.
+A vLLM in another process starts on random weights and is refitted after every round of
 optimizer steps. {escape(mode)}.</p>
 
 <h2>How far the engine is from the trainer</h2>
@@ -68,7 +68,8 @@ round before in all others. <em>Fresh</em> is the engine after it.</p>
 {_rounds_table(runs)}
 
 <h2>What quantization costs</h2>
-<p>‖dequantized − weight‖ / ‖weight‖ of every tensor that travels as FP8, all rounds together.</p>
+<p>‖dequantized − weight‖ / ‖weight‖ of every tensor that travels as FP8: mean of all rounds, and of all
+experts, with a bar from least to most.</p>
 {_pair(runs, plots.error_plot)}
 
 <h2>Bytes</h2>
@@ -76,7 +77,7 @@ round before in all others. <em>Fresh</em> is the engine after it.</p>
 
 <h2>Seconds per stage</h2>
 <p>Of <code>refit</code>, once connected. Stages overlap: the engine's worker receives while the
-trainer still quantizes and sends.</p>
+trainer still quantizes and sends. Bar and number: mean of the rounds; dots: each round.</p>
 {_pair(runs, plots.stages_plot)}
 
 <h2>What the engine writes</h2>
@@ -103,7 +104,7 @@ def _verdict(failures: Sequence[str]) -> str:
 
 def _names(runs: Sequence[ModelRun]) -> str:
     return " and ".join(
-        f"{escape(run.architecture)} ({run.parameters / 1e6:.1f} M parameters)" for run in runs
+        f"{escape(run.architecture)} ({run.parameters / 1e6:.1f}&nbsp;M parameters)" for run in runs
     )
 
 
@@ -116,19 +117,12 @@ def _pair(runs: Sequence[ModelRun], plot: Callable[[ModelRun], str]) -> str:
 
 
 def _rounds_table(runs: Sequence[ModelRun]) -> str:
-    header = (
-        "model",
-        "round",
-        "steps",
-        "stale, engine ‖ trainer",
-        "fresh",
-        "stale / fresh",
-        "stale, trainer ‖ engine",
-        "fresh",
-        "trainer, nats per byte",
-        "engine",
-    )
-    return _table(header, [_cells(run, each) for run in runs for each in run.rounds])
+    groups = (("", 3), (ENGINE_TRAINER, 3), ("KL(trainer ‖ engine)", 2), ("nats per byte", 2))
+    top = "".join(f'<th colspan="{width}">{name}</th>' for name, width in groups)
+    header = ("model", "round", "steps", "stale", "fresh", "stale / fresh", "stale", "fresh")
+    header += ("trainer", "engine")
+    rows = [_cells(run, each) for run in runs for each in run.rounds]
+    return _table(header, rows, f"<tr>{top}</tr>")
 
 
 def _cells(run: ModelRun, each: Round) -> tuple[str, ...]:
@@ -146,12 +140,12 @@ def _cells(run: ModelRun, each: Round) -> tuple[str, ...]:
     )
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], top: str = "") -> str:
     head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
     body = "".join(
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
-    return f'<div class="wide"><table><tr>{head}</tr>{body}</table></div>'
+    return f'<div class="wide"><table>{top}<tr>{head}</tr>{body}</table></div>'
 
 
 def _texts(runs: Sequence[ModelRun]) -> str:

@@ -85,11 +85,12 @@ def error_plot(run: ModelRun) -> str:
                 solid_capstyle="round",
             )
             axes.plot(fmean(percents), height, marker="o", color=COLOR["fresh"])
-        axes.set_yticks(range(len(places)), [f"{layer}  {part}" for layer, part in places])
-        axes.set_xlim(left=0)
+            _note(axes, f"{fmean(percents):.2f}", (max(percents), height))
+        axes.set_xlim(0, 115 * max(max(errors) for errors in groups.values()))
+        axes.set_yticks(range(len(places)), [f"layer {layer}, {part}" for layer, part in places])
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("relative error, % (dot: mean, bar: least to most)")
-        axes.set_ylabel("layer and projection")
+        axes.set_xlabel("relative error, %")
+        axes.set_ylim(-0.7, len(places) - 0.3)
 
     return _figure(draw, 4.2, f"{run.kind}-error")
 
@@ -113,16 +114,9 @@ def bytes_plot(run: ModelRun) -> str:
         whole = 2 * run.parameters / 1e6
         axes.barh(0, whole, color=COLOR["muted"], height=0.55)
         for height, megabytes in ((1, left), (0, whole)):
-            axes.annotate(
-                f"{megabytes:.2f} MB",
-                (megabytes, height),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
+            _note(axes, f"{megabytes:.2f} MB", (megabytes, height))
         axes.set_yticks([1, 0], ["sent", "all in BF16"])
-        axes.set_xlim(0, 1.25 * max(left, whole))
+        axes.set_xlim(0, 1.3 * max(left, whole))
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("MB per refit")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
@@ -145,17 +139,10 @@ def stages_plot(run: ModelRun) -> str:
         for name, mean in zip(names, means, strict=True):
             values = stages[name]
             axes.plot(values, [name] * len(values), "o", color=COLOR["fresh"], markersize=4)
-            axes.annotate(
-                f"{mean:.1f}",
-                (max(values), name),
-                xytext=(7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
-            )
-        axes.set_xlim(0, 1.15 * max(max(values) for values in stages.values()))
+            _note(axes, f"{mean:.1f}", (max(values), name))
+        axes.set_xlim(0, 1.2 * max(max(values) for values in stages.values()))
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("ms (bar and number: mean of the rounds, dots: each)")
+        axes.set_xlabel("ms")
 
     return _figure(draw, 2.6, f"{run.kind}-stages")
 
@@ -174,6 +161,10 @@ def errors_by_place(tensors: Sequence[TensorReport]) -> dict[tuple[int, str], li
             part = re.sub(r"^(self_attn|mlp)\.|\.weight$", "", part)
             groups[int(match[1]), part].append(tensor.error)
     return dict(groups)
+
+
+def _note(axes: Axes, text: str, point: tuple[float, float | str]) -> None:
+    axes.annotate(text, point, xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _figure(draw: Callable[[Axes], None], height_inches: float, name: str) -> str:

@@ -6,7 +6,6 @@ engine serves the policy of the round before.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +72,9 @@ def run_model(kind: str, text: Corpus, stopwatch: Stopwatch, *, fp8: bool) -> Mo
     trainer = Trainer(build_model(kind, SEED), text, SEED)
     windows = text.evaluation_windows(WINDOWS, WINDOW_LENGTH)
     rounds = []
-    with ExitStack() as stack:
-        with stopwatch.phase("start the engines"):
-            config = trainer.model.config
-            llm = stack.enter_context(engine.start_engine(config, fp8=fp8, seed=SEED))
+    with stopwatch.phase("start engines"):
+        llm = engine.start_engine(trainer.model.config, fp8=fp8, seed=SEED)
+    try:
         for number in range(ROUNDS + 1):
             done = _run_round(number, kind, trainer, llm, recipe, windows, stopwatch)
             print(
@@ -84,6 +82,9 @@ def run_model(kind: str, text: Corpus, stopwatch: Stopwatch, *, fp8: bool) -> Mo
                 flush=True,
             )
             rounds.append(done)
+    finally:
+        with stopwatch.phase("stop engines"):
+            engine.stop_engine(llm)
     return ModelRun(
         kind=kind,
         architecture=type(trainer.model).__name__,

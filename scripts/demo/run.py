@@ -8,6 +8,10 @@ from pathlib import Path
 # vLLM's processes import this file again, under another name: they need nothing of the demo.
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from scripts.demo.main import main
+    from scripts.demo.stopwatch import Stopwatch
 
-    sys.exit(main())
+    stopwatch = Stopwatch()
+    with stopwatch.phase("import"):
+        from scripts.demo.main import main
+
+    sys.exit(main(stopwatch))
