@@ -79,7 +79,7 @@ class EngineLayout:
         return Grid((("tp", self.tp), ("pp", self.pp), ("dp", self.dp), ("engine", self.engines)))
 
     @cached_property
-    def _reasons(self) -> dict[tuple[ModelShape, Role, tuple[int, ...]], str]:
+    def _reasons(self) -> dict[tuple[ModelShape, Role, tuple[int, ...], bool], str]:
         return {}
 
     def infos(self, model: ModelShape) -> list[TensorInfo]:
@@ -103,7 +103,7 @@ class EngineLayout:
 
     def alike(self, tensor: TensorShape, model: ModelShape) -> Hashable:
         """Return a key: tensors with the same key lie alike, in storages of their own."""
-        owner = None
+        owner = None if tensor.expert is None else -1  # -1: every rank has a part of each expert
         if tensor.expert is not None and self.expert_parallel:
             owner = self._deal(model.experts)[tensor.expert][0]
         reason = self._reason(tensor, model)
@@ -114,7 +114,7 @@ class EngineLayout:
         told = dict(self.misc).get(tensor.name) if self.misc else None
         if told or not self._quantized(tensor):
             return told or ""
-        key = model, tensor.role, tensor.shape
+        key = model, tensor.role, tensor.shape, tensor.expert is None
         found = self._reasons.get(key)
         if found is None:
             found = ""

@@ -1,0 +1,232 @@
+"""A refit in one process: every rank's storages, and the plan carried out between them.
+
+The way data walks is the real one: buckets, `payload.pack`, bytes, `payload.unpack`. Only what needs
+the amax of a block that lies on several ranks, or passes an FP8 pair through, is done here by hand.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8sync.manifest import Placement
+from fp8sync.payload import pack, unpack, view
+from fp8sync.plan import MISC, AmaxGroup, Bucket, Copy, Part, Plan, fill_buckets
+from fp8sync.plan.boxes import block_shape, misaligned_dim, touched_blocks
+from fp8sync.recipe import BLOCK, Encoding
+from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fp8sync.manifest import Box, Manifest
+
+Tensors = dict[str, torch.Tensor]
+Ranks = dict[int, Tensors]
+GUARD = 0xA5
+
+
+def cut(tensor: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+
+
+def random_tensors(manifest: Manifest, seed: int = 0) -> Tensors:
+    """Full HF tensors in the trainer's dtype, over many binades, so that every block's amax differs."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for info in manifest.tensors.values():
+        x = torch.randn(info.shape, generator=generator)
+        x *= torch.exp2(torch.randint(-9, 5, info.shape[-1:], generator=generator))
+        dtype = torch.bfloat16 if info.encoding is Encoding.BLOCKWISE else _dtype(info.dtype)
+        tensors[info.name] = x.to(dtype)
+    return tensors
+
+
+def quantized(manifest: Manifest, tensors: Tensors) -> Tensors:
+    """Codes and scales of every blockwise tensor, quantized whole; the others as they are."""
+    found = dict(tensors)
+    for info in manifest.tensors.values():
+        if info.encoding is Encoding.BLOCKWISE:
+            q = quantize_blockwise(tensors[info.name], info.formula.value)
+            found[info.name] = q.weight
+            found[info.name + "_scale_inv"] = q.scale_inv
+    return found
+
+
+def storages(manifest: Manifest, whole: Mapping[str, torch.Tensor] | None) -> Ranks:
+    """Every rank's storages: filled from full tensors, or with guard bytes."""
+    found: Ranks = {}
+    for rank, boxes in manifest.ranks.items():
+        sizes: dict[str, int] = defaultdict(int)
+        dtypes = {}
+        for box in boxes:
+            dtypes[box.at.storage] = _dtype(manifest.tensors[box.tensor].dtype)
+            _grow(sizes, box.at, box.shape)
+            if box.scale_at is not None:
+                dtypes[box.scale_at.storage] = torch.float32
+                _grow(sizes, box.scale_at, touched_blocks((box.start, box.shape))[1])
+        found[rank] = {
+            name: torch.full((size * dtypes[name].itemsize,), GUARD, dtype=torch.uint8).view(
+                dtypes[name]
+            )
+            for name, size in sizes.items()
+        }
+        if whole is not None:
+            for box in boxes:
+                fill(box, found[rank], whole)
+    return found
+
+
+def fill(box: Box, held: Tensors, whole: Mapping[str, torch.Tensor]) -> None:
+    """Put a box's part of the full tensor where the box says."""
+    full = whole[box.tensor]
+    target = view(held, box.at, box.shape)
+    scales = whole.get(box.tensor + "_scale_inv")
+    if scales is not None and box.scale_at is None and target.dtype != full.dtype:
+        full = dequantize_blockwise(full, scales, target.dtype)  # an engine that holds no FP8
+    target.copy_(cut(full, box.start, box.shape))
+    if box.scale_at is not None:
+        start, shape = touched_blocks((box.start, box.shape))
+        view(held, box.scale_at, shape).copy_(cut(scales, start, shape))
+
+
+def _grow(sizes: dict[str, int], at: Placement, shape: Sequence[int]) -> None:
+    if all(shape):
+        last = at.offset + sum((n - 1) * s for n, s in zip(shape, at.strides, strict=True))
+        sizes[at.storage] = max(sizes[at.storage], last + 1)
+
+
+def carry_out(plan: Plan, source: Ranks, destination: Ranks, bucket_bytes: int) -> None:
+    """Exchange amax, then pack, send and unpack every bucket."""
+    amax = exchange(plan.amax, source)
+    for rank in destination:
+        for bucket in fill_buckets(plan.to_rank(rank), bucket_bytes):
+            payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+            for part in bucket.parts:
+                _pack(part, plan, source[bucket.source_rank], payload, amax)
+            for part in bucket.parts:
+                _unpack(part, plan, payload, destination[rank])
+
+
+Amax = dict[tuple[int, str], list[tuple[AmaxGroup, torch.Tensor]]]
+
+
+def exchange(groups: Iterable[AmaxGroup], source: Ranks) -> Amax:
+    """What the trainer's ranks do before they quantize: (rank, tensor) -> amax of its cut blocks."""
+    found: Amax = defaultdict(list)
+    for group in groups:
+        joint = torch.zeros(group.shape)
+        for part in group.parts:
+            x = view(source[part.rank], part.at, part.shape)
+            own = partial_amax(x, origin=tuple(a % BLOCK for a in part.start))
+            first = [a // BLOCK - b for a, b in zip(part.start, group.start, strict=True)]
+            target = cut(joint, first, own.shape)
+            torch.maximum(target, own, out=target)
+        for rank in group.ranks:
+            found[rank, group.tensor].append((group, joint))
+    return found
+
+
+def _is_cut(copy: Copy, plan: Plan) -> bool:
+    shape = plan.tensors[copy.tensor].shape
+    return misaligned_dim(copy.rect, shape) is not None
+
+
+def _pack(part: Part, plan: Plan, held: Tensors, payload: torch.Tensor, amax: Amax) -> None:
+    copy = part.copy
+    blockwise = copy.encoding is Encoding.BLOCKWISE
+    if not blockwise or (copy.source_scale_at is None and not _is_cut(copy, plan)):
+        pack(Bucket(0, copy.source_rank, copy.destination_rank, (part,), 0), held, payload)
+        return
+    x = view(held, copy.source_at, copy.shape)
+    if copy.source_scale_at is not None:
+        scales = view(held, copy.source_scale_at, copy.scale_shape)
+    else:
+        first, shape = touched_blocks(copy.rect)
+        given = partial_amax(x, origin=copy.origin)
+        for group, joint in amax[copy.source_rank, copy.tensor]:
+            _overlay(given, (first, shape), joint, (group.start, group.shape))
+        q = quantize_blockwise(x, copy.formula.value, amax=given, origin=copy.origin)
+        start, shape = copy.scale_rect
+        x = q.weight
+        scales = cut(q.scale_inv, [a - b for a, b in zip(start, first, strict=True)], shape)
+    _elements(payload, part.offset, copy.shape, torch.float8_e4m3fn).copy_(x)
+    _elements(payload, part.scale_offset, copy.scale_shape, torch.float32).copy_(scales)
+
+
+def _overlay(target: torch.Tensor, at, joint: torch.Tensor, of) -> None:
+    low = [max(a, b) for a, b in zip(at[0], of[0], strict=True)]
+    high = [min(a + n, b + m) for a, n, b, m in zip(*at, *of, strict=True)]
+    if all(a < b for a, b in zip(low, high, strict=True)):
+        size = [b - a for a, b in zip(low, high, strict=True)]
+        here = [a - b for a, b in zip(low, at[0], strict=True)]
+        there = [a - b for a, b in zip(low, of[0], strict=True)]
+        cut(target, here, size).copy_(cut(joint, there, size))
+
+
+def _unpack(part: Part, plan: Plan, payload: torch.Tensor, staging: Tensors) -> None:
+    copy = part.copy
+    if copy.encoding is not Encoding.BLOCKWISE or copy.scale_at is not None:
+        bucket = Bucket(0, copy.source_rank, copy.destination_rank, (part,), 0)
+        unpack(bucket, payload, staging)
+        return
+    codes = _elements(payload, part.offset, copy.shape, torch.float8_e4m3fn)
+    scales = _elements(payload, part.scale_offset, copy.scale_shape, torch.float32)
+    whole = torch.zeros([a + n for a, n in zip(copy.origin, copy.shape, strict=True)])
+    padded = whole.to(torch.float8_e4m3fn)
+    view_ = padded[copy.origin[0] :, copy.origin[1] :]
+    view_.copy_(codes)
+    target = view(staging, copy.at, copy.shape)
+    plain = dequantize_blockwise(padded, scales, target.dtype)
+    target.copy_(plain[copy.origin[0] :, copy.origin[1] :])
+
+
+def _elements(payload, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    nbytes = dtype.itemsize
+    for n in shape:
+        nbytes *= n
+    return payload[offset : offset + nbytes].view(dtype).view(tuple(shape))
+
+
+def with_misc(destination: Manifest, plan: Plan) -> Manifest:
+    """The destination's manifest with the storages that the plan itself put on the misc path."""
+    ranks: dict[int, list[Box]] = {}
+    for rank, boxes in destination.ranks.items():
+        ranks[rank] = []
+        for box in boxes:
+            moved = plan.tensors[box.tensor].misc and not box.at.storage.startswith(MISC)
+            if not moved:
+                ranks[rank].append(box)
+            elif all(b.tensor != box.tensor for b in ranks[rank]):
+                ranks[rank].append(_misc_box(box, plan))
+    return type(destination).of(plan.tensors.values(), ranks)
+
+
+def _misc_box(box: Box, plan: Plan) -> Box:
+    shape = plan.tensors[box.tensor].shape
+    blocks = block_shape(shape)
+    scale_at = None
+    if box.scale_at is not None:
+        scale_at = Placement(f"{MISC}{box.tensor}_scale_inv", 0, (blocks[1], 1))
+    at = Placement(MISC + box.tensor, 0, (shape[1], 1))
+    return type(box)(box.tensor, (0, 0), shape, at, scale_at)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def differing(found: Ranks, wanted: Ranks) -> list[str]:
+    """Storages whose bytes differ, guard bytes between the boxes included."""
+    return [
+        f"rank {rank}: {name}"
+        for rank, held in wanted.items()
+        for name, tensor in held.items()
+        if not torch.equal(bits(found[rank][name]), bits(tensor))
+    ]
+
+
+def _dtype(name: str) -> torch.dtype:
+    return getattr(torch, name)
