@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -15,9 +14,7 @@ from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, explain, fill_buckets
 from fp8sync.recipe import Encoding, Formula
 from tests.unit import layouts
-
-if TYPE_CHECKING:
-    from tests.unit.layouts import Side
+from tests.unit.layouts import Side
 
 
 @st.composite
@@ -105,6 +102,32 @@ def test_both_sides_compute_the_same_digests(data: st.DataObject) -> None:
         assert alone.digest(rank) == together.digest(rank)
         assert alone.digests(rank) == together.digests(rank)
         assert alone.to_rank(rank) == together.to_rank(rank)
+
+
+@pytest.mark.parametrize("kind", ["plain", "blockwise"])
+@given(data=st.data())
+def test_replicas_may_be_cut_differently(kind: str, data: st.DataObject) -> None:
+    """Two whole copies on the trainer, each in a grid of its own, so that boxes overlap."""
+    infos, source, destination = data.draw(joined(kind))
+    unit = 128 if kind == "blockwise" else 1
+    other = data.draw(layouts.sides(infos, unit=unit))
+    renamed = Side(
+        {10 + rank: [_renamed(box) for box in held] for rank, held in other.ranks.items()},
+        {f"other/{name}": size for name, size in other.sizes.items()},
+    )
+    both = Side(source.ranks | renamed.ranks, source.sizes | renamed.sizes)
+    plan = build_plan(both.manifest(layouts.as_source(infos)), destination.manifest(infos))
+    ids = layouts.element_ids(infos)
+    found, writes = layouts.carry_out(plan.copies, layouts.filled(both, ids), destination.sizes)
+    wanted = layouts.filled(destination, ids)
+    for name in (box.at.storage for box in layouts.boxes(destination)):
+        assert np.array_equal(found[name], wanted[name])
+        assert np.array_equal(writes[name], (wanted[name] >= 0).astype(int))
+
+
+def _renamed(box: Box) -> Box:
+    at = Placement(f"other/{box.at.storage}", box.at.offset, box.at.strides)
+    return Box(box.tensor, box.start, box.shape, at)
 
 
 def test_replicas_share_the_work() -> None:
