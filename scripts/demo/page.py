@@ -119,8 +119,18 @@ def _pair(runs: Sequence[ModelRun], plot: Callable[[ModelRun], str]) -> str:
 def _rounds_table(runs: Sequence[ModelRun]) -> str:
     groups = (("", 3), (ENGINE_TRAINER, 3), ("KL(trainer ‖ engine)", 2), ("nats per byte", 2))
     top = "".join(f'<th colspan="{width}">{name}</th>' for name, width in groups)
-    header = ("model", "round", "steps", "stale", "fresh", "stale / fresh", "stale", "fresh")
-    header += ("trainer", "engine")
+    header = [
+        "model",
+        "round",
+        "steps",
+        "stale",
+        "fresh",
+        "stale/fresh",
+        "stale",
+        "fresh",
+        "trainer",
+        "engine",
+    ]
     rows = [_cells(run, each) for run in runs for each in run.rounds]
     return _table(header, rows, f"<tr>{top}</tr>")
 
