@@ -90,6 +90,10 @@ class Path(IntEnum):
     CAST = 1 << 11
 
 
+# Beside the paths in a table's bit set: some row's formula divides. The code of a division takes
+# registers even where it is not run.
+DIVISION = 1 << 12
+
 # Rows and columns, in elements, that one program handles on each path.
 TILE_OF_PATH = {
     **{path: (128, 128) for path in Path if path < Path.COPY_16},

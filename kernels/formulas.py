@@ -9,8 +9,9 @@
     scale is 1 where amax is 0 or infinite, and the largest finite value of the source dtype where
     448/amax overflows. Transformer Engine's rule with fp32 scales.
 
-Common to both: ``cast`` rounds to nearest even and saturates at +-448, a NaN element becomes code
-0x7F, NaN is ignored by amax, and an infinite amax gives scale_inv 1.
+Common to both: ``cast`` rounds to nearest even and saturates at +-448 (infinities too), a NaN becomes
+code 0x7F, and a block that holds NaN or infinities has scale_inv 1. Such a block is an error of
+whoever made the weights; it is counted, and its bytes are defined only so that they can be tested.
 """
 
 from __future__ import annotations

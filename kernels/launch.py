@@ -6,11 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8sync_kernels.descriptor import DIVISION, Path
+
 if TYPE_CHECKING:
     from fp8sync_kernels.table import Table
 
-NUM_WARPS = 8
-MAX_REGISTERS = 64  # so that four programs share a multiprocessor
+# Four programs must share a multiprocessor for its memory to be busy all the time. Four warps of at
+# most 128 registers do, without spilling; the code of divisions and of fp32 sources needs more.
+_LEAN = {"num_warps": 4, "maxnreg": 128}
+_RICH = {"num_warps": 8}
+_NEEDS_RICH = DIVISION | Path.WIDE_FP32
 
 _COMPILED: dict[tuple[object, ...], Any] = {}
 
@@ -31,7 +36,7 @@ def run_table(
             then do nothing).
         nonfinite: int64 ``[>= table.slots]``, likewise the number of NaN and infinite elements that
             the job's source holds. Copies are not examined. None: the caller knows that everything
-            is finite; what becomes of a block that is not is then undefined.
+            is finite.
         programs: number of persistent programs; None: one for each block.
 
     After the first launch of a set of paths (which compiles) a launch allocates nothing and does
@@ -56,6 +61,11 @@ def run_table(
         launch_kernel(table, digests, nonfinite, programs=programs)
 
 
+def compile_options(paths: int) -> dict[str, int]:
+    """Warps and registers for a table's set of paths."""
+    return _RICH if paths & _NEEDS_RICH else _LEAN
+
+
 def launch_kernel(
     table: Table,
     digests: torch.Tensor | None,
@@ -64,20 +74,25 @@ def launch_kernel(
     programs: int | None = None,
 ) -> None:
     """The launch itself, on the current device and stream (or in Triton's interpreter)."""
-    grid = (min(table.blocks, programs or table.blocks), 1, 1)
+    loop = programs is not None and programs < table.blocks
+    grid = (programs if loop else table.blocks, 1, 1)
     tensors = (table.rows, table.block_row, digests, nonfinite)
     # What Triton specializes on. Its own search for the compiled kernel takes the host longer than
     # everything else together, as it compares every constant that the kernels refer to.
     kinds = tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
-    key = (table.rows.device, table.paths, kinds)
+    key = (table.rows.device, table.paths, loop, kinds)
     kernel = _COMPILED.get(key)
     if kernel is not None:
-        kernel[grid](*tensors, table.blocks, table.paths)
+        kernel[grid](*tensors, table.blocks, table.paths, loop)
         return
     from fp8sync_kernels.gpu.bucket import bucket_kernel
 
     kernel = bucket_kernel[grid](
-        *tensors, table.blocks, PATHS=table.paths, num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS
+        *tensors,
+        table.blocks,
+        PATHS=table.paths,
+        LOOP=loop,
+        **compile_options(table.paths),
     )
     if kernel is not None:  # None: interpreted
         _COMPILED[key] = kernel

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync_kernels.descriptor import COLUMNS, DTYPE_OF_TORCH, TILE_OF_PATH, Column, Op, Path
+from fp8sync_kernels.descriptor import (
+    COLUMNS,
+    DIVISION,
+    DTYPE_OF_TORCH,
+    TILE_OF_PATH,
+    Column,
+    Op,
+    Path,
+)
 from fp8sync_kernels.job import Job, Matrix
 
 if TYPE_CHECKING:
@@ -21,6 +29,7 @@ _WIDE_PATH = {
     torch.float8_e4m3fn: Path.WIDE_CODES,
     torch.uint8: Path.WIDE_CODES,
 }
+_DIVIDING = (Op.FP32, Op.FP32_GIVEN)
 _WIDE_TO_ANY = Path.ANY_BF16 // Path.WIDE_BF16
 
 
@@ -32,7 +41,7 @@ class Table:
         rows: int64 ``[jobs, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
         block_row: int32 ``[blocks]``, the row that each block belongs to.
         blocks: number of blocks (programs that have work).
-        paths: bit set of the paths in use.
+        paths: bit set of the paths in use, and DIVISION.
         slots: smallest length that digests and counts must have.
     """
 
@@ -65,7 +74,7 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         encoded.append(row)
         counts.append(count)
         blocks += count
-        paths |= row[Column.PATH]
+        paths |= row[Column.PATH] | (DIVISION if job.op in _DIVIDING else 0)
         slots = max(slots, job.part.slot + 1)
     if blocks >= 1 << 31:
         raise ValueError(f"{blocks} blocks are too many for one table; split it")

@@ -1,7 +1,6 @@
 """The grouped kernel: one launch for everything a descriptor table lists.
 
-A program takes the table's blocks program_id, program_id + programs, ... . ``block_row[b]`` names
-the row that block b belongs to: one load in the place of a search. PATHS, a compile-time set, keeps
+``block_row[b]`` names the row that block b belongs to: one load in the place of a search. PATHS, a compile-time set, keeps
 the code and the registers of loops that the table does not use out of the kernel.
 """
 
@@ -12,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.descriptor import Path
+from fp8sync_kernels.descriptor import DIVISION, Path
 from fp8sync_kernels.gpu.columns import BLOCK_COLS, FIRST_BLOCK, PATH, ROW_LENGTH
 from fp8sync_kernels.gpu.copy import cast_elements, copy_bytes, copy_words
 from fp8sync_kernels.gpu.quantize import canonical_block, quantize_block
@@ -29,6 +28,7 @@ _COPY_16 = tl.constexpr(int(Path.COPY_16))
 _COPY_4 = tl.constexpr(int(Path.COPY_4))
 _COPY_1 = tl.constexpr(int(Path.COPY_1))
 _CAST = tl.constexpr(int(Path.CAST))
+_DIVISION = tl.constexpr(DIVISION)
 
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 _LARGEST_FP16 = tl.constexpr(65504.0)
@@ -43,50 +43,78 @@ def bucket_kernel(
     nonfinite: tl.tensor,
     blocks: tl.tensor,
     PATHS: tl.constexpr,
+    LOOP: tl.constexpr,
 ) -> None:
-    """Run a table: int64 [rows, COLUMNS], int32 [blocks], int64 [slots] twice, or None."""
+    """Run a table: int64 [rows, COLUMNS], int32 [blocks], int64 [slots] twice, or None.
+
+    LOOP: programs take more than one block each; otherwise there is one program for each block.
+    """
     block = tl.program_id(0)
-    while block < blocks:
-        desc = table + tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
-        path = tl.load(desc + PATH)
-        local = block - tl.load(desc + FIRST_BLOCK).to(tl.int32)
-        across = tl.load(desc + BLOCK_COLS).to(tl.int32)
-        i = local // across
-        j = local % across
-        if _WIDE_BF16 & PATHS:
-            if path == _WIDE_BF16:
-                quantize_block(desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, True)
-        if _WIDE_FP16 & PATHS:
-            if path == _WIDE_FP16:
-                quantize_block(desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True)
-        if _WIDE_FP32 & PATHS:
-            if path == _WIDE_FP32:
-                quantize_block(desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True)
-        if _WIDE_CODES & PATHS:
-            if path == _WIDE_CODES:
-                canonical_block(desc, i, j, digests, True)
-        if _ANY_BF16 & PATHS:
-            if path == _ANY_BF16:
-                quantize_block(desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, False)
-        if _ANY_FP16 & PATHS:
-            if path == _ANY_FP16:
-                quantize_block(desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, False)
-        if _ANY_FP32 & PATHS:
-            if path == _ANY_FP32:
-                quantize_block(desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, False)
-        if _ANY_CODES & PATHS:
-            if path == _ANY_CODES:
-                canonical_block(desc, i, j, digests, False)
-        if _COPY_16 & PATHS:
-            if path == _COPY_16:
-                copy_words(desc, i, j, digests, True)
-        if _COPY_4 & PATHS:
-            if path == _COPY_4:
-                copy_words(desc, i, j, digests, False)
-        if _COPY_1 & PATHS:
-            if path == _COPY_1:
-                copy_bytes(desc, i, j, digests)
-        if _CAST & PATHS:
-            if path == _CAST:
-                cast_elements(desc, i, j, digests, nonfinite)
-        block += tl.num_programs(0)
+    if LOOP:
+        while block < blocks:
+            _run_block(table, block_row, digests, nonfinite, block, PATHS)
+            block += tl.num_programs(0)
+    else:
+        _run_block(table, block_row, digests, nonfinite, block, PATHS)
+
+
+@triton.jit
+def _run_block(
+    table: tl.tensor,
+    block_row: tl.tensor,
+    digests: tl.tensor,
+    nonfinite: tl.tensor,
+    block: tl.tensor,
+    PATHS: tl.constexpr,
+) -> None:
+    desc = table + tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
+    path = tl.load(desc + PATH)
+    divides: tl.constexpr = (_DIVISION & PATHS) != 0
+    local = block - tl.load(desc + FIRST_BLOCK).to(tl.int32)
+    across = tl.load(desc + BLOCK_COLS).to(tl.int32)
+    i = local // across
+    j = local % across
+    if _WIDE_BF16 & PATHS:
+        if PATHS == _WIDE_BF16 or path == _WIDE_BF16:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, True, divides
+            )
+    if _WIDE_FP16 & PATHS:
+        if PATHS == _WIDE_FP16 or path == _WIDE_FP16:
+            quantize_block(desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True, divides)
+    if _WIDE_FP32 & PATHS:
+        if PATHS == _WIDE_FP32 or path == _WIDE_FP32:
+            quantize_block(desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides)
+    if _WIDE_CODES & PATHS:
+        if PATHS == _WIDE_CODES or path == _WIDE_CODES:
+            canonical_block(desc, i, j, digests, True)
+    if _ANY_BF16 & PATHS:
+        if PATHS == _ANY_BF16 or path == _ANY_BF16:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, False, divides
+            )
+    if _ANY_FP16 & PATHS:
+        if PATHS == _ANY_FP16 or path == _ANY_FP16:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, False, divides
+            )
+    if _ANY_FP32 & PATHS:
+        if PATHS == _ANY_FP32 or path == _ANY_FP32:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, False, divides
+            )
+    if _ANY_CODES & PATHS:
+        if PATHS == _ANY_CODES or path == _ANY_CODES:
+            canonical_block(desc, i, j, digests, False)
+    if _COPY_16 & PATHS:
+        if PATHS == _COPY_16 or path == _COPY_16:
+            copy_words(desc, i, j, digests, True)
+    if _COPY_4 & PATHS:
+        if PATHS == _COPY_4 or path == _COPY_4:
+            copy_words(desc, i, j, digests, False)
+    if _COPY_1 & PATHS:
+        if PATHS == _COPY_1 or path == _COPY_1:
+            copy_bytes(desc, i, j, digests)
+    if _CAST & PATHS:
+        if PATHS == _CAST or path == _CAST:
+            cast_elements(desc, i, j, digests, nonfinite)

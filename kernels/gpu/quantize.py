@@ -1,4 +1,4 @@
-# ruff: noqa: SIM102 - tests for None are decided at compile time, those they enclose are not
+# ruff: noqa: C901, SIM102 - tests for None are decided at compile time, those they enclose are not
 """One 128x128 block: amax, scale, codes, digest. Reference: reference/table."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from fp8sync_kernels.descriptor import Op
+from fp8sync_kernels.gpu.cast import encode_words
 from fp8sync_kernels.gpu.columns import (
     AMAX,
     AMAX_STRIDE,
@@ -18,9 +19,21 @@ from fp8sync_kernels.gpu.columns import (
     SLOT,
 )
 from fp8sync_kernels.gpu.digest import add_digest, word_terms
-from fp8sync_kernels.gpu.scale import INF_BITS, fp32_scale, pow2_scale
-from fp8sync_kernels.gpu.sliced import encode_slices, examine
-from fp8sync_kernels.gpu.tile import encode_tile, load_amax_bits
+from fp8sync_kernels.gpu.scale import (
+    INF_BITS,
+    fp32_multiplier,
+    fp32_scale_inv,
+    pow2_multiplier,
+    pow2_scale_inv,
+)
+from fp8sync_kernels.gpu.sliced import encode_slices, sliced_amax_bits, sliced_nonfinite
+from fp8sync_kernels.gpu.tile import (
+    BLOCK,
+    digest_words,
+    load_tile,
+    store_words,
+    tile_amax_bits,
+)
 
 OP_FP32 = tl.constexpr(int(Op.FP32))
 OP_POW2_GIVEN = tl.constexpr(int(Op.POW2_GIVEN))
@@ -38,37 +51,48 @@ def quantize_block(
     DTYPE: tl.constexpr,
     LARGEST: tl.constexpr,
     WIDE: tl.constexpr,
+    DIVIDES: tl.constexpr,
 ) -> None:
-    """Quantize, or take the amax of, block (block_row, block_col) of one row of the table."""
+    """Quantize, or take the amax of, block (block_row, block_col) of one row of the table.
+
+    Whatever can wait until the tile has left the registers comes after it: the second division,
+    scales, counting. Before, it would take the registers that a further program could live in.
+    """
     op = tl.load(desc + OP)
-    slot = tl.load(desc + SLOT)
     if WIDE:
-        amax_bits = load_amax_bits(desc, block_row, block_col, DTYPE)
-        if nonfinite is not None:
-            if amax_bits >= INF_BITS:
-                count, amax_bits = examine(desc, block_row, block_col, DTYPE)
-                tl.atomic_add(nonfinite + slot, count, sem="relaxed")
+        values = load_tile(desc, block_row, block_col, DTYPE)
+        own_amax_bits = tile_amax_bits(values, DTYPE)
     else:
-        count, amax_bits = examine(desc, block_row, block_col, DTYPE)
-        if nonfinite is not None:
-            if count != 0:
-                tl.atomic_add(nonfinite + slot, count, sem="relaxed")
+        own_amax_bits = sliced_amax_bits(desc, block_row, block_col, DTYPE)
 
     amax_at = tl.load(desc + AMAX) + 4 * (block_row * tl.load(desc + AMAX_STRIDE) + block_col)
     amax_pointer = amax_at.to(tl.pointer_type(tl.int32))
+    given = (op == OP_POW2_GIVEN) | (op == OP_FP32_GIVEN)
+    by_fp32 = (op == OP_FP32) | (op == OP_FP32_GIVEN)
+    amax_bits = tl.where(given, tl.load(amax_pointer, mask=given, other=0), own_amax_bits)
+    multiplier = pow2_multiplier(amax_bits)
+    if DIVIDES:
+        if by_fp32:
+            multiplier = fp32_multiplier(amax_bits, LARGEST)
+
+    value = tl.full([], 0, tl.uint64)
+    if WIDE:
+        words = encode_words(values.to(tl.float32) * multiplier, BLOCK, BLOCK)
+        store_words(desc, words, block_row, block_col, op != OP_AMAX)
+        if digests is not None:
+            value = digest_words(desc, words, block_row, block_col)
+    else:
+        if op != OP_AMAX:
+            value = encode_slices(desc, block_row, block_col, multiplier, DTYPE)
+
+    slot = tl.load(desc + SLOT)
     if op == OP_AMAX:
         tl.store(amax_pointer, amax_bits)
     else:
-        if (op == OP_POW2_GIVEN) | (op == OP_FP32_GIVEN):
-            amax_bits = tl.load(amax_pointer)
-        if (op == OP_FP32) | (op == OP_FP32_GIVEN):
-            multiplier, scale_inv = fp32_scale(amax_bits, LARGEST)
-        else:
-            multiplier, scale_inv = pow2_scale(amax_bits)
-        if WIDE:
-            value = encode_tile(desc, digests, block_row, block_col, multiplier, DTYPE)
-        else:
-            value = encode_slices(desc, block_row, block_col, multiplier, DTYPE)
+        scale_inv = pow2_scale_inv(amax_bits)
+        if DIVIDES:
+            if by_fp32:
+                scale_inv = fp32_scale_inv(multiplier)
         scale_at = tl.load(desc + SCALE_INV)
         if scale_at != 0:
             offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
@@ -76,6 +100,10 @@ def quantize_block(
             value += _digest_scale(desc, scale_inv, block_row, block_col)
         if digests is not None:
             add_digest(digests, slot, value)
+    if nonfinite is not None:
+        if own_amax_bits >= INF_BITS:
+            count = sliced_nonfinite(desc, block_row, block_col, DTYPE)
+            tl.atomic_add(nonfinite + slot, count, sem="relaxed")
 
 
 @triton.jit
@@ -94,21 +122,22 @@ def canonical_block(
     offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
     scale_inv = tl.load(tl.load(desc + SCALE_INV).to(tl.pointer_type(tl.float32)) + offset)
     if WIDE:
-        largest_bits = load_amax_bits(desc, block_row, block_col, tl.uint8)
+        codes = load_tile(desc, block_row, block_col, tl.uint8)
+        largest_bits = tile_amax_bits(codes, tl.uint8)
     else:
-        count, largest_bits = examine(desc, block_row, block_col, tl.uint8)
-        largest_bits = tl.where(count == 0, largest_bits, INF_BITS)
+        largest_bits = sliced_amax_bits(desc, block_row, block_col, tl.uint8)
     amax = largest_bits.to(tl.float32, bitcast=True) * scale_inv
     amax_bits = amax.to(tl.int32, bitcast=True)
     scale_bits = scale_inv.to(tl.int32, bitcast=True)
     ratio = tl.full([], 1.0, tl.float32)
     if (amax_bits < INF_BITS) & (scale_bits > 0) & ((scale_bits & 0x7FFFFF) == 0):
-        multiplier, canonical_scale = pow2_scale(amax_bits)
         # Zeros of an extreme scale_inv would meet an infinite ratio.
-        ratio = tl.where(largest_bits == 0, ratio, scale_inv * multiplier)
-        scale_inv = canonical_scale
+        ratio = tl.where(largest_bits == 0, ratio, scale_inv * pow2_multiplier(amax_bits))
+        scale_inv = pow2_scale_inv(amax_bits)
     if WIDE:
-        value = encode_tile(desc, digests, block_row, block_col, ratio, tl.uint8)
+        x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+        words = encode_words(x * ratio, BLOCK, BLOCK)
+        value = digest_words(desc, words, block_row, block_col)
     else:
         value = encode_slices(desc, block_row, block_col, ratio, tl.uint8)
     value += _digest_scale(desc, scale_inv, block_row, block_col)

@@ -1,4 +1,4 @@
-"""A block in slices of 16 rows, read twice, at any alignment: the slow way, for rare blocks.
+"""A block in slices of 4 rows, read twice, at any alignment: the slow way, for rare blocks.
 
 It holds little at a time, so that a launch which can meet such blocks has the registers of one that
 cannot.
@@ -25,23 +25,33 @@ from fp8sync_kernels.gpu.digest import element_terms, total
 from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
 
 BLOCK = tl.constexpr(128)
-SLICE = tl.constexpr(16)
+SLICE = tl.constexpr(4)
 
 
 @triton.jit
-def examine(
+def sliced_amax_bits(
     desc: tl.tensor, block_row: tl.tensor, block_col: tl.tensor, DTYPE: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor]:
-    """(int64 count of NaN and Inf, fp32 bits of the amax without NaN) of a block."""
-    count = tl.full([], 0, tl.int32)
+) -> tl.tensor:
+    """Largest magnitude of the block as fp32 bits; infinity if anything in it is not finite."""
     amax_bits = tl.full([], 0, tl.int32)
     for start in range(0, BLOCK, SLICE):
         x, _row, _col, _inside = _load_slice(desc, block_row, block_col, start, DTYPE)
         bits = x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK
-        count += tl.sum(tl.sum((bits >= INF_BITS).to(tl.int32), axis=1), axis=0)
-        bits = tl.where(bits > INF_BITS, 0, bits)
-        amax_bits = tl.maximum(amax_bits, tl.max(tl.max(bits, axis=1), axis=0))
-    return count.to(tl.int64), amax_bits
+        amax_bits = tl.maximum(amax_bits, tl.max(bits))
+    return tl.minimum(amax_bits, INF_BITS)
+
+
+@triton.jit
+def sliced_nonfinite(
+    desc: tl.tensor, block_row: tl.tensor, block_col: tl.tensor, DTYPE: tl.constexpr
+) -> tl.tensor:
+    """Number of NaN and infinite elements of the block, int64."""
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, BLOCK, SLICE):
+        x, _row, _col, _inside = _load_slice(desc, block_row, block_col, start, DTYPE)
+        bits = x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK
+        count += tl.sum((bits >= INF_BITS).to(tl.int32))
+    return count.to(tl.int64)
 
 
 @triton.jit

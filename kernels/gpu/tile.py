@@ -1,7 +1,8 @@
-"""A block with 16-byte loads, read twice: from memory for its amax, from the cache for its codes.
+"""A whole 128x128 block in registers, with 16-byte accesses: the fast way.
 
-Holding the block in registers between the two would allow two programs on a multiprocessor, which
-is too few to keep its memory busy. The second reading finds the block in L1.
+What is between the load and the store decides how many blocks a multiprocessor can have in flight,
+and that decides the bandwidth. So no branch encloses tile-wide work here (stores are masked
+instead), and 16-bit sources are widened only on their way into the cast.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.gpu.cast import encode_words
 from fp8sync_kernels.gpu.columns import (
     COL_ORIGIN,
     COLS,
@@ -23,61 +23,66 @@ from fp8sync_kernels.gpu.columns import (
     SOURCE_STRIDE,
 )
 from fp8sync_kernels.gpu.digest import total, word_terms
-from fp8sync_kernels.gpu.scale import MAGNITUDE_MASK
+from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
 
 BLOCK = tl.constexpr(128)
-SLICE = tl.constexpr(32)
 
 
 @triton.jit
-def load_amax_bits(
+def load_tile(
     desc: tl.tensor, block_row: tl.tensor, block_col: tl.tensor, DTYPE: tl.constexpr
 ) -> tl.tensor:
-    """Largest magnitude of the block as fp32 bits, where NaN counts as the largest of all."""
-    values, _row, _first, _inside = _load_rows(desc, block_row, block_col, 0, DTYPE, BLOCK)
-    return _amax_bits(values, DTYPE)
+    """[128, 128] of DTYPE, 0 outside the rectangle."""
+    source = tl.multiple_of(tl.load(desc + SOURCE).to(tl.pointer_type(DTYPE)), 16)
+    stride = tl.multiple_of(tl.load(desc + SOURCE_STRIDE), 128 // DTYPE.primitive_bitwidth)
+    cols = tl.multiple_of(tl.load(desc + COLS).to(tl.int32), 16)
+    row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + tl.arange(0, BLOCK)
+    col = _first_col(desc, block_col) + tl.arange(0, BLOCK)
+    row_inside = (row >= 0) & (row < tl.load(desc + ROWS).to(tl.int32))
+    inside = row_inside[:, None] & ((col >= 0) & (col < cols))[None, :]
+    return tl.load(source + row[:, None] * stride + col[None, :], mask=inside, other=0)
 
 
 @triton.jit
-def encode_tile(
+def store_words(
     desc: tl.tensor,
-    digests: tl.tensor,
+    words: tl.tensor,
     block_row: tl.tensor,
     block_col: tl.tensor,
-    multiplier: tl.tensor,
-    DTYPE: tl.constexpr,
-) -> tl.tensor:
-    """Multiply, cast, store if there is a destination; returns the uint64 digest of the codes."""
+    wanted: tl.tensor,
+) -> None:
+    """Write uint32 [128, 32] of codes, if wanted and if the row has a destination.
+
+    In 8-byte pieces: wider ones would make the compiler move the tile through shared memory.
+    """
     address = tl.load(desc + DESTINATION)
     destination = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), 8)
     stride = tl.multiple_of(tl.load(desc + DESTINATION_STRIDE) >> 2, 4)
-    first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
-    pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
     cols = tl.multiple_of(tl.load(desc + COLS).to(tl.int32) >> 2, 4)
-    value = tl.full([], 0, tl.uint64)
-    terms = tl.full([SLICE, BLOCK // 4], 0, tl.uint64)
-    for start in range(0, BLOCK, SLICE):
-        values, row, first_col, row_inside = _load_rows(
-            desc, block_row, block_col, start, DTYPE, SLICE
-        )
-        if tl.uint8 == DTYPE:
-            values = values.to(tl.float8e4nv, bitcast=True)
-        words = encode_words(values.to(tl.float32) * multiplier, SLICE, BLOCK)
-        col = tl.multiple_of(first_col >> 2, 4) + tl.arange(0, BLOCK // 4)
-        if address != 0:
-            inside = row_inside[:, None] & ((col >= 0) & (col < cols))[None, :]
-            tl.store(destination + row[:, None] * stride + col[None, :], words, mask=inside)
-        if digests is not None:
-            line = first_word + row.to(tl.uint32) * pitch
-            terms += word_terms(words, line[:, None] + col.to(tl.uint32)[None, :])
-    if digests is not None:
-        value = total(terms)
-    return value
+    row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + tl.arange(0, BLOCK)
+    col = (_first_col(desc, block_col) >> 2) + tl.arange(0, BLOCK // 4)
+    end = tl.where(wanted & (address != 0), tl.load(desc + ROWS).to(tl.int32), 0)
+    row_inside = (row >= 0) & (row < end)
+    inside = row_inside[:, None] & ((col >= 0) & (col < cols))[None, :]
+    tl.store(destination + row[:, None] * stride + col[None, :], words, mask=inside)
 
 
 @triton.jit
-def _amax_bits(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
-    """Largest magnitude of a tile.
+def digest_words(
+    desc: tl.tensor, words: tl.tensor, block_row: tl.tensor, block_col: tl.tensor
+) -> tl.tensor:
+    """uint64 digest of uint32 [128, 32] of codes, which are 0 outside the rectangle."""
+    base = tl.load(desc + DIGEST_BASE) >> 2
+    pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
+    row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + tl.arange(0, BLOCK)
+    line = (base + (_first_col(desc, block_col) >> 2)).to(tl.uint32) + row.to(tl.uint32) * pitch
+    index = line[:, None] + tl.arange(0, BLOCK // 4).to(tl.uint32)[None, :]
+    return total(word_terms(words, index))
+
+
+@triton.jit
+def tile_amax_bits(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
+    """Largest magnitude of a tile as fp32 bits; infinity if anything in it is not finite.
 
     Narrow sources are compared as they are, so that they need not be held in fp32 meanwhile.
     """
@@ -93,28 +98,11 @@ def _amax_bits(values: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
     else:
         magnitude = values.to(tl.int32, bitcast=True) & MAGNITUDE_MASK
         bits = tl.max(magnitude)
-    return bits
+    return tl.minimum(bits, INF_BITS)
 
 
 @triton.jit
-def _load_rows(
-    desc: tl.tensor,
-    block_row: tl.tensor,
-    block_col: tl.tensor,
-    start: tl.tensor,
-    DTYPE: tl.constexpr,
-    COUNT: tl.constexpr,
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """([COUNT, 128] with 0 outside the rectangle, row, first column, which rows are inside)."""
-    source = tl.multiple_of(tl.load(desc + SOURCE).to(tl.pointer_type(DTYPE)), 16)
-    stride = tl.multiple_of(tl.load(desc + SOURCE_STRIDE), 128 // DTYPE.primitive_bitwidth)
-    cols = tl.multiple_of(tl.load(desc + COLS).to(tl.int32), 16)
-    col_origin = tl.multiple_of(tl.load(desc + COL_ORIGIN).to(tl.int32), 16)
-    first_row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + start
-    row = first_row + tl.arange(0, COUNT)
-    first_col = block_col * BLOCK - col_origin
-    col = first_col + tl.arange(0, BLOCK)
-    row_inside = (row >= 0) & (row < tl.load(desc + ROWS).to(tl.int32))
-    inside = row_inside[:, None] & ((col >= 0) & (col < cols))[None, :]
-    values = tl.load(source + row[:, None] * stride + col[None, :], mask=inside, other=0)
-    return values, row, first_col, row_inside
+def _first_col(desc: tl.tensor, block_col: tl.tensor) -> tl.tensor:
+    """The block's first column, counted from the rectangle's."""
+    origin = tl.multiple_of(tl.load(desc + COL_ORIGIN).to(tl.int32), 16)
+    return block_col * BLOCK - origin

@@ -93,7 +93,7 @@ def dequantize_blockwise(
 
 
 def partial_amax(x: torch.Tensor, *, origin: tuple[int, int] = (0, 0)) -> torch.Tensor:
-    """Largest magnitude of each block, NaN ignored (float32, 0 for a block of zeros or NaN).
+    """Largest magnitude of each block (float32), infinite where anything in it is not finite.
 
     Blocks cut between holders are joined by the element-wise maximum of their results.
 
@@ -103,7 +103,7 @@ def partial_amax(x: torch.Tensor, *, origin: tuple[int, int] = (0, 0)) -> torch.
     """
     rows, cols = grid_shape(x, origin)
     magnitude = x.float().abs()
-    magnitude = torch.where(magnitude.isnan(), torch.zeros_like(magnitude), magnitude)
+    magnitude = magnitude.masked_fill(magnitude.isnan(), float("inf"))
     padded = magnitude.new_zeros(rows * BLOCK, cols * BLOCK)
     padded[origin[0] : origin[0] + x.shape[0], origin[1] : origin[1] + x.shape[1]] = magnitude
     return padded.view(rows, BLOCK, cols, BLOCK).amax(dim=(1, 3))

@@ -35,10 +35,10 @@ def canonical_pair(
     """
     codes = weight.contiguous().view(torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float() * expand_blocks(scale_inv, codes.shape)
-    multiplier, canonical_scale = scales_from_amax(partial_amax(values), POW2, torch.float32)
-    nonfinite = partial_amax((~values.isfinite()).float()) > 0
+    amax = partial_amax(values)
+    multiplier, canonical_scale = scales_from_amax(amax, POW2, torch.float32)
     bits = scale_inv.contiguous().view(torch.int32)
-    keep = nonfinite | (bits <= 0) | ((bits & 0x7FFFFF) != 0)
+    keep = amax.isinf() | (bits <= 0) | ((bits & 0x7FFFFF) != 0)
     recoded = cast_e4m3(values * expand_blocks(multiplier, codes.shape)).view(torch.uint8)
     codes = torch.where(expand_blocks(keep, codes.shape), codes, recoded)
     codes = codes.masked_fill(codes & CODE_NAN == CODE_NAN, CODE_NAN)
