@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -31,15 +32,25 @@ def as_source(model: Any) -> Source:
     """Return `model` itself if it is a `Source`, or a source for it.
 
     Args:
-        model: a `torch.nn.Module` with Hugging Face parameter names, or a `Source`.
+        model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
+            DTensor), or a `Source`.
 
     Raises:
         UnsupportedLayout: nothing here can list the boxes of such an object.
     """
     if isinstance(model, torch.nn.Module):
-        return ModuleSource(model, rank_and_size()[0])
+        return _source_of(model, rank_and_size()[0])
     if callable(getattr(model, "manifest", None)) and callable(getattr(model, "storages", None)):
         return model
     raise UnsupportedLayout(
         f"cannot read weights from {type(model).__name__}: expected a torch.nn.Module or a Source"
     )
+
+
+def _source_of(module: torch.nn.Module, rank: int) -> Source:
+    if "torch.distributed.tensor" in sys.modules:  # without it there are no DTensors
+        from fp8sync.sources.dtensor import DTensorSource, holds_dtensors
+
+        if holds_dtensors(module):
+            return DTensorSource(module, rank)
+    return ModuleSource(module, rank)

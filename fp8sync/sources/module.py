@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
-
 import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from fp8sync.sources.stacks import hf_parts
 
 __all__ = ["ModuleSource"]
-
-_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
 
 
 class ModuleSource:
@@ -61,10 +54,11 @@ class ModuleSource:
             raise UnsupportedLayout("not a plain module", faults)
         infos, boxes = [], []
         for storage, tensor in live.items():
-            for name, shape, offset, strides in _views(storage, tensor):
-                infos.append(TensorInfo(name, shape, _dtype(tensor)))
-                at = Placement(storage, offset, strides)
-                boxes.append(Box(name, (0,) * len(shape), shape, at))
+            for part in hf_parts(storage, tensor.shape):
+                infos.append(TensorInfo(part.name, part.shape, _dtype(tensor)))
+                first = sum(i * s for i, s in zip(part.rect[0], tensor.stride(), strict=True))
+                at = Placement(storage, first, tuple(tensor.stride(d) for d in part.dims))
+                boxes.append(Box(part.name, (0,) * len(part.shape), part.shape, at))
         return Manifest.of(infos, {self._rank: boxes})
 
 
@@ -78,26 +72,6 @@ def _unplain(name: str, tensor: torch.Tensor) -> str:
     if name.endswith(".experts.gate_up_proj") and tensor.dim() == 3 and tensor.shape[1] % 2:
         return f"expected gate and up halves [E, 2I, H], found {tuple(tensor.shape)}"
     return ""
-
-
-_View = tuple[str, tuple[int, ...], int, tuple[int, ...]]
-
-
-def _views(name: str, tensor: torch.Tensor) -> Iterator[_View]:
-    """Yield (HF name, shape, element offset, strides) of the HF tensors inside a parameter."""
-    stack = _STACK.match(name)
-    if stack is None or tensor.dim() != 3:
-        yield name, tuple(tensor.shape), 0, tensor.stride()
-        return
-    experts, rows, cols = tensor.shape
-    expert_stride, *strides = tensor.stride()
-    parts = ["down_proj"] if stack["kind"] == "down_proj" else ["gate_proj", "up_proj"]
-    rows //= len(parts)
-    for expert in range(experts):
-        for half, part in enumerate(parts):
-            offset = expert * expert_stride + half * rows * strides[0]
-            hf_name = f"{stack['experts']}.{expert}.{part}.weight"
-            yield hf_name, (rows, cols), offset, tuple(strides)
 
 
 def _dtype(tensor: torch.Tensor) -> str:

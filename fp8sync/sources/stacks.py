@@ -1,0 +1,54 @@
+"""HF tensors inside a parameter: the expert stacks of recent transformers, taken apart."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fp8sync.plan.boxes import Rect
+
+__all__ = ["HfPart", "hf_parts"]
+
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
+
+
+@dataclass(frozen=True, slots=True)
+class HfPart:
+    """An HF tensor inside a parameter.
+
+    Args:
+        name: HF name.
+        rect: the rectangle of the parameter that it fills.
+        dims: the parameter's dims that are the HF tensor's, in order; in the others it has one element.
+    """
+
+    name: str
+    rect: Rect
+    dims: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The HF tensor's shape."""
+        return tuple(self.rect[1][d] for d in self.dims)
+
+
+def hf_parts(name: str, shape: Sequence[int]) -> Iterator[HfPart]:
+    """Yield the HF tensors of a parameter: itself, or the experts of a stack, as checkpoints name them.
+
+    Stacks are `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I].
+    """
+    stack = _STACK.match(name)
+    if stack is None or len(shape) != 3:
+        yield HfPart(name, ((0,) * len(shape), tuple(shape)), tuple(range(len(shape))))
+        return
+    experts, rows, cols = shape
+    kinds = ["down_proj"] if stack["kind"] == "down_proj" else ["gate_proj", "up_proj"]
+    rows //= len(kinds)
+    for expert in range(experts):
+        for half, kind in enumerate(kinds):
+            rect = (expert, half * rows, 0), (1, rows, cols)
+            yield HfPart(f"{stack['experts']}.{expert}.{kind}.weight", rect, (1, 2))
