@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fp8sync.manifest import Box, Manifest, Placement
 from fp8sync.plan.spread import Interner, Side
-from fp8sync.recipe import BLOCK
+from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -64,14 +64,18 @@ def manifest(layout: Layout, model: ModelShape) -> Manifest:
 def geometry(layout: Layout, model: ModelShape) -> Side:
     """Return what a forecast needs, in a fraction of the manifest's time and memory."""
     intern = Interner()
-    known: dict[Hashable, Spread] = {}
-    spreads = {}
+    infos = {info.name: info for info in layout.infos(model)}
+    known: dict[Hashable, tuple[Spread, bool]] = {}
+    spreads, unsliced = {}, set()
     for tensor in model.tensors:
         key = layout.alike(tensor, model)
         if key not in known:
-            known[key] = _spread(layout.pieces(tensor, model), intern)
-        spreads[tensor.name] = known[key]
-    return Side({info.name: info for info in layout.infos(model)}, spreads)
+            pieces = layout.pieces(tensor, model)
+            known[key] = _spread(pieces, intern), any(p.box.scale_at is None for p in pieces)
+        spreads[tensor.name], bare = known[key]
+        if bare and infos[tensor.name].encoding is Encoding.BLOCKWISE:
+            unsliced.add(tensor.name)
+    return Side(infos, spreads, frozenset(unsliced))
 
 
 def _spread(pieces: Iterable[Piece], intern: Interner) -> Spread:

@@ -19,7 +19,7 @@ from fp8sync.plan.boxes import block_shape, misaligned_dim, span, volume
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.formats import MISC, agree_on_tensors
 from fp8sync.plan.route import Router, first_senders, turn
-from fp8sync.plan.spread import Spread, holdings
+from fp8sync.plan.spread import Spread, holdings, unsliced_pairs
 from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Planner:
         self._held = holdings(source)
         self._spreads = {name: h.spread for name, h in self._held.items()}
         self._first = first_senders(self._spreads)
+        self._unsliced = unsliced_pairs(source)
         self._router = Router()
         self._cuts: dict[Spread, tuple[CutBlocks, ...]] = {}
 
@@ -114,7 +115,9 @@ class Planner:
         Raises:
             TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
         """
-        infos = agree_on_tensors(self._source.tensors, destination.tensors, self._spreads)
+        infos = agree_on_tensors(
+            self._source.tensors, destination.tensors, self._spreads, self._unsliced
+        )
         own = None if source_rank is None else self._tensors_of(source_rank)
         copies: list[Copy] = []
         faults: list[str] = []

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from fp8sync.errors import RecipeMismatch, TensorMismatch
 from fp8sync.plan.boxes import misaligned_dim, span
+from fp8sync.plan.spread import side_of
 from fp8sync.recipe import BLOCK, Encoding, Formula
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
-    from fp8sync.manifest import TensorInfo
+    from fp8sync.manifest import Manifest, TensorInfo
     from fp8sync.plan.spread import Spread
 
 __all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
@@ -28,6 +29,7 @@ def agree_on_tensors(
     source: Mapping[str, TensorInfo],
     destination: Mapping[str, TensorInfo],
     spreads: Mapping[str, Spread],
+    unsliced: Collection[str] = (),
 ) -> dict[str, TensorInfo]:
     """Return the destination's tensors as they will be sent.
 
@@ -38,6 +40,7 @@ def agree_on_tensors(
         source: the trainer's tensors.
         destination: the engine's.
         spreads: where the trainer keeps them.
+        unsliced: FP8 pairs of which the trainer has a box without scales.
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
@@ -60,7 +63,7 @@ def agree_on_tensors(
     faults = [f for n, info in destination.items() if (f := _misfit(source[n], info))]
     if faults:
         raise RecipeMismatch("trainer and engine hold different formats", faults)
-    cut = cut_pairs(source, spreads)
+    cut = _cut_pairs(source, spreads, unsliced)
     agreed = {}
     for name, info in destination.items():
         if name in cut:
@@ -89,8 +92,18 @@ def _format(info: TensorInfo) -> str:
     return f"an FP8 pair with {info.formula.value if info.formula else 'unknown'} scales"
 
 
-def cut_pairs(source: Mapping[str, TensorInfo], spreads: Mapping[str, Spread]) -> dict[str, str]:
-    """Return, by tensor, why an FP8 pair cannot be passed through: a box cuts one of its blocks."""
+def cut_pairs(source: Manifest) -> dict[str, str]:
+    """Return, by tensor, why an FP8 pair of the trainer cannot be passed through.
+
+    Either a box cuts one of its blocks, or a box has no scales that could be sliced.
+    """
+    side = side_of(source)
+    return _cut_pairs(side.tensors, side.spreads, side.unsliced)
+
+
+def _cut_pairs(
+    source: Mapping[str, TensorInfo], spreads: Mapping[str, Spread], unsliced: Collection[str]
+) -> dict[str, str]:
     reasons: dict[str, str] = {}
     known: dict[Spread, str] = {}
     for name, info in source.items():
@@ -101,6 +114,10 @@ def cut_pairs(source: Mapping[str, TensorInfo], spreads: Mapping[str, Spread]) -
             known[spread] = _cut(spread, info.shape)
         if known[spread]:
             reasons[name] = known[spread]
+        elif name in unsliced:
+            reasons[name] = (
+                "the trainer's blocks are not the tensor's; the values are quantized anew"
+            )
     return reasons
 
 

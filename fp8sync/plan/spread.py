@@ -12,13 +12,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fp8sync.plan.boxes import Rect, overlapping
+from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
 
     from fp8sync.manifest import Box, Manifest, TensorInfo
 
-__all__ = ["Held", "Interner", "Side", "Spread", "holdings", "side_of"]
+__all__ = ["Held", "Interner", "Side", "Spread", "holdings", "side_of", "unsliced_pairs"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,10 +74,14 @@ class Interner:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """One side as far as geometry goes: what a forecast needs."""
+    """One side as far as geometry goes: what a forecast needs.
+
+    `unsliced` names FP8 pairs with a box that has no scales of its own.
+    """
 
     tensors: Mapping[str, TensorInfo]
     spreads: Mapping[str, Spread]
+    unsliced: frozenset[str] = frozenset()
 
     @property
     def ranks(self) -> set[int]:
@@ -119,4 +124,14 @@ def holdings(manifest: Manifest, intern: Interner | None = None) -> dict[str, He
 def side_of(manifest: Manifest) -> Side:
     """Return a manifest's geometry."""
     held = holdings(manifest)
-    return Side(manifest.tensors, {name: h.spread for name, h in held.items()})
+    spreads = {name: h.spread for name, h in held.items()}
+    return Side(manifest.tensors, spreads, unsliced_pairs(manifest))
+
+
+def unsliced_pairs(manifest: Manifest) -> frozenset[str]:
+    """Return the FP8 pairs of which some box has no scales."""
+    pairs = {n for n, i in manifest.tensors.items() if i.encoding is Encoding.BLOCKWISE}
+    if not pairs:
+        return frozenset()
+    boxes = (box for held in manifest.ranks.values() for box in held)
+    return frozenset(b.tensor for b in boxes if b.scale_at is None and b.tensor in pairs)

@@ -117,7 +117,7 @@ def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_
     Raises:
         TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
     """
-    infos = agree_on_tensors(source.tensors, destination.tensors, source.spreads)
+    infos = agree_on_tensors(source.tensors, destination.tensors, source.spreads, source.unsliced)
     kinds = _kinds(source, destination, infos)
     router = Router()
     links: Counter[tuple[int, int]] = Counter()
