@@ -42,5 +42,5 @@ def faults(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )
     results = folder / "results.json"
     found = json.loads(results.read_text()) if results.exists() else {}
-    lost = f"the case did not end; the ranks said:\n{ran.stdout[-4000:]}"
+    lost = f"the case did not end (exit {ran.returncode}); the ranks said:\n{ran.stdout[-4000:]}"
     return {case: found.get(case, [lost]) for case in cases}

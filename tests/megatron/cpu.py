@@ -76,7 +76,8 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
 
     Args:
         bridge: a `megatron.bridge.AutoBridge`.
-        axes: sizes of the parallel axes: tp, pp, cp, ep, etp, and vpp; 1 where absent.
+        axes: sizes of the parallel axes: tp, pp, cp, ep, etp, and vpp; 1 where absent. Beside them,
+            `pad` is what the vocabulary is padded to a multiple of, times tp.
         load: whether to load the checkpoint.
         changes: further attributes of the provider.
     """
@@ -94,6 +95,7 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
         context_parallel_size=axes.get("cp", 1),
         expert_model_parallel_size=axes.get("ep", 1),
         expert_tensor_parallel_size=expert_tp,
+        create_gloo_process_groups=False,
     )
     provider = bridge.to_megatron_provider(load_weights=load)
     settings = {
@@ -108,6 +110,8 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
         "moe_token_dispatcher_type": "allgather",
         "transformer_layer_spec": local_layer_spec,
     }
+    if "pad" in axes:
+        settings |= {"should_pad_vocab": True, "make_vocab_size_divisible_by": axes["pad"]}
     if getattr(provider, "multi_latent_attention", False):
         spec = partial(get_gpt_decoder_block_spec, use_transformer_engine=False)
         settings["transformer_layer_spec"] = spec

@@ -13,6 +13,7 @@ LAYOUTS = {
     "qwen3": ["", "tp=2", "tp=4", "tp=2,cp=2", "pp=2", "tp=2,pp=2"],
     "qwen3-4layers": ["pp=2,vpp=2"],
     "qwen3-tied": ["", "pp=2", "tp=2,pp=2"],
+    "qwen3-vocab130": ["pad=128,tp=2", "pad=128,tp=4"],
     "llama": ["tp=2", "pp=2"],
     "qwen2": ["", "tp=2"],
     "qwen3-moe": ["", "ep=2", "tp=2", "tp=2,ep=2", "tp=2,ep=4", "tp=2,etp=2", "tp=2,ep=2,pp=2"],
@@ -20,8 +21,42 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "case", [f"check_layout:{kind}:{axes}" for kind, found in LAYOUTS.items() for axes in found]
-)
+PAIRS = {
+    "qwen3": ["", "tp=2", "tp=4", "tp=2,pp=2"],
+    "qwen3-4layers": ["pp=2,vpp=2"],
+    "qwen3-moe": ["tp=2,ep=2", "tp=2,etp=2", "tp=2,ep=2,pp=2"],
+    "deepseek-v3": ["tp=2,ep=2"],
+}
+EXPORTS = {"qwen3": ["tp=2"], "qwen3-moe": ["tp=2,ep=2"]}
+REFUSALS = [
+    "check_bad_pairs:qwen3:",
+    "check_cut_pairs:qwen3-narrow:tp=2",
+    "check_cut_pairs:qwen3-head64:",
+    "check_wrong_bridge:llama:",
+    "check_missing_rank:qwen3:tp=2,pp=2",
+    "check_changed_form:qwen3:tp=2",
+]
+
+
+def cases(check: str, layouts: dict[str, list[str]]) -> list[str]:
+    return [f"{check}:{kind}:{axes}" for kind, found in layouts.items() for axes in found]
+
+
+@pytest.mark.parametrize("case", cases("check_layout", LAYOUTS))
 def test_layout(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_pairs", PAIRS))
+def test_fp8_pairs_pass_through(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_export", EXPORTS))
+def test_fp8_pairs_are_those_of_the_bridge(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusal(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])

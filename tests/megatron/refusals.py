@@ -1,0 +1,121 @@
+"""Bad input, and the words that have to be said about it; each check returns what was not said."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fp8sync.errors import Fp8SyncError
+from fp8sync.manifest import Manifest
+from fp8sync.recipe import Formula
+from fp8sync.sources.megatron import MegatronSource, check_tiling
+from tests.megatron import pairs
+from tests.megatron.checks import gather, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+LAYER = r"decoder\.layers\.{}\.\S*{} \(.*\): {}"
+
+
+def check_bad_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Everything that can be wrong with a pair, all told in one error, tensor by tensor."""
+    bridge, chunks = load(checkpoint, axes)
+    quantizer = {"block_len": 128, "force_pow_2_scales": True}
+    wrong: list[tuple[str, dict[str, Any], str]] = [
+        ("0.self_attention.linear_qkv", {"rowwise_data": None, "columnwise_data": 1}, "expected rowwise_data, found columnwise only"),
+        ("0.self_attention.linear_proj", {"rowwise_scale_inv": None}, "expected rowwise_scale_inv, found none"),
+        ("0.mlp.linear_fc1", {"is_2D_scaled": False}, "found scales of 1x128 rows"),
+        ("0.mlp.linear_fc2", {"fp8_dtype": "DType.kFloat8E5M2"}, r"expected E4M3 codes, found DType\.kFloat8E5M2"),
+        ("1.self_attention.linear_qkv", {"quantizer": None}, "expected block_len 128, found None"),
+        ("1.self_attention.linear_proj", {"quantizer": SimpleNamespace(**quantizer | {"block_len": 64})}, "expected block_len 128, found 64"),
+        ("1.mlp.linear_fc1", {"rowwise_scale_inv": torch.zeros(1, 4)}, r"expected scale_inv torch\.float32 \[8, 2\] or padded, found torch\.float32 \[1, 4\]"),
+    ]  # fmt: skip
+    parameters = {n: p for chunk in chunks for n, p in chunk.named_parameters()}
+    expected = []
+    for name, metadata, told in wrong:
+        whole = next(n for n in parameters if n.endswith(f"decoder.layers.{name}.weight"))
+        pairs.make_pair(parameters[whole], Formula.POW2, **metadata)
+        expected.append(rf"rank \d: decoder\.layers\.{re.escape(name)}\.weight \(.*\): .*{told}")
+    last = next(p for n, p in parameters.items() if n.endswith("1.mlp.linear_fc2.weight"))
+    last.get_metadata = lambda: {"rowwise_scale_inv": 1}
+    expected.append(r"layers\.1\.mlp\.linear_fc2\.weight \(.*\): expected blockwise FP8")
+    return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Shards, or heads, that are not made of whole blocks."""
+    bridge, chunks = load(checkpoint, axes)
+    pairs.quantize_in_place(chunks, Formula.POW2)
+    expected = {
+        "qwen3-narrow": [
+            r"layers\.0\.mlp\.up_proj\.weight: expected FP8 pieces .* at \[192:384, 0:256\]",
+            r"layers\.1\.mlp\.down_proj\.weight: expected FP8 pieces .* \[256, 192\]",
+        ],
+        "qwen3-head64": [
+            r"layers\.0\.self_attn\.k_proj\.weight: .* found \[0:64, 0:256\] of \[128, 256\]",
+            r"layers\.1\.self_attn\.v_proj\.weight: expected FP8 pieces",
+        ],
+    }[checkpoint.name]
+    if dist.get_rank() == 1 and checkpoint.name == "qwen3-narrow":
+        expected[1] = r"layers\.1\.mlp\.down_proj\.weight: .* found \[0:256, 192:384\]"
+    return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_wrong_bridge(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """The bridge of Llama on a Qwen3 model, whose heads have norms that Llama does not know."""
+    from megatron.bridge import AutoBridge
+
+    _, chunks = load(checkpoint, axes, qk_layernorm=True, load=False)
+    bridge = AutoBridge.from_hf_pretrained(str(checkpoint))
+    expected = [
+        rf"layers\.{n}\.self_attention\.{kind}_layernorm\.weight: expected a mapping of LlamaBridge"
+        for n in (0, 1)
+        for kind in "qk"
+    ]
+    return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_missing_rank(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """A rank whose boxes never came."""
+    bridge, chunks = load(checkpoint, axes)
+    merged = gather(MegatronSource(chunks, bridge).manifest())
+    found = Manifest(merged.tensors, {r: b for r, b in merged.ranks.items() if r != 3})
+    expected = [
+        r"lm_head\.weight: expected 65536 elements of \[256, 256\], found 32768",
+        r"layers\.1\.self_attn\.k_proj\.weight: expected 65536 elements",
+    ]
+    return unsaid(expected, lambda: check_tiling(found))
+
+
+def check_changed_form(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """A parameter that became FP8, and one that was replaced, after the manifest was written."""
+    bridge, chunks = load(checkpoint, axes)
+    source = MegatronSource(chunks, bridge)
+    source.manifest()
+    source.storages()
+    names = dict(pairs.linear_weights(chunks))
+    first, last = next(iter(names)), list(names)[-1]
+    pairs.make_pair(names[first], Formula.POW2)
+    names[last].data = names[last].data.t().contiguous().t()
+    expected = [
+        r"rank \d: decoder\.\S+: expected torch\.bfloat16 .*, found torch\.float8_e4m3fn",
+        r"rank \d: decoder\.layers\.1\.\S+: expected torch\.bfloat16 .* found .* with strides \[1, ",
+    ]
+    return unsaid(expected, source.storages)
+
+
+def unsaid(expected: list[str], act: Callable[[], object]) -> list[str]:
+    """Return what the error of `act` does not say, and all that it says; nothing if it says all."""
+    try:
+        act()
+    except Fp8SyncError as error:
+        lines = error.violations
+        missing = [f"not said: {e}" for e in expected if not any(re.search(e, x) for x in lines)]
+        return [*missing, *lines] if missing else []
+    return ["expected an error, found none"]

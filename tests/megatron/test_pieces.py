@@ -1,0 +1,109 @@
+"""The arithmetic of layouts, which needs no Megatron."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.sources.megatron import check_tiling
+from fp8sync.sources.megatron.boxes import boxes_of, misaligned
+from fp8sync.sources.megatron.held import Held
+from fp8sync.sources.megatron.pieces import Layout, Piece, Run, columns, concatenated, fused, rows
+
+
+@given(
+    runs=st.lists(st.tuples(st.sampled_from(["a", "b", ""]), st.integers(0, 9)), min_size=1),
+    count=st.integers(1, 4),
+)
+def test_shards_of_fused_runs_tile_their_tensors(runs: list, count: int) -> None:
+    ends = {"a": 0, "b": 0, "": 0}
+    listed = []
+    for tensor, size in runs:
+        listed.append(Run(tensor, ends[tensor], size))
+        ends[tensor] += size
+    listed.append(Run("", 0, -sum(ends.values()) % count))
+    total = sum(run.count for run in listed)
+    where = {}
+    at = 0
+    for run in listed:
+        where |= {(run.tensor, run.first + i): at + i for i in range(run.count) if run.tensor}
+        at += run.count
+    found = {}
+    for index in range(count):
+        layout = fused(listed, (total // count, 2), (index, count))
+        for piece in layout.pieces:
+            for i in range(piece.shape[0]):
+                found[piece.tensor, piece.start[0] + i] = (
+                    total // count * index + piece.local[0] + i
+                )
+    assert found == where
+
+
+def test_neighbouring_runs_become_one_piece() -> None:
+    layout = fused([Run("a", 0, 2), Run("a", 2, 2), Run("b", 0, 4)], (8,), (0, 1))
+    assert layout.pieces == (Piece("a", (0,), (0,), (4,)), Piece("b", (0,), (4,), (4,)))
+
+
+def test_padding_of_a_vocabulary_is_nobodys() -> None:
+    assert rows("v", (64, 2), (2, 4), full_rows=130).pieces == (
+        Piece("v", (128, 0), (0, 0), (2, 2)),
+    )
+    assert rows("v", (64, 2), (3, 4), full_rows=130) == Layout({"v": (130, 2)}, ())
+    with pytest.raises(ValueError, match="expected 300 rows on all 4 ranks together, found 64"):
+        rows("v", (64, 2), (3, 4), full_rows=300)
+
+
+def test_a_bias_of_a_row_parallel_layer_is_whole() -> None:
+    assert columns("b", (5,), (1, 4)).shapes == {"b": (5,)}
+
+
+def test_an_odd_number_of_rows_is_not_gate_and_up() -> None:
+    with pytest.raises(ValueError, match="5 rows cannot hold 2 shards"):
+        concatenated(["g", "u"], (5, 2), (0, 1))
+
+
+def test_scales_are_read_past_their_padding() -> None:
+    codes = torch.zeros(256, 640, dtype=torch.float8_e4m3fn)
+    scale_inv = torch.arange(16.0).view(2, 8)[:, :8]
+    layout = concatenated(["g", "u"], (256, 640), (1, 2))
+    _, up = boxes_of("w", layout, Held(codes, scale_inv))
+    assert up.scale_at == Placement("w_scale_inv", 8, (8, 1))
+    assert not list(misaligned(layout, (256, 640)))
+
+
+@pytest.mark.parametrize(
+    ("layout", "local", "cut"),
+    [
+        (columns("w", (200, 128), (1, 2)), (200, 128), False),  # ragged, at both ends
+        (rows("w", (192, 128), (0, 2)), (192, 128), True),
+        (rows("w", (192, 128), (1, 2)), (192, 128), True),
+        (concatenated(["g", "u"], (400, 128), (0, 1)), (400, 128), True),  # one block, two tensors
+    ],
+)
+def test_cut_blocks_are_found(layout: Layout, local: tuple[int, ...], cut: bool) -> None:
+    assert bool(list(misaligned(layout, local))) is cut
+
+
+def box(start: int, size: int) -> Box:
+    return Box("t", (start,), (size,), Placement("t", 0, (1,)))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ({0: [box(0, 4)], 1: [box(4, 4)], 2: [box(4, 4)]}, None),
+        ({0: [box(0, 4)], 1: [box(5, 3)]}, r"expected 8 elements of \[8\], found 7"),
+        ({0: [box(0, 5)], 1: [box(4, 4)]}, r"found \[0:5\] and \[4:8\], which overlap"),
+    ],
+)
+def test_tiling(boxes: dict[int, list[Box]], said: str | None) -> None:
+    manifest = Manifest.of([TensorInfo("t", (8,), "bfloat16")], boxes)
+    if said is None:
+        check_tiling(manifest)
+        return
+    with pytest.raises(UnsupportedLayout, match=said):
+        check_tiling(manifest)
