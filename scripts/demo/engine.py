@@ -62,7 +62,8 @@ def start_engine(config: PretrainedConfig, *, fp8: bool, seed: int) -> Any:
 
 def stop_engine(llm: Any) -> None:
     """Ends an engine's processes."""
-    llm.llm_engine.engine_core.shutdown()
+    # It needs about as long as vLLM's own 5 s, after which it would be killed and leave warnings.
+    llm.llm_engine.engine_core.shutdown(timeout=30)
 
 
 def log_probabilities(llm: Any, windows: torch.Tensor) -> torch.Tensor:
