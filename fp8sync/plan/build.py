@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo, canonical_json
 from fp8sync.plan.amax import AmaxGroup, CutBlocks, amax_groups, cut_blocks
-from fp8sync.plan.boxes import block_shape, misaligned_dim, span, volume
+from fp8sync.plan.boxes import block_shape, misaligned_dim, span
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.formats import MISC, agree_on_tensors
-from fp8sync.plan.route import Router, first_senders, turn
+from fp8sync.plan.route import Router, first_senders, sender
 from fp8sync.plan.spread import Spread, holdings, unsliced_pairs
 from fp8sync.recipe import BLOCK, Encoding
 
@@ -143,29 +143,26 @@ class Planner:
     def _tensors_of(self, rank: int) -> set[str]:
         return {box.tensor for box in self._source.ranks.get(rank, ())}
 
-    def _copies(self, rank: int, box: Box, info: TensorInfo, faults: list[str]) -> Iterator[Copy]:
+    def _copies(self, rank: int, box: Box, info: TensorInfo, faults: list[str]) -> list[Copy]:
         wanted = box.start, box.shape
         held = self._held.get(box.tensor)
-        parts = self._router.parts(held.spread, wanted) if held else ()
-        if held is None or sum(volume(p.rect) for p in parts) != volume(wanted):
+        filling = self._router.fill(held.spread, wanted, info.shape) if held else None
+        if held is None or filling is None or not filling.whole:
             faults.append(
                 f"{box.tensor}: engine rank {rank} needs {span(wanted)}; "
                 "the trainer's boxes do not cover it"
             )
-            return
+            return []
         first = self._first[box.tensor]
         pair = self._source.tensors[box.tensor].encoding is Encoding.BLOCKWISE and not info.misc
-        found = []
-        for part in parts:
-            owners = part.owners
-            i, j = owners[0]
-            if len(owners) > 1:
-                i, j = owners[(first[i] + turn(rank, len(owners))) % len(owners)]
-            sender = held.spread.ranks[i][j]
-            found.append(_copy(part.rect, sender, held.boxes[i][j], rank, box, info, pair))
-        if info.encoding is Encoding.BLOCKWISE:
-            faults += self._cut_faults(box, rank, info, found)
-        yield from found
+        copies = []
+        for part in filling.parts:
+            i, j = sender(part.owners, first, rank)
+            owner, source_rank = held.boxes[i][j], held.spread.ranks[i][j]
+            copies.append(_copy(part.rect, source_rank, owner, rank, box, info, pair))
+        if filling.cut and info.encoding is Encoding.BLOCKWISE:
+            faults += self._cut_faults(box, rank, info, copies)
+        return copies
 
     def _cut_faults(
         self, box: Box, rank: int, info: TensorInfo, copies: Sequence[Copy]
@@ -226,31 +223,35 @@ def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _copy(
-    part: Rect, sender: int, owner: Box, rank: int, box: Box, info: TensorInfo, pair: bool
+    part: Rect, source_rank: int, owner: Box, rank: int, box: Box, info: TensorInfo, pair: bool
 ) -> Copy:
     start, shape = part
     blockwise = info.encoding is Encoding.BLOCKWISE
-    from_owner = _difference(start, owner.start)
-    scale_at, source_scale_at = box.scale_at, owner.scale_at if pair else None
-    if scale_at is not None:
-        scale_at = scale_at.at(
-            [-(-a // BLOCK) - b // BLOCK for a, b in zip(start, box.start, strict=True)]
-        )
-    if source_scale_at is not None:
-        source_scale_at = source_scale_at.at([i // BLOCK for i in from_owner])
+    source_at, at, scale_at = owner.at, box.at, box.scale_at
+    source_scale_at = owner.scale_at if pair else None
+    if start != owner.start:
+        index = _difference(start, owner.start)
+        source_at = source_at.at(index)
+        source_scale_at = source_scale_at and source_scale_at.at([i // BLOCK for i in index])
+    if start != box.start:
+        at = at.at(_difference(start, box.start))
+        if scale_at is not None:
+            # The first block carried is the first that begins within the copy.
+            blocks = zip(start, box.start, strict=True)
+            scale_at = scale_at.at([-(-a // BLOCK) - b // BLOCK for a, b in blocks])
     return Copy(
-        tensor=box.tensor,
-        start=start,
-        shape=shape,
-        dtype="float8_e4m3fn" if blockwise else info.dtype,
-        encoding=info.encoding,
-        formula=info.formula,
-        source_rank=sender,
-        source_at=owner.at.at(from_owner),
-        destination_rank=rank,
-        at=box.at.at(_difference(start, box.start)),
-        scale_at=scale_at,
-        source_scale_at=source_scale_at,
+        box.tensor,
+        start,
+        shape,
+        "float8_e4m3fn" if blockwise else info.dtype,
+        info.encoding,
+        info.formula,
+        source_rank,
+        source_at,
+        rank,
+        at,
+        scale_at,
+        source_scale_at,
     )
 
 

@@ -10,14 +10,14 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fp8sync.plan.boxes import Rect, overlap, subtract, volume
+from fp8sync.plan.boxes import Rect, misaligned_dim, overlap, subtract, volume
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fp8sync.plan.spread import Spread
 
-__all__ = ["PartOf", "Router", "first_senders"]
+__all__ = ["Filling", "PartOf", "Router", "first_senders", "sender"]
 
 _LOOKAHEAD = 8
 """How many replicas, from the next one on, are compared for the least load."""
@@ -39,18 +39,37 @@ class PartOf:
     owners: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What fills a wanted rectangle.
+
+    Args:
+        parts: disjoint.
+        whole: whether nothing is missing.
+        cut: whether the rectangle or a part of it begins or ends inside a 128-block.
+    """
+
+    parts: tuple[PartOf, ...]
+    whole: bool
+    cut: bool
+
+
 class Router:
     """Finds the parts that fill wanted rectangles; remembers them by geometry."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Spread, Rect], tuple[PartOf, ...]] = {}
+        self._known: dict[tuple[Spread, Rect, tuple[int, ...]], Filling] = {}
 
-    def parts(self, spread: Spread, wanted: Rect) -> tuple[PartOf, ...]:
-        """Return disjoint parts of `wanted`; together less than it where the source has a hole."""
-        key = spread, wanted
+    def fill(self, spread: Spread, wanted: Rect, shape: tuple[int, ...]) -> Filling:
+        """Return what of `spread` fills the rectangle `wanted` of a tensor of `shape`."""
+        key = spread, wanted, shape
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = _parts(spread, wanted)
+            parts = _parts(spread, wanted)
+            whole = sum(volume(p.rect) for p in parts) == volume(wanted)
+            rects = [wanted, *(p.rect for p in parts)]
+            cut = any(misaligned_dim(r, shape) is not None for r in rects)
+            found = self._known[key] = Filling(parts, whole, cut)
         return found
 
 
@@ -81,6 +100,15 @@ def _disjoint(parts: list[PartOf], wanted: Rect) -> tuple[PartOf, ...]:
             still += subtract(rect, common)
         open_ = still
     return tuple(sorted(chosen, key=lambda p: p.rect))
+
+
+def sender(
+    owners: tuple[tuple[int, int], ...], first: tuple[int, ...], rank: int
+) -> tuple[int, int]:
+    """Return which owner of a part sends it to destination `rank`; `first` as `first_senders` has it."""
+    if len(owners) == 1:
+        return owners[0]
+    return owners[(first[owners[0][0]] + turn(rank, len(owners))) % len(owners)]
 
 
 def turn(rank: int, replicas: int) -> int:

@@ -18,7 +18,7 @@ from fp8sync.plan.boxes import block_shape, misaligned_dim, span, volume
 from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
 from fp8sync.plan.copy import carried_blocks
 from fp8sync.plan.formats import agree_on_tensors
-from fp8sync.plan.route import PartOf, Router, first_senders, turn
+from fp8sync.plan.route import Filling, PartOf, Router, first_senders, sender
 from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
@@ -127,13 +127,13 @@ def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_
     for kind, names in kinds.items():
         count = len(names)
         for rect, ranks in _wanted(kind):
-            parts = router.parts(kind.source, rect)
-            fault = _fault(rect, parts, kind)
+            filling = router.fill(kind.source, rect, kind.shape)
+            fault = _fault(rect, filling, kind)
             if fault:
                 faults += [f"{name}: engine rank {ranks[0]} {fault}" for name in names]
                 continue
-            copies += count * len(parts) * len(ranks)
-            for part in parts:
+            copies += count * len(filling.parts) * len(ranks)
+            for part in filling.parts:
                 nbytes = count * _part_bytes(part, kind)
                 _share(links, kind, part, ranks, nbytes)
             nbytes = count * (
@@ -178,8 +178,8 @@ def _wanted(kind: _Kind) -> Iterator[tuple[Rect, tuple[int, ...]]]:
     yield ((0,) * len(kind.shape), kind.shape), tuple(sorted(ranks))
 
 
-def _fault(rect: Rect, parts: tuple[PartOf, ...], kind: _Kind) -> str:
-    if sum(volume(p.rect) for p in parts) != volume(rect):
+def _fault(rect: Rect, filling: Filling, kind: _Kind) -> str:
+    if not filling.whole:
         return f"needs {span(rect)}; the trainer's boxes do not cover it"
     if (
         kind.encoding is Encoding.BLOCKWISE
@@ -204,17 +204,10 @@ def _share(
     nbytes: int,
 ) -> None:
     """Add a part's bytes to the links of the holders whose turn it is."""
-    owners, holders = part.owners, kind.source.ranks
-    i, j = owners[0]
-    if len(owners) == 1:
-        sender = holders[i][j]
-        for rank in ranks:
-            links[sender, rank] += nbytes
-        return
-    first = kind.first[i]
-    senders = [holders[a][b] for a, b in owners]
+    holders = kind.source.ranks
     for rank in ranks:
-        links[senders[(first + turn(rank, len(senders))) % len(senders)], rank] += nbytes
+        i, j = sender(part.owners, kind.first, rank)
+        links[holders[i][j], rank] += nbytes
 
 
 def _held(source: Side) -> Counter[int]:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from tests.layouts import wire
 from tests.layouts.dtensor_ranks import MODULES, MOVES, SHAPES, block, copy_of, ids
 
 RANKS = 4
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dtensor")
     command = [sys.executable, "-m", "tests.layouts.dtensor_ranks"]
     ranks = [
-        subprocess.Popen([*command, str(rank), str(RANKS), str(folder / "store"), str(folder)])
+        subprocess.Popen(
+            [*command, str(rank), str(RANKS), str(folder / "store"), str(folder)], cwd=ROOT
+        )
         for rank in range(RANKS)
     ]
     try:

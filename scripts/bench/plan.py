@@ -1,0 +1,109 @@
+"""How long planning takes, as layouts double four times; prints figures, asserts nothing.
+
+    python scripts/bench/plan.py
+
+Each row runs in a process of its own: processor seconds and peak resident memory, imports apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+
+TRAINERS = {
+    64: "tp=2,pp=2,dp=16,ep=32,etp=1",
+    128: "tp=4,pp=2,dp=16,ep=64,etp=1",
+    256: "tp=4,pp=4,dp=16,ep=64,etp=1",
+    512: "tp=8,pp=8,dp=8,ep=64,etp=1",
+    1024: "tp=8,pp=16,dp=8,ep=64,etp=1",
+}
+ENGINES = {n: f"tp=8,dp=4,ep,engines={n // 32}" for n in (32, 64, 128, 256, 512)}
+
+
+def forecast(trainer: str, engine: str, model: str) -> dict[str, float]:
+    """All of `fp8sync plan`, and the plan of one engine rank in full."""
+    from fp8sync.layouts import geometry
+    from fp8sync.layouts.parse import parse_engine, parse_model, parse_trainer
+    from fp8sync.plan.forecast import Bandwidths, report
+    from fp8sync.plan.traffic import traffic
+
+    began, wall = time.process_time(), time.perf_counter()
+    shape = parse_model(model)
+    found = traffic(geometry(parse_trainer(trainer), shape), geometry(parse_engine(engine), shape))
+    report(found, Bandwidths())
+    return {
+        "cpu_s": time.process_time() - began,
+        "wall_s": time.perf_counter() - wall,
+        "copies": found.copies,
+        "links": len(found.links),
+    }
+
+
+def full(trainer: str, engine: str, model: str) -> dict[str, float]:
+    """Every copy of every rank, from manifests: what ranks do when they connect."""
+    from fp8sync.layouts import manifest
+    from fp8sync.layouts.parse import parse_engine, parse_model, parse_trainer
+    from fp8sync.manifest import Manifest
+    from fp8sync.plan import Planner
+
+    shape = parse_model(model)
+    source = manifest(parse_trainer(trainer), shape)
+    destination = manifest(parse_engine(engine), shape)
+    began, wall = time.process_time(), time.perf_counter()
+    planner = Planner(source, exchange_amax=True)
+    indexed = time.process_time() - began
+    first = min(destination.ranks)
+    planner.plan(Manifest(destination.tensors, {first: destination.ranks[first]}))
+    one = time.process_time() - began - indexed
+    plan = planner.plan(destination)
+    return {
+        "cpu_s": time.process_time() - began - one,
+        "wall_s": time.perf_counter() - wall,
+        "copies": len(plan.copies),
+        "index_s": indexed,
+        "one_rank_s": one,
+    }
+
+
+def row(job: str, trainer: str, engine: str, model: str) -> dict[str, float]:
+    """One measurement in a fresh process."""
+    command = [sys.executable, __file__, "--job", job, "--pair", trainer, engine, "--model", model]
+    out = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="deepseek-v3")
+    parser.add_argument("--full", action="store_true", help="also every copy of every rank")
+    parser.add_argument("--job", choices=("forecast", "full"), help=argparse.SUPPRESS)
+    parser.add_argument("--pair", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        figures = {"forecast": forecast, "full": full}[arguments.job](
+            *arguments.pair, arguments.model
+        )
+        figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps(figures))
+        return
+    print(f"{arguments.model}, Python {platform.python_version()}, {platform.machine()}")
+    jobs = ["forecast", "full"] if arguments.full else ["forecast"]
+    for job in jobs:
+        before = None
+        for (ranks, trainer), (workers, engine) in zip(
+            TRAINERS.items(), ENGINES.items(), strict=True
+        ):
+            figures = row(job, trainer, engine, arguments.model)
+            ratio = "" if before is None else f"  x{figures['cpu_s'] / before:.2f}"
+            before = figures["cpu_s"]
+            text = "  ".join(f"{k} {v:,.6g}" for k, v in figures.items())
+            print(f"{job}: {ranks} -> {workers} ranks  {text}{ratio}")
+
+
+if __name__ == "__main__":
+    main()

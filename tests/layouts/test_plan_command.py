@@ -1,0 +1,238 @@
+"""`fp8sync plan`: figures from two lines of text, or from saved manifests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fp8sync.cli import main
+from fp8sync.layouts import (
+    PRESETS,
+    EngineLayout,
+    ModelShape,
+    TrainerLayout,
+    from_config,
+    geometry,
+    manifest,
+)
+from fp8sync.layouts.parse import parse_engine, parse_model, parse_settings, parse_trainer
+from fp8sync.layouts.pieces import join_sides
+from fp8sync.plan import build_plan
+from fp8sync.plan.forecast import Bandwidths, forecast
+from fp8sync.plan.route import first_senders, turn
+from fp8sync.plan.spread import side_of
+from fp8sync.plan.traffic import Traffic, traffic
+from fp8sync.recipe import Formula
+from tests.layouts.cases import LATENT, QWEN, RAGGED_MOE
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 2,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "vocab_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_experts": 4,
+    "moe_intermediate_size": 192,
+}
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    status = main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_layouts_and_manifests_give_the_same_figures(capsys, tmp_path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(CONFIG))
+    model = from_config(CONFIG)
+    source = manifest(TrainerLayout(tp=2, dp=2, ep=2, etp=1), model)
+    destination = manifest(EngineLayout(dp=2, expert_parallel=True, scales=False), model)
+    for side, name in ((source, "trainer.json"), (destination, "engine.json")):
+        (tmp_path / name).write_text(json.dumps(side.to_json()))
+    on_paper = run(
+        capsys,
+        *("--model", str(tmp_path), "--trainer", "tp=2,dp=2,ep=2,etp=1"),
+        *("--engine", "dp=2,ep,scales=no", "--json"),
+    )
+    saved = run(
+        capsys,
+        *("--trainer", str(tmp_path / "trainer.json")),
+        *("--engine", str(tmp_path / "engine.json"), "--json"),
+    )
+    assert on_paper == saved
+    assert on_paper[0] == 0
+    plan = build_plan(source, destination, exchange_amax=True)
+    figures = json.loads(on_paper[1])
+    assert figures["copies"] == len(plan.copies)
+    assert figures["bytes"] == sum(c.weight_bytes + c.scale_bytes for c in plan.copies)
+    assert figures["tensors"] == len(plan.tensors)
+
+
+def test_the_text_says_what_there_is_to_know(capsys) -> None:
+    arguments = ("--model", "qwen3-30b-a3b", "--trainer", "dp=8,fsdp=8", "--top", "3")
+    status, out, _ = run(capsys, *arguments, "--engine", "tp=2", "--engine", "tp=4,ep")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("18,867 tensors in ")
+    assert sum(line.startswith("link ") for line in lines) == 3
+    for part in ("messages", "peak memory, trainer rank", "peak memory, engine rank"):
+        assert part in out
+    assert "partial amax: " in out  # 768 rows of an expert on 8 ranks
+    assert "wire time: " in out
+    assert lines[-1] == "misc: 0 tensors"
+
+
+def test_the_misc_list_comes_with_reasons(capsys, tmp_path) -> None:
+    model = replace(LATENT, intermediate=1024, shared_intermediate=512)
+    for layout, name in (
+        (TrainerLayout(), "trainer.json"),
+        (EngineLayout(tp=4, expert_parallel=True), "engine.json"),
+    ):
+        (tmp_path / name).write_text(json.dumps(manifest(layout, model).to_json()))
+    sides = ("--trainer", str(tmp_path / "trainer.json"), "--engine", str(tmp_path / "engine.json"))
+    _, out, _ = run(capsys, *sides)
+    reason = "engine rank 0 takes [0:192, 0:256]: cuts dim 0"
+    assert out.splitlines()[-3:] == [
+        "misc: 2 tensors",
+        f"  model.layers.0.self_attn.q_b_proj.weight: {reason}",
+        f"  model.layers.1.self_attn.q_b_proj.weight: {reason}",
+    ]
+
+
+def test_a_layout_that_cannot_be_is_an_error(capsys) -> None:
+    status, out, err = run(capsys, "--model", "qwen3-30b-a3b", "--trainer", "", "--engine", "tp=4")
+    assert (status, out) == (1, "")
+    assert "the engine fuses parts of [192, 192] rows" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no-such"), "neither a config.json nor one of"),
+        (("--trainer", "pt=2"), "TrainerLayout has no 'pt'"),
+        (("--trainer", "tp=two"), "invalid literal"),
+        (("--engine", "ep=maybe"), "expected true or false"),
+        (("--engine", "no.json"), "No such file"),
+        (("--bandwidth", "gb=1"), "Bandwidths has no 'gb'"),
+    ],
+)
+def test_what_cannot_be_understood_is_said(capsys, arguments, message) -> None:
+    given = {"--model": "llama-3.1-8b", "--trainer": "tp=2", "--engine": "tp=2"}
+    if arguments[0] == "--engine":
+        given.pop("--engine")
+    given[arguments[0]] = arguments[1]
+    status, _, err = run(capsys, *(word for pair in given.items() for word in pair))
+    assert status == 1
+    assert message in err
+
+
+def test_a_layout_needs_a_model(capsys) -> None:
+    status, _, err = run(capsys, "--trainer", "tp=2", "--engine", "tp=2")
+    assert status == 1
+    assert "say of which --model" in err
+
+
+def test_settings_as_text() -> None:
+    assert parse_trainer("tp=2,pp=2,vpp=2,stages=1:2:1:1,pairs=pow2") == TrainerLayout(
+        tp=2, pp=2, vpp=2, stages=(1, 2, 1, 1), pairs=Formula.POW2
+    )
+    assert parse_trainer("order=tp-pp-cp-ep-dp,fused=false").order == "tp-pp-cp-ep-dp"
+    assert parse_engine("ep,formula=none,round_robin") == EngineLayout(
+        expert_parallel=True, formula=None, round_robin=True
+    )
+    assert parse_settings(Bandwidths, "node_gb_s=100.5").node_gb_s == 100.5
+    with pytest.raises(ValueError, match="misc cannot be given as text"):
+        parse_engine("misc=x")
+    assert parse_model("deepseek-v3") is PRESETS["deepseek-v3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("llama-3.1-8b", 8_030_261_248),
+        ("qwen3-30b-a3b", 30_532_122_624),
+        ("deepseek-v3", 671_026_419_200),
+    ],
+)
+def test_full_size_models_have_their_published_size(name: str, parameters: int) -> None:
+    found = 0
+    for tensor in PRESETS[name].tensors:
+        size = 1
+        for n in tensor.shape:
+            size *= n
+        found += size
+    assert found == parameters
+
+
+def test_bandwidths_say_how_long() -> None:
+    """Two trainer ranks, two engine ranks: 10 GB within a node, 1 GB to the next."""
+    moved = Traffic({}, {(0, 0): 10**10, (1, 1): 10**9}, 2, {0: 0, 1: 0}, {0: 0, 1: 0})
+    near = Bandwidths(gpus_per_node=2, node_gb_s=100.0, network_gb_s=50.0, message_us=0.0)
+    assert forecast(moved, near).seconds == pytest.approx(10 / 50)
+    assert forecast(moved, near).network_bytes == 11 * 10**9
+    together = Bandwidths(2, 100.0, 50.0, 0.0, same_nodes=True)
+    assert forecast(moved, together).seconds == pytest.approx(10 / 100)
+    assert forecast(moved, together).rank == "trainer 0"
+    slow = Bandwidths(2, 1e9, 1e9, 1000.0)
+    assert forecast(moved, slow).seconds == pytest.approx(150 * 1e-3)  # 150 buckets of 64 MiB
+
+
+@pytest.mark.parametrize(("dp", "engines"), [(2, 1), (3, 1), (4, 2), (8, 1), (8, 16), (5, 7)])
+def test_replicas_share_the_sending(dp: int, engines: int) -> None:
+    model = ModelShape(16, 256, 512, 512, 4, 4, 128)
+    found = traffic(
+        geometry(TrainerLayout(dp=dp), model), geometry(EngineLayout(engines=engines), model)
+    )
+    sent = [found.sent()[rank] for rank in range(dp)]
+    assert max(sent) < 1.15 * sum(sent) / dp
+
+
+def test_replicas_take_into_account_what_else_a_rank_sends() -> None:
+    """Rank 0 alone has the experts: the other replica of the dense layers sends more of those."""
+    spreads = dict(side_of(manifest(TrainerLayout(dp=2), QWEN)).spreads)
+    first = first_senders(spreads)
+    load: Counter[int] = Counter()
+    for name, spread in spreads.items():
+        for i, ranks in enumerate(spread.ranks):
+            load[ranks[first[name][i]]] += 1
+    assert set(load) == {0, 1}
+    assert [turn(rank, 2) for rank in range(8)] == [0, 1, 1, 0, 1, 0, 0, 1]
+
+
+def test_engines_of_different_layouts_are_fed_together() -> None:
+    sides = [geometry(EngineLayout(tp=n), QWEN) for n in (1, 2)]
+    found = traffic(geometry(TrainerLayout(), QWEN), join_sides(sides))
+    assert set(found.received()) == {0, 1, 2}
+    assert found.received()[1] + found.received()[2] < 1.02 * found.received()[0]
+    with pytest.raises(ValueError, match="engine 1"):
+        join_sides([sides[0], geometry(EngineLayout(formula=None), QWEN)])
+
+
+def test_planning_needs_no_torch() -> None:
+    """The rooms of planning, imported alone, bring in neither torch nor an engine."""
+    code = (
+        "import sys, types; package = types.ModuleType('fp8sync'); "
+        "package.__path__ = ['fp8sync']; sys.modules['fp8sync'] = package; "
+        "import fp8sync.cli; print(sorted({'torch', 'vllm', 'triton', 'numpy'} & set(sys.modules)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_ragged_experts_are_on_the_list_of_cut_blocks() -> None:
+    counted = traffic(
+        geometry(TrainerLayout(dp=4, fsdp=4), RAGGED_MOE),
+        geometry(EngineLayout(scales=False), RAGGED_MOE),
+    )
+    assert counted.amax.tensors > 4 * 3
