@@ -11,6 +11,7 @@ from fp8sync_kernels.gpu.cast import encode_words
 from fp8sync_kernels.gpu.columns import (
     AMAX,
     AMAX_STRIDE,
+    DIGEST_BASE,
     OP,
     SCALE_DIGEST_BASE,
     SCALE_DIGEST_PITCH,
@@ -58,16 +59,20 @@ def quantize_block(
     Whatever can wait until the tile has left the registers comes after it: the second division,
     scales, counting. Before, it would take the registers that a further program could live in.
     """
-    op = tl.load(desc + OP)
+    # Wanted later; their sectors' latency passes while the tile is read.
+    op = tl.load(desc + OP).to(tl.int32)
+    first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
     if WIDE:
         values = load_tile(desc, block_row, block_col, DTYPE)
         own_amax_bits = tile_amax_bits(values, DTYPE)
     else:
         own_amax_bits = sliced_amax_bits(desc, block_row, block_col, DTYPE)
 
-    amax_at = tl.load(desc + AMAX) + 4 * (block_row * tl.load(desc + AMAX_STRIDE) + block_col)
-    amax_pointer = amax_at.to(tl.pointer_type(tl.int32))
     given = (op == OP_POW2_GIVEN) | (op == OP_FP32_GIVEN)
+    outside = given | (op == OP_AMAX)
+    amax_stride = tl.load(desc + AMAX_STRIDE, mask=outside, other=0)
+    amax_pointer = tl.load(desc + AMAX, mask=outside, other=0).to(tl.pointer_type(tl.int32))
+    amax_pointer += block_row * amax_stride + block_col
     by_fp32 = (op == OP_FP32) | (op == OP_FP32_GIVEN)
     amax_bits = tl.where(given, tl.load(amax_pointer, mask=given, other=0), own_amax_bits)
     multiplier = pow2_multiplier(amax_bits)
@@ -80,7 +85,7 @@ def quantize_block(
         words = encode_words(values.to(tl.float32) * multiplier, BLOCK, BLOCK)
         store_words(desc, words, block_row, block_col, op != OP_AMAX)
         if digests is not None:
-            value = digest_words(desc, words, block_row, block_col)
+            value = digest_words(desc, first_word, words, block_row, block_col)
     else:
         if op != OP_AMAX:
             value = encode_slices(desc, block_row, block_col, multiplier, DTYPE)
@@ -137,7 +142,8 @@ def canonical_block(
     if WIDE:
         x = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
         words = encode_words(x * ratio, BLOCK, BLOCK)
-        value = digest_words(desc, words, block_row, block_col)
+        first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
+        value = digest_words(desc, first_word, words, block_row, block_col)
     else:
         value = encode_slices(desc, block_row, block_col, ratio, tl.uint8)
     value += _digest_scale(desc, scale_inv, block_row, block_col)

@@ -15,7 +15,6 @@ from fp8sync_kernels.gpu.columns import (
     COLS,
     DESTINATION,
     DESTINATION_STRIDE,
-    DIGEST_BASE,
     DIGEST_PITCH,
     ROW_ORIGIN,
     ROWS,
@@ -69,13 +68,20 @@ def store_words(
 
 @triton.jit
 def digest_words(
-    desc: tl.tensor, words: tl.tensor, block_row: tl.tensor, block_col: tl.tensor
+    desc: tl.tensor,
+    first_word: tl.tensor,
+    words: tl.tensor,
+    block_row: tl.tensor,
+    block_col: tl.tensor,
 ) -> tl.tensor:
-    """uint64 digest of uint32 [128, 32] of codes, which are 0 outside the rectangle."""
-    base = tl.load(desc + DIGEST_BASE) >> 2
+    """uint64 digest of uint32 [128, 32] of codes, which are 0 outside the rectangle.
+
+    first_word: the row's DIGEST_BASE in words, uint32.
+    """
     pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
     row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + tl.arange(0, BLOCK)
-    line = (base + (_first_col(desc, block_col) >> 2)).to(tl.uint32) + row.to(tl.uint32) * pitch
+    first = first_word + (_first_col(desc, block_col) >> 2).to(tl.uint32)
+    line = first + row.to(tl.uint32) * pitch
     index = line[:, None] + tl.arange(0, BLOCK // 4).to(tl.uint32)[None, :]
     return total(word_terms(words, index))
 

@@ -1,0 +1,223 @@
+"""Measure the kernels on one GPU: a line for each case, and JSONL.
+
+usage: python -m scripts.bench.kernels [--out FILE.jsonl] [--layers N]
+
+Bytes are counted from the tensors (read plus written). "% of copy" is against the bandwidth of
+PyTorch's device-to-device copy of 6 GiB in the same run; each case also names the copy bandwidth
+for as many bytes as it moves itself. Times are medians of 20 by CUDA events, after warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8sync_kernels import Part, build_table, run_table
+from fp8sync_kernels.job import canonical_digest, copy
+from scripts.bench import kernel_cases, kernel_peers
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from scripts.bench.kernel_cases import Case
+
+RUNS = 20
+SLOTS = 20_000
+
+
+def device_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
+    """Median time of `work` on the device."""
+    for _ in range(3):
+        work()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    for start, stop in pairs:
+        start.record()
+        work()
+        stop.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e-3
+
+
+def host_seconds(work: Callable[[], object]) -> float:
+    """Median time that a call keeps the host, with nothing queued before it."""
+    times = []
+    for _ in range(RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
+
+
+def copy_bandwidth(moved_bytes: int) -> float:
+    """Bytes per second, read plus written, of a copy that moves so many."""
+    source = torch.empty(moved_bytes // 2, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / device_seconds(lambda: target.copy_(source))
+
+
+class Report:
+    """Prints and keeps the lines."""
+
+    def __init__(self) -> None:
+        self.copy = copy_bandwidth(12 << 30)
+        self.digests = torch.zeros(SLOTS, dtype=torch.int64, device="cuda")
+        self.nonfinite = torch.zeros_like(self.digests)
+        self.lines: list[dict[str, Any]] = []
+        device = torch.cuda.get_device_name()
+        versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+        date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+        self.add("device", device=device, **versions, date=date, copy_gb_s=self.copy / 1e9)
+
+    def add(self, case: str, **values: Any) -> None:
+        self.lines.append({"case": case, **values})
+        shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+        print(f"{case:44s} {' '.join(shown)}", flush=True)
+
+    def time(self, case: str, work: Callable[[], object], moved_bytes: int, **more: Any) -> float:
+        seconds = device_seconds(work)
+        rate = moved_bytes / seconds
+        percent = 100 * rate / self.copy
+        self.add(case, us=seconds * 1e6, gb_s=rate / 1e9, percent_of_copy=percent, **more)
+        return seconds
+
+    def launch(self, case: Case, digests: bool = True, nonfinite: bool = True) -> None:
+        for table in case.tables:
+            counters = (self.digests if digests else None, self.nonfinite if nonfinite else None)
+            run_table(table, *counters)
+
+
+def matrices(report: Report) -> None:
+    for formula, dtype in (
+        ("pow2", torch.bfloat16),
+        ("fp32", torch.bfloat16),
+        ("pow2", torch.float16),
+        ("pow2", torch.float32),
+    ):
+        for rows, cols in ((32768, 4096), (65536, 8192)):
+            case = kernel_cases.matrix_case(rows, cols, formula, dtype)
+            same = copy_bandwidth(case.moved_bytes) / 1e9
+            size = case.moved_bytes
+            report.time(
+                case.name, lambda case=case: report.launch(case), size, copy_of_this_size=same
+            )
+            if formula == "pow2" and dtype == torch.bfloat16:
+                for without in ("digests", "nonfinite", "both"):
+                    flags = {
+                        "digests": without == "nonfinite",
+                        "nonfinite": without == "digests",
+                    }
+                    label = f"  without {without}"
+                    report.time(
+                        label, lambda case=case, flags=flags: report.launch(case, **flags), size
+                    )
+                host = host_seconds(lambda case=case: report.launch(case))
+                report.add("  host time of a launch", us=host * 1e6)
+            del case
+            gc.collect()
+
+
+def models(report: Report, layers: int) -> None:
+    case = kernel_cases.llama_31_8b("pow2")
+    launches = len(case.tables)
+    work = functools.partial(report.launch, case)
+    report.time(case.name, work, case.moved_bytes, launches=launches)
+    del case, work
+    gc.collect()
+    for formula in ("pow2", "fp32"):
+        case = kernel_cases.qwen3_30b_a3b_experts(formula, layers)
+        launches = len(case.tables)
+        grouped = report.time(
+            case.name,
+            functools.partial(report.launch, case),
+            case.moved_bytes,
+            launches=launches,
+            tensors=case.tensors,
+        )
+        if formula == "pow2":
+            singles = kernel_cases.per_tensor_tables(case)
+
+            def loop(singles: list[Any] = singles) -> None:
+                for table in singles:
+                    run_table(table, report.digests, report.nonfinite)
+
+            loop()
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            loop()
+            torch.cuda.synchronize()
+            alone = time.perf_counter() - start
+            report.add("  one launch per tensor", us=alone * 1e6, times_slower=alone / grouped)
+            del singles
+        del case
+        gc.collect()
+
+
+def moves(report: Report) -> None:
+    source = torch.randint(0, 256, (65536, 16384), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    wide = torch.empty(65536, 20480, dtype=torch.uint8, device="cuda")
+    scales = torch.ones(512, 128, device="cuda")
+    size = source.numel()
+    for name, job, moved in (
+        ("copy", copy(source, target), 2 * size),
+        ("scatter into a strided tensor", copy(source, wide[:, 1024:17408]), 2 * size),
+        ("digest of live memory", copy(source, None), size),
+        ("canonical digest of live memory", canonical_digest(source, scales, Part()), size),
+    ):
+        table = build_table([job], "cuda")
+        report.time(
+            name, lambda table=table: run_table(table, report.digests, report.nonfinite), moved
+        )
+
+
+def peers(report: Report) -> None:
+    from fp8sync_kernels import quantize_blockwise
+
+    x = torch.randn(32768, 4096, device="cuda").mul_(0.02).bfloat16()
+    moved = x.nbytes + x.numel() + x.numel() // 16384 * 4
+    found, missing = kernel_peers.available(x)
+    for name, why in missing.items():
+        report.add(f"peer {name}", missing=why)
+    for (name, formula), call in found.items():
+        codes, scale_inv = (t.contiguous() for t in call())
+        ours = quantize_blockwise(x, formula)
+        other_bytes = int((codes.view(torch.uint8) != ours.weight.view(torch.uint8)).sum())
+        other_scales = int((scale_inv != ours.scale_inv).sum())
+        report.time(
+            f"peer {name} {formula}",
+            call,
+            moved,
+            bytes_that_differ=other_bytes,
+            of_bytes=x.numel(),
+            scales_that_differ=other_scales,
+            of_scales=scale_inv.numel(),
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=int, default=48, help="of the expert model")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report()
+    matrices(report)
+    moves(report)
+    peers(report)
+    models(report, arguments.layers)
+    if arguments.out:
+        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in report.lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What the compiler makes of the kernels for sm_90 and sm_100: read without a GPU.
+
+The interpreter cannot show an approximate division, a lost vector access or a spill; this can.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from fp8sync_kernels.descriptor import DIVISION
+from fp8sync_kernels.descriptor import Path as KernelPath
+from fp8sync_kernels.launch import compile_options
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1", reason="needs the compiler, not the interpreter"
+)
+
+BULK = KernelPath.WIDE_BF16
+BUCKET = BULK | KernelPath.ANY_BF16 | KernelPath.COPY_16 | KernelPath.COPY_4 | KernelPath.CAST
+TABLES = {
+    "bf16": BULK,
+    "bucket": BUCKET,
+    "bf16 fp32": BULK | DIVISION,
+    "fp32 source": KernelPath.WIDE_FP32,
+    "copies": KernelPath.COPY_16,
+}
+
+
+@pytest.fixture(scope="module", params=[90, 100], ids=["sm_90", "sm_100"])
+def compiled(request):
+    return {name: build(int(paths), request.param) for name, paths in TABLES.items()}
+
+
+def build(paths, capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fp8sync_kernels.gpu.bucket import bucket_kernel
+
+    types = {"table": "*i64", "block_row": "*i32", "digests": "*i64", "nonfinite": "*i64"}
+    signature = {**types, "blocks": "i32", "PATHS": "constexpr", "LOOP": "constexpr"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    source = ASTSource(bucket_kernel, signature, {"PATHS": paths, "LOOP": False}, aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=compile_options(paths))
+
+
+def resources(kernel):
+    """(registers, bytes of stack) of a cubin."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        command = [tool, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", text).groups()
+    return int(registers), int(stack)
+
+
+def test_casts_and_divisions(compiled):
+    for name, kernel in compiled.items():
+        ptx = kernel.asm["ptx"]
+        assert "div.full" not in ptx
+        assert "div.approx" not in ptx
+        assert "ex2.approx" not in ptx
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (name != "copies")
+        assert ("div.rn.f32" in ptx) == (name == "bf16 fp32")
+
+
+def test_vector_access(compiled):
+    for name, kernel in compiled.items():
+        ptx = kernel.asm["ptx"]
+        assert "ld.global.v4.b32" in ptx, name
+        assert ("st.global.v4.b32" if name == "copies" else "st.global.v2.b32") in ptx or (
+            "st.global.b32" in ptx and name == "fp32 source"
+        ), name
+
+
+def test_nothing_spills_and_four_programs_fit(compiled):
+    for name, kernel in compiled.items():
+        registers, stack = resources(kernel)
+        assert stack == 0, f"{name}: {stack} bytes of stack"
+        if name in ("bf16", "bucket", "copies"):
+            assert registers <= 128, name
