@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fp8sync.manifest import Placement
     from fp8sync.plan.spread import Held, Spread
 
-__all__ = ["AmaxGroup", "AmaxPart", "CutBlocks", "amax_groups", "cut_blocks", "groups_by_rank"]
+__all__ = ["AmaxGroup", "AmaxPart", "CutBlocks", "amax_groups", "cut_blocks", "teams"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,10 +152,12 @@ def _joined(a: Rect, b: Rect) -> Rect:
     return a[0], (*a[1][:-1], a[1][-1] + b[1][-1])
 
 
-def groups_by_rank(groups: Sequence[AmaxGroup]) -> dict[int, tuple[AmaxGroup, ...]]:
-    """Return, for each trainer rank, the groups it takes part in, in the plan's order."""
-    found: dict[int, list[AmaxGroup]] = defaultdict(list)
+def teams(groups: Sequence[AmaxGroup]) -> dict[tuple[int, ...], tuple[AmaxGroup, ...]]:
+    """Return the groups by the ranks that take part, in the plan's order: one exchange for each key.
+
+    A team lays its groups' blocks out one after another and takes the maximum over its ranks once.
+    """
+    found: dict[tuple[int, ...], list[AmaxGroup]] = defaultdict(list)
     for group in groups:
-        for rank in group.ranks:
-            found[rank].append(group)
-    return {rank: tuple(found[rank]) for rank in sorted(found)}
+        found[group.ranks].append(group)
+    return {ranks: tuple(members) for ranks, members in sorted(found.items())}

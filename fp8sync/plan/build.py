@@ -53,6 +53,15 @@ class Plan:
         """Return the copies that arrive at one destination rank."""
         return self._by_destination.get(destination_rank, ())
 
+    def is_cut(self, copy: Copy) -> bool:
+        """Whether `copy` begins or ends inside a block: it is quantized with a given amax then.
+
+        Its own `partial_amax` holds for the blocks that no group of `amax` lists.
+        """
+        if copy.encoding is not Encoding.BLOCKWISE:
+            return False
+        return misaligned_dim(copy.rect, self.tensors[copy.tensor].shape) is not None
+
     def digests(self, destination_rank: int) -> dict[str, str]:
         """Return one SHA-256 per tensor over the copies that arrive at `destination_rank`."""
         hashes: dict[str, Any] = defaultdict(hashlib.sha256)

@@ -13,10 +13,12 @@ from itertools import pairwise, product
 import pytest
 import torch
 
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.plan import build_plan, fill_buckets
+from fp8sync.plan import Planner, build_plan, fill_buckets, teams
 from fp8sync.recipe import Encoding, Formula
 from tests.layouts import wire
+from tests.layouts.cases import QWEN
 
 SHAPES = [(), (7,), (6, 5), (3, 4, 5)]
 
@@ -144,6 +146,19 @@ def test_an_amax_group_is_whole_and_no_cut_block_is_without(seed: int) -> None:
         assert not seen.any()
     assert set(grouped) == cut_blocks
     assert set(grouped.values()) <= {1}
+
+
+def test_one_exchange_for_each_team() -> None:
+    """HSDP 2 x 3: three shards in each of two replicas; nothing crosses between replicas."""
+    source = manifest(TrainerLayout(dp=6, fsdp=3), QWEN)
+    plan = build_plan(source, manifest(EngineLayout(), QWEN), exchange_amax=True)
+    found = teams(plan.amax)
+    assert sum(len(groups) for groups in found.values()) == len(plan.amax)
+    assert all(len(ranks) > 1 for ranks in found)
+    assert {rank // 3 for ranks in found for rank in ranks} == {0, 1}
+    assert all(len({rank // 3 for rank in ranks}) == 1 for ranks in found)
+    mine = Planner(source, exchange_amax=True).plan(manifest(EngineLayout(), QWEN), source_rank=4)
+    assert set(teams(mine.amax)) == {ranks for ranks in found if 4 in ranks}
 
 
 def test_strips_of_a_cut_copy_end_where_blocks_do() -> None:

@@ -226,7 +226,9 @@ def test_planning_needs_no_torch() -> None:
         "package.__path__ = ['fp8sync']; sys.modules['fp8sync'] = package; "
         "import fp8sync.cli; print(sorted({'torch', 'vllm', 'triton', 'numpy'} & set(sys.modules)))"
     )
-    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
+    )
     assert found.stdout.strip() == "[]"
 
 

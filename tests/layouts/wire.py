@@ -13,8 +13,8 @@ import torch
 
 from fp8sync.manifest import Placement
 from fp8sync.payload import pack, unpack, view
-from fp8sync.plan import MISC, AmaxGroup, Bucket, Copy, Part, Plan, fill_buckets
-from fp8sync.plan.boxes import block_shape, misaligned_dim, touched_blocks
+from fp8sync.plan import MISC, AmaxGroup, Bucket, Part, Plan, fill_buckets
+from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import BLOCK, Encoding
 from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwise
 
@@ -129,15 +129,9 @@ def exchange(groups: Iterable[AmaxGroup], source: Ranks) -> Amax:
     return found
 
 
-def _is_cut(copy: Copy, plan: Plan) -> bool:
-    shape = plan.tensors[copy.tensor].shape
-    return misaligned_dim(copy.rect, shape) is not None
-
-
 def _pack(part: Part, plan: Plan, held: Tensors, payload: torch.Tensor, amax: Amax) -> None:
     copy = part.copy
-    blockwise = copy.encoding is Encoding.BLOCKWISE
-    if not blockwise or (copy.source_scale_at is None and not _is_cut(copy, plan)):
+    if copy.source_scale_at is None and not plan.is_cut(copy):
         pack(Bucket(0, copy.source_rank, copy.destination_rank, (part,), 0), held, payload)
         return
     x = view(held, copy.source_at, copy.shape)
