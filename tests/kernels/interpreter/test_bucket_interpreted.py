@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fp8sync_kernels import quantize_blockwise
 from fp8sync_kernels.descriptor import DIVISION, Path
@@ -34,6 +36,26 @@ def test_same_bytes_as_the_reference(name):
         assert nonfinite.tolist() == [0, 0, 0, 4, 0, 0, 0, 0]
     if name.startswith("copy"):
         assert digests[0] == digests[1]
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.tuples(st.integers(1, 140), st.integers(1, 150)),
+    st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 8, 16, 33])),
+    st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    st.sampled_from(FORMULAS),
+    st.sampled_from([1.0, 0.0, -0.0, 1e-30, 1e-5, 1e30, 1e-44, float("nan"), float("inf")]),
+    st.integers(0, 40),
+)
+def test_any_rectangle(shape, start, dtype, formula, factor, base):
+    """A rectangle of a larger tensor, of any alignment, magnitude and digest position."""
+    generator = torch.Generator().manual_seed(shape[0] * 1000 + shape[1])
+    rows, cols = (extent + first for extent, first in zip(shape, start, strict=True))
+    whole = torch.randn(rows, cols + 7, generator=generator)
+    whole[::3, ::5] *= factor
+    x = whole.to(dtype)[start[0] :, start[1] : cols]
+    part = Part(slot=1, base=base, pitch=shape[1] + 5, scale_base=40_000)
+    check(lambda arena: [quantized(arena, x, formula, part)])
 
 
 def test_scenarios_take_every_path():
@@ -77,14 +99,14 @@ def test_blocks_cut_between_holders(row, formula):
     full[: parts[0].shape[0]] = parts[0]
     start = row // 128
     full[start:] = torch.maximum(full[start:], parts[1])
-    given = [full[: parts[0].shape[0]].clone(), full[start:].clone()]
+    given_amax = [full[: parts[0].shape[0]].clone(), full[start:].clone()]
 
     def codes(arena):
         return [
             quantized(
                 arena, piece, formula, Part(base=at * 200), amax=arena.input(amax), origin=origin
             )
-            for (piece, origin), amax, at in zip(pieces, given, (0, row), strict=True)
+            for (piece, origin), amax, at in zip(pieces, given_amax, (0, row), strict=True)
         ]
 
     memories, _, _ = check(codes)

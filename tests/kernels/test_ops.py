@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import torch
+
+from fp8sync_kernels import quantize_blockwise
+from fp8sync_kernels.ops import quantize_matrix
+from tests.kernels.cases import hard
+
+
+def test_operator_is_traceable():
+    torch.library.opcheck(
+        quantize_matrix,
+        (hard(130, 140), "pow2"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_operator_is_the_reference_on_cpu():
+    x = hard(130, 140)
+    for ours, expected in zip(
+        quantize_matrix(x, "fp32"), quantize_blockwise(x, "fp32"), strict=True
+    ):
+        assert torch.equal(ours.float(), expected.float())
