@@ -13,16 +13,20 @@ from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError, NonFiniteWeight, PlanMismatch, UnsupportedLayout, from_wire
 from fp8sync.manifest import Box, Manifest, TensorInfo
+from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_used
 from fp8sync.report import RefitReport, tensor_reports
 from fp8sync.sender import Sender, Sent
 from fp8sync.transport import GlooGroup, Rendezvous
+from fp8sync.transport.memory import host_id
+from fp8sync.writer import Writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fp8sync.control import Channel, Listener
+    from fp8sync.outgoing import Outgoing, TransportChoice
     from fp8sync.payload import PartReport
     from fp8sync.recipe import Recipe
     from fp8sync.sources import Source
@@ -56,6 +60,7 @@ class Conductor:
         workers: workers of the engine.
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait.
+        transport: `auto`, `ipc` or `gloo`.
     """
 
     def __init__(
@@ -66,12 +71,18 @@ class Conductor:
         workers: int,
         bucket_bytes: int,
         timeout_s: float,
+        transport: str,
     ) -> None:
         self._source, self._recipe = source, recipe
         self._counts = {"trainer": trainers - 1, "engine": workers}
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._channels: dict[tuple[str, int], Channel] = {}
-        self._sender: Sender | None = None
+        self._hosts: list[str] = []
+        self._wanted, self.transport, self.transport_reason = transport, "", ""
+        self._sender: Outgoing | None = None
+        self._faults: list[Fp8SyncError] = []
+        self._sent: list[Sent] = []
+        self._seconds: dict[str, float] = {}
         self._rendezvous: Rendezvous | None = None
         self._plan: Plan | None = None
 
@@ -96,48 +107,62 @@ class Conductor:
         for channel in self._channels.values():
             channel.send({"type": "version", "version": version})
 
-    def transfer(self, version: int) -> Outcome:
-        """Send this rank's share, then lead the vote; returns once every worker has committed.
+    def send(self, version: int) -> None:
+        """Send this rank's share, and wait until every worker has verified what all ranks sent.
 
-        Raises:
-            Fp8SyncError: of the kind that stopped it; every worker has then kept its old weights.
+        Faults are kept for `commit`, so that every worker hears of them.
         """
         if self._sender is None:
             raise Fp8SyncError("the link was not established")
         began = time.perf_counter()
         sent = [self._sender.send(version)]
         sent += [Sent.from_json(c.receive("sent")) for c in self._each("trainer")]
-        own_s = time.perf_counter() - began
-        faults: list[Fp8SyncError] = [s.error for s in sent if s.error is not None]
-        faults = faults or _nonfinite(sent)
-        # Ask the workers in any case: they have to leave the version, too.
+        sent_s = time.perf_counter() - began
+        self._faults = [s.error for s in sent if s.error is not None] or _nonfinite(sent)
+        if self.transport == "ipc":
+            for (role, rank), channel in sorted(self._channels.items()):
+                if role == "engine":
+                    failed = any(s.error is not None for s in sent)
+                    written = {str(s.rank): s.digests.get(rank) for s in sent}
+                    digests = None if failed else written
+                    channel.send({"type": "written", "digests": digests})
         refused = self._votes()
-        received_s = time.perf_counter() - began
-        faults = faults or refused
+        self._faults = self._faults or refused
+        self._sent = sent
+        self._seconds = {
+            "quantize": max(s.quantize_s for s in sent),
+            "send": max(s.send_s for s in sent),
+            "verify": time.perf_counter() - began - sent_s,
+        }
+
+    def commit(self) -> Outcome:
+        """Lead the two-phase commit; the workers are in `finish_weight_update` meanwhile.
+
+        Raises:
+            Fp8SyncError: of the kind that stopped the refit; every worker has kept its old weights.
+        """
+        began = time.perf_counter()
+        faults = self._faults
         self._tell("engine", {"type": "prepare", "go": not faults})
         prepared = self._votes()
         faults = faults or prepared
-        prepared_s = time.perf_counter() - began
+        prepare_s = time.perf_counter() - began
         self._tell("engine", {"type": "decision", "commit": not faults})
         error = faults[0].to_wire() if faults else None
         self._tell("trainer", {"type": "outcome", "error": error})
         if faults:
             raise faults[0]
         commits = [float(c.receive("committed")["commit_s"]) for c in self._each("engine")]
-        seconds = {
-            "quantize": max(s.quantize_s for s in sent),
-            "send": max(s.send_s for s in sent),
-            "receive": received_s - own_s,
-            "prepare": prepared_s - received_s,
-            "commit": max(commits),
-        }
-        parts = tuple(part for share in sent for part in share.parts)
-        return Outcome(self.plan, parts, sum(s.bytes for s in sent), seconds)
+        seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
+        parts = tuple(part for share in self._sent for part in share.parts)
+        return Outcome(self.plan, parts, sum(s.bytes for s in self._sent), seconds)
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
         for channel in self._channels.values():
             channel.close()
+        if isinstance(self._sender, Writer):
+            self._sender.close()
         self._sender = None
         self._rendezvous = None
 
@@ -171,6 +196,8 @@ class Conductor:
             if role not in self._counts or (role, rank) in self._channels:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
             self._channels[role, rank] = channel
+            if role == "trainer":
+                self._hosts.append(str(joined["host"]))
 
     def _each(self, role: str) -> list[Channel]:
         return [channel for (r, _), channel in sorted(self._channels.items()) if r == role]
@@ -199,28 +226,40 @@ class Conductor:
                 raise _difference(plan, theirs, channel.peer)
 
     def _open_transport(self, host: str, plan: Plan) -> None:
-        rendezvous = Rendezvous(host, self._timeout_s)
+        engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
+        places = {rank: channel.receive("place") for rank, channel in engine.items()}
+        device = next(iter(self._source.storages().values())).device.type
+        try:
+            self.transport, self.transport_reason = choose_transport(
+                self._wanted, plan, device, places, [host_id(), *self._hosts]
+            )
+        except ValueError as error:
+            raise UnsupportedLayout(str(error)) from error
+        if self.transport == "ipc":
+            choice: TransportChoice = {"type": "transport", "kind": "ipc"}
+            self._tell("engine", choice)
+            self._tell("trainer", {**choice, "places": [list(item) for item in places.items()]})
+            self._sender = open_writer(self._source, 0, plan, places)
+            return
+        self._rendezvous = Rendezvous(host, self._timeout_s)
         trainers = self._counts["trainer"] + 1
-        engine_ranks = sorted(rank for role, rank in self._channels if role == "engine")
-        members = {rank: trainers + n for n, rank in enumerate(engine_ranks)}
+        members = {rank: trainers + n for n, rank in enumerate(engine)}
         size = trainers + len(members)
         names = {0: "trainer rank 0"}
+        choice = {
+            "type": "transport",
+            "kind": "gloo",
+            "host": self._rendezvous.host,
+            "port": self._rendezvous.port,
+            "size": size,
+            "members": [list(item) for item in members.items()],
+        }
         for (role, rank), channel in self._channels.items():
             place = members[rank] if role == "engine" else rank
             names[place] = channel.peer
-            channel.send(
-                {
-                    "type": "transport",
-                    "host": rendezvous.host,
-                    "port": rendezvous.port,
-                    "rank": place,
-                    "size": size,
-                    "members": [list(item) for item in members.items()],
-                }
-            )
-        group = GlooGroup(rendezvous.store, 0, size, host, self._timeout_s, names)
+            channel.send({**choice, "rank": place})
+        group = GlooGroup(self._rendezvous.store, 0, size, host, self._timeout_s, names)
         self._sender = Sender(self._source, 0, plan, group, members, self._bucket_bytes)
-        self._rendezvous = rendezvous
 
     def _votes(self) -> list[Fp8SyncError]:
         votes = [channel.receive("vote")["error"] for channel in self._each("engine")]

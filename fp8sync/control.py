@@ -55,8 +55,8 @@ class Channel:
             TransferTimeout: the peer does not read.
         """
         data = json.dumps(message, allow_nan=False).encode()
-        self._sock.settimeout(self.timeout_s)
         try:
+            self._sock.settimeout(self.timeout_s)
             self._sock.sendall(_LENGTH.pack(len(data)) + data)
         except TimeoutError as error:
             raise self._late("reads nothing", self.timeout_s) from error

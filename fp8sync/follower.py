@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
 from fp8sync.manifest import Manifest
+from fp8sync.outgoing import Outgoing, open_sender
 from fp8sync.plan import Plan, build_plan
-from fp8sync.sender import Sender, Sent
-from fp8sync.transport import GlooGroup
+from fp8sync.transport.memory import host_id
 
 if TYPE_CHECKING:
     from fp8sync.control import Channel
+    from fp8sync.sender import Sent
     from fp8sync.sources import Source
 
 __all__ = ["Follower"]
@@ -28,7 +29,7 @@ class Follower:
 
     def __init__(self, channel: Channel, source: Source, rank: int) -> None:
         self._channel, self._source, self._rank = channel, source, rank
-        self._sender: Sender | None = None
+        self._sender: Outgoing | None = None
         self._plan: Plan | None = None
 
     @property
@@ -40,7 +41,8 @@ class Follower:
 
     def agree(self) -> None:
         """Present this rank's boxes, build the plan, compare digests, join the transport."""
-        self._channel.send({"type": "join", "role": "trainer", "rank": self._rank})
+        here = {"host": host_id()}
+        self._channel.send({"type": "join", "role": "trainer", "rank": self._rank, **here})
         try:
             own = self._source.manifest()
         except Fp8SyncError as error:
@@ -56,13 +58,9 @@ class Follower:
             details = {str(rank): plan.digests(rank) for rank in wanted.ranks}
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than trainer rank {self._rank}")
-        place = self._channel.receive("transport")
-        group = GlooGroup.join(
-            place["host"], place["port"], place["rank"], place["size"], self._channel.timeout_s
-        )
-        members = {int(rank): int(number) for rank, number in place["members"]}
-        self._sender = Sender(
-            self._source, self._rank, plan, group, members, message["bucket_bytes"]
+        choice = self._channel.receive("transport")
+        self._sender = open_sender(
+            choice, self._source, self._rank, plan, message["bucket_bytes"], self._channel.timeout_s
         )
         self._plan = plan
         self._channel.send({"type": "ready"})

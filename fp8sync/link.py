@@ -1,11 +1,11 @@
 """The story of a refit, on one page, as the trainer tells it.
 
-The caller's thread makes vLLM's blocking calls; a second thread, the *conductor*, talks to the workers
-meanwhile: it sends the buckets and leads the two-phase commit.
+The workers receive in threads of their own from `start` on, so the engine can go on generating until
+`update`. vLLM's calls block; where a worker needs an answer meanwhile, a second thread gives it.
 
-    caller     init ──────────────┐ start ─ update ────────── finish ─────────────┐
-    conductor  manifests, plan,   │         quantize, send,    votes, decision,    │
-               digests, transport ┘         bucket by bucket   committed ──────────┘
+    caller      init              start   send: quantize, write    update, finish       reset caches
+    2nd thread  manifests, plan,                                   two-phase commit
+                digests, transport
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import secrets
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.conductor import Conductor
@@ -54,6 +56,7 @@ def connect(
     timeout_s: float = 120.0,
     host: str = "127.0.0.1",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    transport: str = "auto",
 ) -> Link | FollowerLink:
     """Join a trainer's model and a live engine; nothing in the engine is changed.
 
@@ -67,6 +70,8 @@ def connect(
         timeout_s: limit of every single wait for a peer.
         host: address that the rendezvous binds; loopback unless told otherwise.
         bucket_bytes: payload of a message; each side keeps one such buffer.
+        transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
+            `gloo` (buckets through host memory), or `auto`; `link.transport` says which, and why.
 
     Returns:
         A link; `link.refit()` moves the weights, `link.plan.explain()` says how.
@@ -86,7 +91,7 @@ def connect(
     wanted = Recipe.of(recipe)
     if rank_and_size()[0] > 0:
         return FollowerLink(model, wanted)
-    return Link(model, engine, wanted, timeout_s, host, bucket_bytes)
+    return Link(model, engine, wanted, timeout_s, host, bucket_bytes, transport)
 
 
 class Link:
@@ -100,7 +105,9 @@ class Link:
         timeout_s: float,
         host: str,
         bucket_bytes: int,
+        transport: str,
     ) -> None:
+        self._transport = transport
         self._model = model
         self._engine = as_engine(engine)
         self.recipe = recipe
@@ -116,6 +123,12 @@ class Link:
     def plan(self) -> LinkPlan:
         """The plan that both sides agreed on."""
         return LinkPlan(self._connected().plan)
+
+    @property
+    def transport(self) -> str:
+        """How the bytes travel, and why."""
+        conductor = self._connected()
+        return f"{conductor.transport}: {conductor.transport_reason}"
 
     def refit(self) -> RefitReport:
         """Move the model's weights, as they are now, into the engine.
@@ -171,6 +184,7 @@ class Link:
                 workers,
                 self._bucket_bytes,
                 self._timeout_s,
+                self._transport,
             )
             task = self._threads.submit(conductor.agree, listener)
             try:
@@ -188,20 +202,24 @@ class Link:
         began = time.perf_counter()
         conductor.open(version)
         self._engine.start()
-        task = self._threads.submit(conductor.transfer, version)
-        pause = 0.0
-
-        def install() -> None:
-            nonlocal pause
-            stopped = time.perf_counter()
-            self._engine.update(version)
-            self._engine.finish()
-            pause = time.perf_counter() - stopped
-
-        outcome = self._together(task, install, conductor.close)
+        try:
+            conductor.send(version)
+        except BaseException:
+            self._disconnect()
+            with suppress(Exception):  # closes vLLM's update session, if the engine is still there
+                self._install(version)
+            raise
+        stopped = time.perf_counter()
+        task = self._threads.submit(conductor.commit)
+        outcome = self._together(task, lambda: self._install(version), conductor.close)
+        pause_s = time.perf_counter() - stopped
         self.version = version
         self._engine.reset_caches()
-        return outcome.report(version, pause, time.perf_counter() - began)
+        return outcome.report(version, pause_s, time.perf_counter() - began)
+
+    def _install(self, version: int) -> None:
+        self._engine.update(version)
+        self._engine.finish()
 
     def _together(
         self, task: Future[T], calls: Callable[[], None], interrupt: Callable[[], None]
@@ -212,16 +230,29 @@ class Link:
         except BaseException as error:
             if not task.done():
                 interrupt()
-            told = task.exception(self._timeout_s)
+            told = _error_of(task, self._timeout_s)
             if isinstance(error, EngineLost) or not isinstance(told, Fp8SyncError):
                 raise
             raise told from error
-        return task.result(self._timeout_s)
+        told = _error_of(task, self._timeout_s)
+        if told is not None:
+            if not task.done():
+                interrupt()
+            raise told
+        return task.result()
 
     def _disconnect(self) -> None:
         if self._conductor is not None:
             self._conductor.close()
             self._conductor = None
+
+
+def _error_of(task: Future[Any], timeout_s: float) -> BaseException | None:
+    """Return what a thread's task raised, or that it did not end in time."""
+    try:
+        return task.exception(timeout_s)
+    except FutureTimeout:
+        return TransferTimeout(f"the conductor was not done within {timeout_s:g} s")
 
 
 class FollowerLink:

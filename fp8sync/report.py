@@ -7,9 +7,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp8sync.recipe import Encoding
+
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
+    from fp8sync.manifest import TensorInfo
     from fp8sync.payload import PartReport
     from fp8sync.plan import Plan
 
@@ -27,7 +30,8 @@ class TensorReport:
         encoding: `plain` or `blockwise`.
         formula: `pow2` or `fp32`; empty for plain tensors.
         bytes: sent to all engine workers together, scales included.
-        error: relative Frobenius error of quantization, ‖dequantized - w‖ / ‖w‖; 0.0 for plain.
+        error: relative Frobenius error of quantization, ‖dequantized - w‖ / ‖w‖; 0.0 for plain, NaN
+            where it was not measured (transport `ipc`).
     """
 
     name: str
@@ -46,9 +50,10 @@ class RefitReport:
     Args:
         version: 1 for a link's first refit.
         bytes_sent: payload and headers, to all workers together.
-        seconds: wall seconds per stage: `quantize` and `send` (summed over buckets), `receive` (until
-            every worker had verified its bytes), `prepare`, `commit` and `total`.
-        pause_s: how long the engine could not generate: from `update_weights` to the end of `finish`.
+        seconds: wall seconds per stage: `quantize` and `send` (of the slowest trainer rank), `verify`
+            (until every worker had compared digests), `prepare`, `commit` and `total`.
+        pause_s: how long the engine could not generate: vLLM's `update_weights` and
+            `finish_weight_update`, as the caller sees them.
         tensors: one entry per tensor of the plan.
     """
 
@@ -80,11 +85,13 @@ def tensor_reports(
             encoding=info.encoding.value,
             formula=info.formula.value if info.formula else "",
             bytes=sent[info.name],
-            error=_relative(*errors[info.name]),
+            error=_relative(info, *errors[info.name]),
         )
         for info in plan.tensors.values()
     )
 
 
-def _relative(error_sq: float, norm_sq: float) -> float:
-    return math.sqrt(error_sq / norm_sq) if norm_sq else 0.0
+def _relative(info: TensorInfo, error_sq: float, norm_sq: float) -> float:
+    if info.encoding is Encoding.PLAIN:
+        return 0.0
+    return math.sqrt(error_sq / norm_sq) if norm_sq else math.nan

@@ -20,12 +20,16 @@ if TYPE_CHECKING:
     from fp8sync.sources import Source
     from fp8sync.transport import GlooGroup
 
-__all__ = ["Sender", "Sent"]
+__all__ = ["Sender", "Sent", "named_error"]
 
 
 @dataclass
 class Sent:
-    """What one rank sent: filled while it sends, complete or with the error that stopped it."""
+    """What one rank sent: filled while it sends, complete or with the error that stopped it.
+
+    `digests` holds, where bytes were written one-sided, by engine rank the digests of all
+    copies, in the plan's order: int64 little-endian, base64.
+    """
 
     rank: int
     parts: list[PartReport] = field(default_factory=list)
@@ -33,13 +37,16 @@ class Sent:
     quantize_s: float = 0.0
     send_s: float = 0.0
     error: Fp8SyncError | None = None
+    digests: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the share as a control message."""
         parts = [[p.tensor, p.nonfinite, p.error_sq, p.norm_sq] for p in self.parts]
         error = self.error and self.error.to_wire()
         times = {"quantize_s": self.quantize_s, "send_s": self.send_s}
+        digests = [[rank, packed] for rank, packed in self.digests.items()]
         own = {"rank": self.rank, "parts": parts, "bytes": self.bytes, "error": error}
+        own["digests"] = digests
         return {"type": "sent", **own, **times}
 
     @classmethod
@@ -48,7 +55,8 @@ class Sent:
         parts = [PartReport(*row) for row in data["parts"]]
         error = from_wire(data["error"]) if data["error"] else None
         times = data["quantize_s"], data["send_s"]
-        return cls(data["rank"], parts, data["bytes"], *times, error)
+        digests = {int(rank): packed for rank, packed in data["digests"]}
+        return cls(data["rank"], parts, data["bytes"], *times, error, digests)
 
 
 class Sender:
@@ -101,7 +109,7 @@ class Sender:
                     value = digest(message[HEADER_BYTES:])
             # Whatever stops packing, the workers that wait for a bucket have to hear of it.
             except Exception as error:  # noqa: BLE001
-                sent.error = _named(error, self._rank)
+                sent.error = named_error(error, self._rank)
             if sent.error is not None:
                 told.add(bucket.destination_rank)
             self._write_header(message, bucket, version, value, void=sent.error is not None)
@@ -142,7 +150,8 @@ def _pack(bucket: Bucket, storages: Storages, payload: torch.Tensor) -> list[Par
     return reports
 
 
-def _named(error: Exception, rank: int) -> Fp8SyncError:
+def named_error(error: Exception, rank: int) -> Fp8SyncError:
+    """Return `error` as one of ours, naming the rank."""
     if isinstance(error, Fp8SyncError):
         return error
     return Fp8SyncError(f"trainer rank {rank} could not send: {type(error).__name__}: {error}")

@@ -70,7 +70,12 @@ def link(engine: Any) -> Iterator[fp8sync.Link]:
     """A link whose engine serves version 1; small buckets, so that there are many."""
     model = world.tiny_model("dense", 2)
     link = fp8sync.connect(
-        model, engine, world.recipe("blockwise"), timeout_s=TIMEOUT_S, bucket_bytes=1 << 18
+        model,
+        engine,
+        world.recipe("blockwise"),
+        timeout_s=TIMEOUT_S,
+        bucket_bytes=1 << 18,
+        transport="gloo",
     )
     link.refit()
     with torch.no_grad():
@@ -145,7 +150,7 @@ def test_trainer_that_falls_silent(link: fp8sync.Link) -> None:
 
 
 @pytest.mark.usefixtures("untouched")
-def test_processing_that_fails(engine: Any, link: fp8sync.Link) -> None:
+def test_processing_that_fails(engine: Any) -> None:
     """vLLM's own processing raises on the last linear layer, after all others were processed."""
     target = "model.layers.1.mlp.down_proj"
 
@@ -159,9 +164,12 @@ def test_processing_that_fails(engine: Any, link: fp8sync.Link) -> None:
         del model.get_submodule(target).quant_method.process_weights_after_loading
 
     engine.apply_model(sabotage)
+    # Connected now, so that on a GPU the layer cannot be proven to need no processing.
+    link = fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
     with pytest.raises(fp8sync.InstallFailed, match="no memory left"):
         link.refit()
     engine.apply_model(repair)
+    link.close()
 
 
 def test_source_that_fails(engine: Any) -> None:
@@ -181,7 +189,10 @@ def test_source_that_fails(engine: Any) -> None:
 
 def test_second_refit_while_one_runs(engine: Any) -> None:
     source = Held(world.tiny_model("dense", 3))
-    link = fp8sync.connect(source, engine, world.recipe("blockwise"))
+    source.go.set()
+    link = fp8sync.connect(source, engine, world.recipe("blockwise"), timeout_s=60.0)
+    source.go.clear()
+    source.asked.clear()
     reports = []
     first = threading.Thread(target=lambda: reports.append(link.refit()))
     first.start()

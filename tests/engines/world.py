@@ -59,7 +59,7 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         config = transformers.Qwen3Config(**shape | changes)
         model = transformers.Qwen3ForCausalLM(config)
     model.config.architectures = [type(model).__name__]
-    return model.to(torch.bfloat16)
+    return model.to("cuda" if skips.cuda_devices() else "cpu", torch.bfloat16)
 
 
 def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Path:

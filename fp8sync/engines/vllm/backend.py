@@ -20,9 +20,12 @@ from vllm.distributed.weight_transfer.base import (
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import worker_rank
 from fp8sync.engines.vllm.session import WorkerSession
+from fp8sync.engines.vllm.staging import Staging, load_form_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    import torch
 
 __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"]
 
@@ -52,6 +55,14 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     supports_draft_weight_update = False
     _session: WorkerSession | None = None
 
+    def __init__(
+        self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
+    ) -> None:
+        """Reserve staging memory; vLLM sizes its KV cache afterwards."""
+        super().__init__(config, vllm_config, device, model)
+        nbytes = load_form_bytes(model) if device.type == "cuda" else 0
+        self._staging = Staging(device, nbytes)
+
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left."""
         self.shutdown()
@@ -60,7 +71,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         rank = worker_rank(self.parallel_config)
         channel.send({"type": "join", "role": "engine", "rank": rank})
         dtype = self.model_config.dtype
-        session = WorkerSession(channel, self.model, rank, self.device, dtype)
+        session = WorkerSession(channel, self.model, rank, self._staging, self.device, dtype)
         # 0.25 does not set the current config around these calls; later versions do.
         with set_current_vllm_config(self.vllm_config):
             if session.agree():

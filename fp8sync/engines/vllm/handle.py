@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -9,6 +12,7 @@ from fp8sync.errors import EngineLost, UnsupportedLayout
 
 __all__ = ["LLMHandle", "as_engine"]
 
+_POLL_S = 0.2
 _claims: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
 """Which link each engine of this process follows; its workers know only the latest."""
 
@@ -62,12 +66,35 @@ class LLMHandle:
         self._call("reset_prefix_cache")
 
     def _call(self, method: str, *args: Any) -> None:
-        try:
-            getattr(self._llm, method)(*args)
-        except Exception as error:
-            if type(error).__name__ in {"EngineDeadError", "EngineGenerateError"}:
-                raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
-            raise
+        call = getattr(self._llm, method)
+        core = self._llm.llm_engine.engine_core
+        resources = getattr(core, "resources", None)
+        if resources is None:  # the engine lives in this process
+            call(*args)
+            return
+        # A call that was under way when the engine process died is never answered: wait beside it.
+        answer: Future[Any] = Future()
+        threading.Thread(target=_settle, args=(answer, call, args), daemon=True).start()
+        while True:
+            try:
+                answer.result(_POLL_S)
+            except FutureTimeout:  # noqa: PERF203  (it waits)
+                if resources.engine_dead:
+                    raise EngineLost(f"the vLLM engine died during {method}") from None
+            except Exception as error:
+                if type(error).__name__ == "EngineDeadError":
+                    raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
+                raise
+            else:
+                return
+
+
+def _settle(answer: Future[Any], call: Any, args: tuple[Any, ...]) -> None:
+    try:
+        answer.set_result(call(*args))
+    # Raised again by the waiting thread.
+    except BaseException as error:  # noqa: BLE001
+        answer.set_exception(error)
 
 
 def as_engine(engine: Any) -> LLMHandle:

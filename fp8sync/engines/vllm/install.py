@@ -21,9 +21,9 @@ from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
 from fp8sync.errors import InstallFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Container, Iterator, Mapping
 
-__all__ = ["ProcessInstall"]
+__all__ = ["ProcessInstall", "default_dtype", "place", "process_module"]
 
 _CONTAINERS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
@@ -47,6 +47,7 @@ class ProcessInstall:
         staging: filled tensors by storage name; they belong to this install from here on.
         device: the worker's device.
         dtype: the model's dtype; vLLM processes weights with it as torch's default.
+        skip: modules that are installed otherwise.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class ProcessInstall:
         staging: Mapping[str, torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
+        skip: Container[str] = (),
     ) -> None:
+        self._skip = skip
         self._model: Any = model  # every vLLM model has load_weights
         self._layout = layout
         self._device, self._dtype = device, dtype
@@ -73,11 +76,12 @@ class ProcessInstall:
                 is as before.
         """
         try:
-            with self._device, _default_dtype(self._dtype):
+            with self._device, default_dtype(self._dtype):
                 self._enter_load_form()
                 self._load_misc()
                 for entry in self._modules:
-                    self._process(entry)
+                    process_module(entry.module)
+                    entry.after = ModuleState.capture(entry.module)
         # vLLM's processing may raise anything; whatever it is, the old weights go back first.
         except Exception as error:
             self.abandon()
@@ -122,7 +126,7 @@ class ProcessInstall:
                 prefix, _, local = storage.rpartition(".")
                 staged.setdefault(prefix, []).append(local)
         for prefix, module in self._model.named_modules():
-            if prefix not in staged:
+            if prefix not in staged or prefix in self._skip:
                 continue
             entry = _Processed(prefix, module, ModuleState.capture(module))
             self._modules.append(entry)
@@ -140,10 +144,7 @@ class ProcessInstall:
             self._live.append((current, current.data.clone()))
             current.data.copy_(value)
             return
-        value = value.detach()
-        value.__class__ = current.__class__
-        value.__dict__ = current.__dict__.copy()
-        setattr(module, local, value)
+        place(module, local, value)
 
     def _load_misc(self) -> None:
         whole = {n: t for n, t in self._staging.items() if n.startswith(MISC)}
@@ -151,19 +152,30 @@ class ProcessInstall:
             weights = ((name.removeprefix(MISC), tensor) for name, tensor in whole.items())
             self._model.load_weights(weights)
 
-    def _process(self, entry: _Processed) -> None:
-        module = entry.module
-        vars(module).pop("_already_called_process_weights_after_loading", None)
-        method = getattr(module, "quant_method", None)
-        if isinstance(method, QuantizeMethodBase):
-            method.process_weights_after_loading(module)
-            if hasattr(module, "update_param_tp_status"):
-                module.update_param_tp_status()
-        entry.after = ModuleState.capture(module)
+
+def place(module: torch.nn.Module, local: str, value: torch.Tensor) -> None:
+    """Give a module in load form real memory for one of its meta parameters or buffers."""
+    current = getattr(module, local)
+    value = value.detach()
+    value.__class__ = current.__class__
+    value.__dict__ = current.__dict__.copy()
+    setattr(module, local, value)
+
+
+def process_module(module: torch.nn.Module) -> None:
+    """Let vLLM process one module's weights, as after a first load."""
+    vars(module).pop("_already_called_process_weights_after_loading", None)
+    method = getattr(module, "quant_method", None)
+    if isinstance(method, QuantizeMethodBase):
+        method.process_weights_after_loading(module)
+        refresh: Any = getattr(module, "update_param_tp_status", None)
+        if refresh is not None:
+            refresh()
 
 
 @contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Make `dtype` torch's default for the duration, as vLLM does while it loads."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

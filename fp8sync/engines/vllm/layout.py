@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -31,16 +32,21 @@ MISC = "misc/"
 
 @dataclass(frozen=True)
 class StorageSpec:
-    """How to allocate one staged tensor, and the constants a load writes into it."""
+    """The form of one staged tensor, and the constants a load writes into it."""
 
     size: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
     constants: tuple[tuple[Rect, float], ...] = ()
 
-    def allocate(self, device: torch.device) -> torch.Tensor:
-        """Return the tensor, constants filled in and the rest uninitialized."""
-        tensor = torch.empty_strided(self.size, self.strides, dtype=self.dtype, device=device)
+    @property
+    def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
+        last = sum((n - 1) * step for n, step in zip(self.size, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize if math.prod(self.size) else 0
+
+    def fill(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Write the constants into a tensor of this form and return it."""
         for (start, shape), value in self.constants:
             tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = value
         return tensor
@@ -48,12 +54,19 @@ class StorageSpec:
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """What a worker wants (`manifest`) and how it stages it (`storages`, by storage name)."""
+    """What a worker wants and how it stages it.
+
+    Args:
+        manifest: this worker's boxes.
+        storages: form of every staged storage, by name.
+        aliases: parameters shared by several modules (tied weights): name -> first name.
+        by_loader: modules into which vLLM's own loader puts misc tensors.
+    """
 
     manifest: Manifest
     storages: Mapping[str, StorageSpec]
     aliases: Mapping[str, str]
-    misc: tuple[str, ...]
+    by_loader: frozenset[str]
 
 
 def describe_engine(
@@ -163,9 +176,19 @@ class _Describer:
         self._check_filled(plain, pairs, aliases)
         storages = {n: self._spec(n, plain) for n in touched}
         storages |= self._misc_storages(infos)
-        misc = tuple(n for n, i in infos.items() if i.misc)
+        misc = {n for n, i in infos.items() if i.misc}
         manifest = Manifest.of(infos.values(), {self.rank: boxes})
-        return EngineLayout(manifest, storages, aliases, misc)
+        return EngineLayout(manifest, storages, aliases, self._by_loader(plain, pairs, misc))
+
+    def _by_loader(self, plain: Trace, pairs: Trace, misc: set[str]) -> frozenset[str]:
+        targets = set(plain.transformed) | set(pairs.transformed)
+        for trace in (plain, pairs):
+            for name, writes in trace.writes.items():
+                if name in misc or name.removesuffix("_scale_inv") in misc:
+                    targets |= {w.storage for w in writes}
+        if plain.failures:  # such a tensor may go anywhere
+            targets |= set(self.targets)
+        return frozenset(t.rpartition(".")[0] for t in targets)
 
     def _wanted(self, held: TensorInfo, writes: Sequence[Write], paired: bool) -> TensorInfo:
         if paired:

@@ -1,8 +1,8 @@
 """One link as a worker sees it: agree on a plan, receive versions, install them.
 
-The conversation runs over the control channel (docs/wire-format.md, "Control messages"); buckets
-arrive in a thread of their own from `start` on. What goes wrong is reported there, by name, instead of
-being raised through vLLM's calls, so vLLM's own update session always closes.
+The conversation runs over the control channel (docs/wire-format.md, "Control messages"); bytes arrive in
+a thread of their own from `start` on, which also votes on them. What goes wrong is reported there, by
+name, instead of being raised through vLLM's calls, so vLLM's own update session always closes.
 """
 
 from __future__ import annotations
@@ -14,28 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
-from fp8sync.errors import (
-    CorruptBucket,
-    EngineLost,
-    Fp8SyncError,
-    InstallFailed,
-    PlanMismatch,
-    TransferTimeout,
-)
+from fp8sync.engines.vllm.receive import BucketReceiver, Receiver, StagingReceiver
+from fp8sync.engines.vllm.strategy import direct_modules
+from fp8sync.errors import EngineLost, Fp8SyncError, InstallFailed, PlanMismatch, TransferTimeout
 from fp8sync.manifest import Manifest
-from fp8sync.payload import unpack
-from fp8sync.plan import Bucket, build_plan, fill_buckets
+from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Recipe
-from fp8sync.transport import GlooGroup
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
-from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp8sync.control import Channel
+    from fp8sync.engines.vllm.staging import Staging
 
 __all__ = ["WorkerSession"]
 
@@ -49,6 +42,7 @@ class WorkerSession:
         channel: connected to the trainer's link.
         model: the live model.
         rank: this worker's rank among the engine's workers.
+        staging: this worker's staging memory.
         device: where the model lives.
         dtype: the model's dtype.
     """
@@ -58,17 +52,19 @@ class WorkerSession:
         channel: Channel,
         model: torch.nn.Module,
         rank: int,
+        staging: Staging,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._channel, self._model = channel, model
-        self._rank, self._device, self._dtype = rank, device, dtype
+        self._rank, self._staging = rank, staging
+        self._device, self._dtype = device, dtype
         self._layout: EngineLayout | None = None
-        self._buckets: list[Bucket] = []
-        self._plan_digest = b""
-        self._group: GlooGroup | None = None
-        self._staging: dict[str, torch.Tensor] = {}
-        self._receiver: threading.Thread | None = None
+        self._receiver: Receiver | None = None
+        self._direct: DirectInstall | None = None
+        self._direct_modules: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._staged: dict[str, torch.Tensor] = {}
         self._failure: Fp8SyncError | None = None
 
     def agree(self) -> bool:
@@ -80,18 +76,18 @@ class WorkerSession:
         return self._report(self._agree)
 
     def start(self) -> None:
-        """Open a version: allocate staging and begin to receive."""
+        """Open a version and begin to receive."""
         version = int(self._channel.receive("version")["version"])
         self._failure = None
-        self._receiver = threading.Thread(
+        self._thread = threading.Thread(
             target=self._receive, args=(version,), name=f"fp8sync-receive-{version}", daemon=True
         )
-        self._receiver.start()
+        self._thread.start()
 
     def wait_received(self) -> None:
         """Wait until all bytes are staged and verified, or until that has failed."""
-        if self._receiver is not None:
-            self._receiver.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def finish(self) -> None:
         """Take part in the two-phase commit: prepare, vote, then install or abandon.
@@ -111,6 +107,8 @@ class WorkerSession:
                 install.abandon()
             return
         began = time.perf_counter()
+        if self._direct is not None:
+            self._direct.commit()
         install.commit()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -120,83 +118,71 @@ class WorkerSession:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        self._group = None
+        self._receiver = None
 
     def _agree(self) -> None:
         message = self._channel.receive("source")
         recipe = Recipe.from_json(message["recipe"])
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
+        direct = direct_modules(self._model, layout, self._device, self._dtype)
         self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
         plan = build_plan(source, layout.manifest)
-        plan_digest = plan.digest(self._rank)
-        mine = {str(self._rank): plan_digest}
+        self._compare(plan)
+        self._staging.lay_out(layout.storages)
+        self._receiver = self._open_transport(plan, message["bucket_bytes"])
+        self._layout, self._direct_modules = layout, direct
+        if direct:
+            staged = self._staging.views()
+            self._direct = DirectInstall(self._model, direct, staged, self._device)
+        self._channel.send({"type": "ready", "direct": len(direct)})
+
+    def _compare(self, plan: Plan) -> None:
+        mine = {str(self._rank): plan.digest(self._rank)}
         self._channel.send({"type": "plan", "digests": mine})
         if self._channel.receive("agreed")["digests"] != mine:
             details = {str(self._rank): plan.digests(self._rank)}
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
-        group = self._channel.receive("transport")
-        self._group = GlooGroup.join(
-            group["host"], group["port"], group["rank"], group["size"], self._channel.timeout_s
-        )
-        self._buckets = fill_buckets(plan.to_rank(self._rank), message["bucket_bytes"])
-        self._plan_digest = bytes.fromhex(plan_digest)[:16]
-        self._layout = layout
-        self._channel.send({"type": "ready"})
+
+    def _open_transport(self, plan: Plan, bucket_bytes: int) -> Receiver:
+        place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
+        if self._device.type == "cuda":
+            place["memory"] = self._staging.export().to_json()
+            place["offsets"] = self._staging.offsets
+        self._channel.send(place)
+        choice = self._channel.receive("transport")
+        if choice["kind"] == "ipc":
+            return StagingReceiver(self._channel, self._staging, plan, self._rank)
+        return BucketReceiver(self._channel, choice, plan, self._rank, bucket_bytes, self._device)
 
     def _receive(self, version: int) -> None:
         try:
-            self._fill_staging(version)
+            self._staged = self._staging.views()
+            self._open_receiver().receive(version, self._staged)
         except Fp8SyncError as error:
             self._failure = error
         # The thread has no caller to raise to: the vote carries the reason.
         except Exception as error:
             logger.exception("fp8sync: receiving version %d failed", version)
-            self._failure = Fp8SyncError(
-                f"engine rank {self._rank}: {type(error).__name__}: {error}"
-            )
+            text = f"engine rank {self._rank}: {type(error).__name__}: {error}"
+            self._failure = Fp8SyncError(text)
+        said = self._failure.to_wire() if self._failure else None
+        self._channel.try_send({"type": "vote", "error": said})
 
-    def _fill_staging(self, version: int) -> None:
-        if self._layout is None or self._group is None:
+    def _open_receiver(self) -> Receiver:
+        if self._receiver is None:
             raise Fp8SyncError("the link was not established")
-        specs = self._layout.storages.items()
-        self._staging = {name: spec.allocate(self._device) for name, spec in specs}
-        size = max((b.nbytes for b in self._buckets), default=0)
-        message = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
-        for bucket in self._buckets:
-            used = message[: HEADER_BYTES + bucket.nbytes]
-            self._group.receive(used, bucket.source_rank)
-            try:
-                self._take(bucket, used, version)
-            except CorruptBucket as error:
-                # What follows is taken off the wire, so that the senders are not left waiting.
-                self._failure = self._failure or error
-
-    def _take(self, bucket: Bucket, message: torch.Tensor, version: int) -> None:
-        header = Header.unpack(bytes(message[:HEADER_BYTES].numpy()))
-        if header.flags & ABORT:
-            raise Fp8SyncError(f"trainer rank {bucket.source_rank} stopped sending")
-        payload = message[HEADER_BYTES:]
-        expected = Header(
-            index=bucket.index,
-            version=version,
-            payload_bytes=bucket.nbytes,
-            digest=digest(payload),
-            plan=self._plan_digest,
-            parts=len(bucket.parts),
-        )
-        header.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
-        if self._failure is None:
-            unpack(bucket, payload.to(self._device), self._staging)
+        return self._receiver
 
     def _prepare(self) -> ProcessInstall | None:
-        self._vote(self._failure)
         go = self._channel.receive("prepare")["go"]
-        staging, self._staging = self._staging, {}
+        staged, self._staged = self._staged, {}
         if not go or self._failure is not None or self._layout is None:
             return None
-        install = ProcessInstall(self._model, self._layout, staging, self._device, self._dtype)
+        install = ProcessInstall(
+            self._model, self._layout, staged, self._device, self._dtype, self._direct_modules
+        )
         try:
             install.prepare()
         except InstallFailed as error:

@@ -1,0 +1,138 @@
+"""One-sided writing: another process's GPU memory, mapped into this one by CUDA IPC.
+
+The owner exports one allocation; a writer on the same host maps it with its own GPU current, and from
+then on stores to it like to its own memory, over NVLink where there is one. Nothing runs on the owner's
+GPU. Within one process the address is used as it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp8sync.errors import Fp8SyncError
+
+__all__ = ["ExportedMemory", "MappedMemory", "export_memory", "host_id"]
+
+_HANDLE_BYTES = 64
+_LAZY_PEER_ACCESS = 1
+
+
+@cache
+def host_id() -> str:
+    """Return what two processes share exactly when they can map each other's memory."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+@dataclass(frozen=True)
+class ExportedMemory:
+    """An allocation that others may write: plain data, for the control channel.
+
+    `handle` is CUDA's IPC handle in hex, empty for memory of the processor, which only its own
+    process can write.
+    """
+
+    host: str
+    pid: int
+    device: int
+    address: int
+    nbytes: int
+    handle: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the description as JSON-able data."""
+        return asdict(self)
+
+    @property
+    def reachable(self) -> bool:
+        """Whether this process can write there."""
+        return self.host == host_id() and (self.pid == os.getpid() or bool(self.handle))
+
+
+def export_memory(memory: torch.Tensor) -> ExportedMemory:
+    """Describe a uint8 tensor that begins at the start of its allocation.
+
+    Raises:
+        Fp8SyncError: CUDA refuses to share it (expandable segments, for one).
+    """
+    handle = ""
+    if memory.device.type == "cuda":
+        raw = (ctypes.c_ubyte * _HANDLE_BYTES)()
+        runtime = _runtime()
+        runtime.cudaIpcGetMemHandle.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        with torch.cuda.device(memory.device):
+            _check(runtime.cudaIpcGetMemHandle(raw, memory.data_ptr()), "cudaIpcGetMemHandle")
+        handle = bytes(raw).hex()
+    device = memory.device.index or 0
+    return ExportedMemory(host_id(), os.getpid(), device, memory.data_ptr(), memory.numel(), handle)
+
+
+class MappedMemory:
+    """An exported allocation as this process addresses it; unmapped by `close`.
+
+    Args:
+        exported: what the owner sent.
+        device: the GPU that will write.
+    """
+
+    def __init__(self, exported: ExportedMemory, device: torch.device) -> None:
+        self._device = device
+        self._mapped: int | None = None
+        self.address = exported.address
+        if exported.pid == os.getpid():
+            if device.type == "cuda" and device.index != exported.device:
+                self._enable_peer(exported.device)
+            return
+        raw = (ctypes.c_ubyte * _HANDLE_BYTES)(*bytes.fromhex(exported.handle))
+        pointer = ctypes.c_void_p()
+        with torch.cuda.device(device):
+            status = _open(ctypes.byref(pointer), _Handle(raw), _LAZY_PEER_ACCESS)
+        _check(status, "cudaIpcOpenMemHandle")
+        self._mapped = self.address = int(pointer.value or 0)
+
+    def close(self) -> None:
+        """Unmap the memory."""
+        if self._mapped is not None:
+            runtime = _runtime()
+            runtime.cudaIpcCloseMemHandle.argtypes = [ctypes.c_void_p]
+            with torch.cuda.device(self._device):
+                runtime.cudaIpcCloseMemHandle(self._mapped)
+            self._mapped = None
+
+    def _enable_peer(self, peer: int) -> None:
+        with torch.cuda.device(self._device):
+            status = _runtime().cudaDeviceEnablePeerAccess(peer, 0)
+        already_enabled = 704
+        if status != already_enabled:
+            _check(status, "cudaDeviceEnablePeerAccess")
+
+
+class _Handle(ctypes.Structure):
+    _fields_ = (("reserved", ctypes.c_ubyte * _HANDLE_BYTES),)
+
+
+def _open(pointer: Any, handle: _Handle, flags: int) -> int:
+    function = _runtime().cudaIpcOpenMemHandle
+    function.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
+    return int(function(pointer, handle, flags))
+
+
+@cache
+def _runtime() -> Any:
+    """The CUDA runtime that torch has loaded."""
+    major = (torch.version.cuda or "").partition(".")[0]
+    torch.cuda.init()
+    return ctypes.CDLL(f"libcudart.so.{major}")
+
+
+def _check(status: int, what: str) -> None:
+    if status:
+        raise Fp8SyncError(f"{what} failed with CUDA error {status}")
