@@ -152,7 +152,7 @@ def first_senders(spreads: Mapping[str, Spread]) -> dict[str, tuple[int, ...]]:
         _SMALL * (sum(load.values()) + sum(size for size, _, _ in shared)) / max(1, len(everyone))
     )
     next_: Counter[tuple[int, ...]] = Counter()
-    for size, name, i in sorted(shared, key=lambda item: -item[0]):
+    for size, name, i in sorted(shared, key=lambda item: (-item[0], item[1], item[2])):
         if size < small:
             break
         ranks = spreads[name].ranks[i]
