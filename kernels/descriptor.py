@@ -19,32 +19,32 @@ import torch
 class Column(IntEnum):
     """Columns of a row, with their units; elements are those of that side's dtype column.
 
-    Ordered so that the four columns of a 32-byte sector are wanted at the same time.
+    The order is frozen: docs/wire-format.md has it.
     """
 
     SOURCE = 0  # address of the rectangle's first element
     SOURCE_STRIDE = 1  # elements from one row to the next
     ROWS = 2  # rows of the rectangle
     COLS = 3  # elements in a row of the source
-    ROW_ORIGIN = 4  # row of the rectangle's first element within its first block, 0..127
-    COL_ORIGIN = 5  # column likewise
-    FIRST_BLOCK = 6  # number of blocks in all rows before this one
-    BLOCK_COLS = 7  # blocks side by side in the rectangle
-    OP = 8  # an Op
-    PATH = 9  # a Path
-    DESTINATION = 10  # address of codes, casts or copies; 0: digest only
-    DESTINATION_STRIDE = 11  # elements from one row to the next
-    DIGEST_BASE = 12  # bytes: position of the first destination element within its digested part
-    DIGEST_PITCH = 13  # bytes from one row to the next within that part
-    SLOT = 14  # index into the launch's digests and nonfinite counts
-    SCALE_INV = 15  # address of float32 per block: written by quantize, read by CANONICAL
-    SCALE_STRIDE = 16  # float32 values from one row of blocks to the next
-    SCALE_DIGEST_BASE = 17  # bytes: position of the first scale_inv within that part
-    SCALE_DIGEST_PITCH = 18  # bytes from one row of blocks to the next within that part
-    AMAX = 19  # address of float32 per block: written by AMAX, read by the *_GIVEN ops
-    AMAX_STRIDE = 20  # float32 values from one row of blocks to the next
-    SOURCE_DTYPE = 21  # a Dtype
-    DESTINATION_DTYPE = 22  # a Dtype
+    DESTINATION = 4  # address of codes, casts or copies; 0: digest only
+    DESTINATION_STRIDE = 5  # elements from one row to the next
+    SCALE_INV = 6  # address of float32 per block: written by quantize, read by CANONICAL
+    SCALE_STRIDE = 7  # float32 values from one row of blocks to the next
+    AMAX = 8  # address of float32 per block: written by AMAX, read by the *_GIVEN ops
+    AMAX_STRIDE = 9  # float32 values from one row of blocks to the next
+    ROW_ORIGIN = 10  # row of the rectangle's first element within its first block, 0..127
+    COL_ORIGIN = 11  # column likewise
+    OP = 12  # an Op
+    PATH = 13  # a Path
+    SOURCE_DTYPE = 14  # a Dtype
+    DESTINATION_DTYPE = 15  # a Dtype
+    SLOT = 16  # index into the launch's digests and nonfinite counts
+    DIGEST_BASE = 17  # bytes: position of the first destination element within its digested part
+    DIGEST_PITCH = 18  # bytes from one row to the next within that part
+    SCALE_DIGEST_BASE = 19  # bytes: position of the first scale_inv within that part
+    SCALE_DIGEST_PITCH = 20  # bytes from one row of blocks to the next within that part
+    FIRST_BLOCK = 21  # number of blocks in all rows before this one
+    BLOCK_COLS = 22  # blocks side by side in the rectangle
     RESERVED = 23  # 0; a row is 192 bytes
 
 
@@ -100,7 +100,7 @@ DIVISION = 1 << 12
 # Rows and columns, in elements, that one program handles on each path.
 TILE_OF_PATH = {
     **{path: (128, 128) for path in Path if path < Path.COPY_16},
-    Path.COPY_16: (16, 1024),
+    Path.COPY_16: (32, 1024),
     Path.COPY_4: (8, 1024),
     Path.COPY_1: (8, 256),
     Path.CAST: (4, 256),

@@ -11,10 +11,12 @@ from fp8sync_kernels.descriptor import DIVISION, Path
 if TYPE_CHECKING:
     from fp8sync_kernels.table import Table
 
-# Four programs must share a multiprocessor for its memory to be busy all the time. Four warps of at
-# most 128 registers do, without spilling; the code of divisions and of fp32 sources needs more.
+# To quantize at the speed of memory, four programs must share a multiprocessor. Four warps of at most
+# 128 registers do, without spilling. Divisions and fp32 sources need more registers than that, and
+# tables of copies alone want more warps.
 _LEAN = {"num_warps": 4, "maxnreg": 128}
 _RICH = {"num_warps": 8}
+_WANTS_LEAN = Path.WIDE_BF16 | Path.WIDE_FP16
 _NEEDS_RICH = DIVISION | Path.WIDE_FP32
 
 _COMPILED: dict[tuple[object, ...], Any] = {}
@@ -63,7 +65,7 @@ def run_table(
 
 def compile_options(paths: int) -> dict[str, int]:
     """Warps and registers for a table's set of paths."""
-    return _RICH if paths & _NEEDS_RICH else _LEAN
+    return _LEAN if paths & _WANTS_LEAN and not paths & _NEEDS_RICH else _RICH
 
 
 def launch_kernel(

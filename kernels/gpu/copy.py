@@ -34,11 +34,11 @@ def copy_words(
     digests: tl.tensor,
     WIDE: tl.constexpr,
 ) -> None:
-    """Move and digest 1024 bytes of each of 16 rows, all addresses and widths multiples of 16.
+    """Move and digest 1024 bytes of each of 32 rows, all addresses and widths multiples of 16.
 
     Without WIDE: of 8 rows, multiples of 4.
     """
-    LINES: tl.constexpr = 16 if WIDE else 8
+    LINES: tl.constexpr = 32 if WIDE else 8
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint32))
     stride = tl.load(desc + SOURCE_STRIDE) >> 2
     cols = (tl.load(desc + COLS) >> 2).to(tl.int32)
