@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
 from fp8sync.recipe import Formula
 from fp8sync.sources.megatron import MegatronSource, check_tiling
@@ -19,6 +20,7 @@ from tests.megatron.transfer import SCALES, assemble, destination, transfer
 from tests.megatron.watch import Watch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LINEAR = re.compile(r"_proj(_with_mqa)?\.weight$")
@@ -73,6 +75,57 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         moved = {n: t * 1.5 if n in formulas else t for n, t in expected.items()}
         faults += differences(assemble(merged, source.storages()), _quantized(moved, formulas))
     return faults
+
+
+def check_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """FP32 masters, divided among the data-parallel ranks or not, quantized straight from where they lie."""
+    faults = []
+    for distributed in (True, False):
+        bridge, chunks = load(checkpoint, axes)
+        chunks, optimizer = cpu.with_optimizer(chunks, distributed=distributed)
+        for chunk in chunks:
+            for parameter in chunk.parameters():
+                if parameter.main_param is not None:  # values that BF16 does not have
+                    parameter.main_param.mul_(1 + 2**-12)
+        source = MegatronSource(chunks, bridge, masters=optimizer)
+        merged = gather(source.manifest())
+        check_tiling(merged)
+        expected = {n: t.float() * (1 + 2**-12) for n, t in reference(checkpoint).items()}
+        faults += _same_tensors(merged, expected)
+        live = source.storages()
+        faults += differences(transfer(merged, destination(merged, {}), live), expected)
+        if not distributed or dist.get_world_size() == axes.get("tp", 1) * axes.get("pp", 1):
+            formulas = {n: Formula.POW2 for n in merged.tensors if LINEAR.search(n)}
+            arrived = transfer(merged, destination(merged, formulas), live)
+            faults += differences(arrived, _quantized(expected, formulas))
+    return faults
+
+
+def check_overlap(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """After a step, an overlapping optimizer has updated only its own share of each parameter."""
+    bridge, chunks = load(checkpoint, axes)
+    chunks, optimizer = cpu.with_optimizer(chunks, distributed=True, overlap=True)
+    source = MegatronSource(chunks, bridge)
+    merged = gather(source.manifest())
+    for group in optimizer.chained_optimizers[0].shard_fp32_from_float16_groups:
+        for master in group:
+            master.mul_(1.5)
+    optimizer.chained_optimizers[0]._copy_main_params_to_model_params()
+    faults = refused("expected prepare() on every rank", source.storages)
+    source.prepare()
+    live = source.storages()
+    faults += refused("expected prepare() on every rank", source.storages)
+    expected = {n: (t.float() * 1.5).to(t.dtype) for n, t in reference(checkpoint).items()}
+    return [*faults, *differences(assemble(merged, live), expected)]
+
+
+def refused(said: str, act: Callable[[], object]) -> list[str]:
+    """Nothing if `act` raises an error that says `said`."""
+    try:
+        act()
+    except Fp8SyncError as error:
+        return [] if said in str(error) else [f"not said: {said}: {error}"]
+    return [f"expected an error that says: {said}"]
 
 
 def check_export(checkpoint: Path, axes: dict[str, int]) -> list[str]:

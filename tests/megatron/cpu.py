@@ -11,12 +11,16 @@ import copy
 import importlib
 import sys
 import types
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.machinery import ModuleSpec
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 TE_VERSION = "2.20.2"
 STAND_INS = ("transformer_engine", "transformer_engine.pytorch", "transformer_engine.pytorch.ops")
@@ -95,7 +99,6 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
         context_parallel_size=axes.get("cp", 1),
         expert_model_parallel_size=axes.get("ep", 1),
         expert_tensor_parallel_size=expert_tp,
-        create_gloo_process_groups=False,
     )
     provider = bridge.to_megatron_provider(load_weights=load)
     settings = {
@@ -126,3 +129,42 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
     return provider.provide_distributed_model(
         wrap_with_ddp=False, use_cpu_initialization=True, bf16=True
     )
+
+
+def with_optimizer(chunks: list, *, distributed: bool, overlap: bool = False) -> tuple[list, Any]:
+    """Wrap chunks in Megatron's DDP, and give them Adam with FP32 masters.
+
+    Args:
+        chunks: this rank's model chunks.
+        distributed: whether the optimizer divides its masters among the data-parallel ranks.
+        overlap: whether it leaves the all-gather of parameters to the next forward.
+    """
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    parts = {"use_distributed_optimizer": distributed}
+    ddp = DistributedDataParallelConfig(**parts, overlap_param_gather=overlap, bucket_size=50_000)
+    config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, **parts)
+    with _said_to_be_cuda():
+        wrapped = [
+            DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk)
+            for chunk in chunks
+        ]
+        return wrapped, get_megatron_optimizer(config, wrapped)
+
+
+@contextmanager
+def _said_to_be_cuda() -> Iterator[None]:
+    """Megatron's optimizers know parameters by the name of a CUDA type, and make scalars on CUDA."""
+    read, make = torch.Tensor.type, torch.tensor
+
+    def told(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        found = read(tensor, *args, **kwargs)
+        named = isinstance(found, str) and isinstance(tensor, torch.nn.Parameter)
+        return found.replace("torch.", "torch.cuda.") if named else found
+
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return make(*args, **{**kwargs, "device": "cpu"})
+
+    with patch.object(torch.Tensor, "type", told), patch.object(torch, "tensor", made):
+        yield

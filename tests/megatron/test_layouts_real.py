@@ -28,6 +28,7 @@ PAIRS = {
     "deepseek-v3": ["tp=2,ep=2"],
 }
 EXPORTS = {"qwen3": ["tp=2"], "qwen3-moe": ["tp=2,ep=2"]}
+MASTERS = {"qwen3": ["tp=2", "tp=4"], "qwen3-moe": ["tp=2,ep=2"]}
 REFUSALS = [
     "check_bad_pairs:qwen3:",
     "check_cut_pairs:qwen3-narrow:tp=2",
@@ -54,6 +55,18 @@ def test_fp8_pairs_pass_through(case: str, faults: dict[str, list[str]]) -> None
 
 @pytest.mark.parametrize("case", cases("check_export", EXPORTS))
 def test_fp8_pairs_are_those_of_the_bridge(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_masters", MASTERS))
+def test_masters(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", ["check_overlap:qwen3:tp=2"])
+def test_parameters_are_complete_before_they_are_read(
+    case: str, faults: dict[str, list[str]]
+) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 

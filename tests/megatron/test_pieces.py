@@ -12,6 +12,7 @@ from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.sources.megatron import check_tiling
 from fp8sync.sources.megatron.boxes import boxes_of, misaligned
 from fp8sync.sources.megatron.held import Held
+from fp8sync.sources.megatron.masters import Master, master_boxes, rectangles
 from fp8sync.sources.megatron.pieces import Layout, Piece, Run, columns, concatenated, fused, rows
 
 
@@ -86,6 +87,32 @@ def test_scales_are_read_past_their_padding() -> None:
 )
 def test_cut_blocks_are_found(layout: Layout, local: tuple[int, ...], cut: bool) -> None:
     assert bool(list(misaligned(layout, local))) is cut
+
+
+@given(
+    rows=st.integers(1, 5),
+    columns=st.integers(1, 6),
+    ends=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+)
+def test_a_run_of_elements_is_at_most_three_rectangles(rows, columns, ends) -> None:
+    begin, end = sorted(round(e * rows * columns) for e in ends)
+    found = list(rectangles((rows, columns), begin, end - begin))
+    flat = torch.arange(rows * columns).view(rows, columns)
+    parts = [flat[a : a + n, b : b + m].flatten() for (a, b), (n, m) in found]
+    assert torch.cat([*parts, flat[:0, 0]]).tolist() == list(range(begin, end))
+    assert len(found) <= 3
+
+
+def test_a_master_is_cut_by_pieces_and_by_its_owner() -> None:
+    layout = concatenated(["g", "u"], (4, 4), (1, 2))
+    master = Master(6, torch.arange(6.0, 15.0))
+    boxes = list(master_boxes("w", layout, (4, 4), master))
+    for found in boxes:
+        at = found.at
+        cut = master.tensor.as_strided(found.shape, at.strides, at.offset)
+        first = (found.start[0] - 2 + (2 if found.tensor == "u" else 0)) * 4 + found.start[1]
+        assert cut[0, 0] == first
+    assert sum(found.shape[0] * found.shape[1] for found in boxes) == 9
 
 
 def box(start: int, size: int) -> Box:

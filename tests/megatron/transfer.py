@@ -68,7 +68,10 @@ def assemble(source: Manifest, live: Storages) -> dict[str, torch.Tensor]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(own, found if rank == 0 else None)
     made: dict[str, torch.Tensor] = {}
+    seen: dict[Any, Any] = {}
     for box, elements, scales in (row for rows in found if rows for row in rows):
+        replica = seen.setdefault((box.tensor, box.start, box.shape), (elements, scales))
+        assert replica == (elements, scales), f"{box.tensor}: replicas differ"
         info = source.tensors[box.tensor]
         _put(made, box.tensor, info.shape, box.start, _tensor(elements, info.dtype, box.shape))
         if scales is not None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from tests.megatron import cpu, models
 
@@ -24,10 +25,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 TIMEOUT = timedelta(seconds=60)
+LIMIT_S = 120
 
 
 def run(folder: Path, ranks: int, cases: Sequence[str]) -> None:
     """Write the checkpoints, run the cases one after the other."""
+    tqdm.monitor_interval = 0  # a thread that forks may deadlock with
     cpu.import_bridge()
     from tests.megatron import refusals  # noqa: F401  (imported once, before the fork)
 
@@ -40,33 +43,46 @@ def run(folder: Path, ranks: int, cases: Sequence[str]) -> None:
 
 
 def _run_case(folder: Path, ranks: int, case: str) -> list[str]:
-    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("fork")
-    pipes = [context.Pipe(duplex=False) for _ in range(ranks)]
-    processes = [
-        context.Process(target=_rank, args=(folder, rank, ranks, server.port, case, pipe[1]))
-        for rank, pipe in enumerate(pipes)
-    ]
-    for process, pipe in zip(processes, pipes, strict=True):
+    pipes, processes = [], []
+    port = 0
+    for rank in range(ranks):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank, args=(folder, rank, ranks, port, case, theirs))
         process.start()
-        pipe[1].close()
+        theirs.close()
+        pipes.append(ours)
+        processes.append(process)
+        # Rank 0 serves the rendezvous: a server here would be a thread that forks may deadlock with.
+        port = port or _receive(ours, 0)
     found = []
-    for rank, (pipe, _) in enumerate(pipes):
-        try:
-            faults = pipe.recv()
-        except EOFError:
-            faults = ["died"]
+    for rank, pipe in enumerate(pipes):
+        faults = _receive(pipe, ["died, or did not answer"])
         found += [f"rank {rank}: {fault}" for fault in faults]
     for process in processes:
-        process.join()
+        process.join(5)
+        process.kill()
     return found
+
+
+def _receive(pipe: Any, otherwise: Any) -> Any:
+    try:
+        return pipe.recv() if pipe.poll(LIMIT_S) else otherwise
+    except EOFError:
+        return otherwise
 
 
 def _rank(folder: Path, rank: int, ranks: int, port: int, case: str, pipe: Any) -> None:
     torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port, timeout=TIMEOUT)
+    first = {"is_master": rank == 0, "wait_for_workers": False, "timeout": TIMEOUT}
+    store = dist.TCPStore("127.0.0.1", port, **first)
+    if rank == 0:
+        pipe.send(store.port)
     dist.init_process_group("gloo", rank=rank, world_size=ranks, store=store, timeout=TIMEOUT)
-    pipe.send(_faults(folder, case))
+    faults = _faults(folder, case)
+    if not faults:
+        dist.barrier()  # the server leaves last
+    pipe.send(faults)
     pipe.close()
 
 

@@ -8,16 +8,13 @@ import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, TensorInfo
-from fp8sync.sources.megatron.boxes import SCALE_SUFFIX, boxes_of, infos_of, misaligned
-from fp8sync.sources.megatron.held import Held, held
-from fp8sync.sources.megatron.mappings import Site, layout_of
+from fp8sync.sources.megatron.masters import Masters
+from fp8sync.sources.megatron.reading import describe, live
 from fp8sync.sources.megatron.tasks import LocalParameter, local_parameters
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from fp8sync.sources.megatron.pieces import Layout
+    from collections.abc import Sequence
 
 __all__ = ["MegatronSource"]
 
@@ -35,16 +32,19 @@ class MegatronSource:
     Args:
         model_chunks: the list that `provide_distributed_model` returned; wrapped in DDP or not.
         bridge: the `megatron.bridge.AutoBridge` of the model.
+        masters: the optimizer whose FP32 masters are to be read instead of the parameters made from
+            them; a distributed optimizer's are divided among the data-parallel ranks.
 
     Example:
         >>> source = MegatronSource(model_chunks, bridge)  # doctest: +SKIP
         >>> link = fp8sync.connect(source, llm)  # doctest: +SKIP
     """
 
-    def __init__(self, model_chunks: Sequence[Any], bridge: Any) -> None:
+    def __init__(self, model_chunks: Sequence[Any], bridge: Any, masters: Any = None) -> None:
         from megatron.bridge.models.conversion.utils import unwrap_model
 
         self._chunks = list(model_chunks)
+        self._masters = None if masters is None else Masters(masters)
         self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
         self._complete = not self._overlapping
         self._rank = rank_and_size()[0]
@@ -63,13 +63,13 @@ class MegatronSource:
         boxes: list[Box] = []
         for parameter in self._parameters:
             try:
-                layout, state = _look(parameter)
+                described = describe(parameter, self._masters)
             except ValueError as error:
                 faults.append(f"{parameter.name} ({_hf_names(parameter)}): {error}")
                 continue
-            infos += infos_of(layout, state)
-            boxes += boxes_of(parameter.name, layout, state)
-            faults += _cut_blocks(layout, state)
+            infos += described.infos
+            boxes += described.boxes
+            faults += described.faults
         if faults:
             summary = "parameters that cannot be sent as they lie"
             raise UnsupportedLayout(summary, self._at_rank(faults))
@@ -100,46 +100,31 @@ class MegatronSource:
                 "next forward; expected prepare() on every rank before they are read"
             )
         self._complete = not self._overlapping
-        live, faults = self._read()
+        found, faults = self._read()
         if not faults:
             faults = [
                 f"{name}: expected {_told(form)}, "
-                f"found {_told(_form(live[name])) if name in live else 'nothing'}"
+                f"found {_told(_form(found[name])) if name in found else 'nothing'}"
                 for name, form in self._forms.items()
-                if name not in live or _form(live[name]) != form
+                if name not in found or _form(found[name]) != form
             ]
         if faults:
             summary = "parameters changed their form since the link was made"
             raise UnsupportedLayout(summary, self._at_rank(faults))
-        return live
+        return found
 
     def _read(self) -> tuple[dict[str, torch.Tensor], list[str]]:
-        live: dict[str, torch.Tensor] = {}
+        found: dict[str, torch.Tensor] = {}
         faults = []
         for parameter in self._parameters:
             try:
-                state = held(parameter.live())
-            except ValueError as error:
+                found |= live(parameter, self._masters)
+            except ValueError as error:  # noqa: PERF203  (every fault is told, not the first alone)
                 faults.append(f"{parameter.name}: {error}")
-                continue
-            live[parameter.name] = state.weight
-            if state.scale_inv is not None:
-                live[parameter.name + SCALE_SUFFIX] = state.scale_inv
-        return live, faults
+        return found, faults
 
     def _at_rank(self, faults: Sequence[str]) -> list[str]:
         return [f"trainer rank {self._rank}: {fault}" for fault in faults]
-
-
-def _look(parameter: LocalParameter) -> tuple[Layout, Held]:
-    tensor = parameter.live()
-    site = Site.of(parameter.mapping, parameter.module, tensor, parameter.vocabulary)
-    return layout_of(site), held(tensor)
-
-
-def _cut_blocks(layout: Layout, state: Held) -> Iterator[str]:
-    if state.scale_inv is not None:
-        yield from misaligned(layout, tuple(state.weight.shape))
 
 
 def _overlaps(chunk: Any) -> bool:

@@ -1,0 +1,68 @@
+"""One local parameter, or its master, as tensors' descriptions, boxes and live storages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from fp8sync.manifest import Box, TensorInfo
+from fp8sync.sources.megatron.boxes import SCALE_SUFFIX, boxes_of, infos_of, misaligned
+from fp8sync.sources.megatron.held import held
+from fp8sync.sources.megatron.mappings import Site, layout_of
+from fp8sync.sources.megatron.masters import MASTER_SUFFIX, master_boxes
+
+if TYPE_CHECKING:
+    import torch
+
+    from fp8sync.sources.megatron.masters import Master, Masters
+    from fp8sync.sources.megatron.tasks import LocalParameter
+
+__all__ = ["Described", "describe", "live"]
+
+
+class Described(NamedTuple):
+    """What a parameter adds to the manifest; `faults` name HF tensors whose blocks it cuts."""
+
+    infos: list[TensorInfo]
+    boxes: list[Box]
+    faults: list[str]
+
+
+def describe(parameter: LocalParameter, masters: Masters | None) -> Described:
+    """List a parameter's HF tensors and boxes; its elements are not read.
+
+    Raises:
+        ValueError: it is not boxes, or not held in a way that can be sent.
+    """
+    tensor = parameter.live()
+    site = Site.of(parameter.mapping, parameter.module, tensor, parameter.vocabulary)
+    layout = layout_of(site)
+    master = _master(parameter, masters)
+    if master is not None:
+        infos = [TensorInfo(name, shape, "float32") for name, shape in layout.shapes.items()]
+        boxes = master_boxes(parameter.name + MASTER_SUFFIX, layout, site.shape, master)
+        return Described(infos, list(boxes), [])
+    state = held(tensor)
+    faults = [] if state.scale_inv is None else list(misaligned(layout, site.shape))
+    return Described(
+        list(infos_of(layout, state)), list(boxes_of(parameter.name, layout, state)), faults
+    )
+
+
+def live(parameter: LocalParameter, masters: Masters | None) -> dict[str, torch.Tensor]:
+    """Return the storages that the boxes of `describe` point into, as they are now.
+
+    Raises:
+        ValueError: it is not held in a way that can be sent.
+    """
+    master = _master(parameter, masters)
+    if master is not None:
+        tensor = master.tensor
+        return {} if tensor is None else {parameter.name + MASTER_SUFFIX: tensor.detach()}
+    state = held(parameter.live())
+    if state.scale_inv is None:
+        return {parameter.name: state.weight}
+    return {parameter.name: state.weight, parameter.name + SCALE_SUFFIX: state.scale_inv}
+
+
+def _master(parameter: LocalParameter, masters: Masters | None) -> Master | None:
+    return masters.of(parameter.live()) if masters else None
