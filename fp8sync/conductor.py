@@ -16,7 +16,7 @@ from fp8sync.manifest import Box, Manifest, TensorInfo
 from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_used
-from fp8sync.report import RefitReport, tensor_reports
+from fp8sync.report import RefitReport
 from fp8sync.sender import Sender, Sent
 from fp8sync.transport import GlooGroup, Rendezvous
 from fp8sync.transport.memory import host_id
@@ -46,8 +46,7 @@ class Outcome:
     def report(self, version: int, pause_s: float, total_s: float) -> RefitReport:
         """Return the report, with what the caller measured."""
         seconds = {**self.seconds, "total": total_s}
-        tensors = tensor_reports(self.plan, self.parts)
-        return RefitReport(version, self.bytes_sent, seconds, pause_s, tensors)
+        return RefitReport(version, self.bytes_sent, seconds, pause_s, self.plan, self.parts)
 
 
 class Conductor:

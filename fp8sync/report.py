@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fp8sync.recipe import Encoding
@@ -54,14 +55,20 @@ class RefitReport:
             (until every worker had compared digests), `prepare`, `commit` and `total`.
         pause_s: how long the engine could not generate: vLLM's `update_weights` and
             `finish_weight_update`, as the caller sees them.
-        tensors: one entry per tensor of the plan.
     """
 
     version: int
     bytes_sent: int
     seconds: Mapping[str, float]
     pause_s: float
-    tensors: tuple[TensorReport, ...]
+    _plan: Plan = field(repr=False, compare=False)
+    _parts: tuple[PartReport, ...] = field(repr=False, compare=False)
+    _ranks: frozenset[int] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def tensors(self) -> tuple[TensorReport, ...]:
+        """One entry per tensor of the plan; made when first asked for."""
+        return tensor_reports(self._plan, self._parts, self._ranks)
 
 
 def tensor_reports(
