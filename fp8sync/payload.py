@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Placement
-from fp8sync.recipe import Encoding
-from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from fp8sync.plan.boxes import Rect, overlap, touched_blocks
+from fp8sync.recipe import BLOCK, Encoding
+from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwise
 
 if TYPE_CHECKING:
-    from fp8sync.plan import Bucket, Part
+    from fp8sync.plan import AmaxGroup, Bucket, Copy, Part
 
-__all__ = ["PartReport", "Storages", "pack", "unpack", "view"]
+__all__ = ["Amax", "PartReport", "Storages", "local_amax", "pack", "unpack", "view"]
 
 Storages = Mapping[str, torch.Tensor]
 """Local storages by name; placements index their elements from the storage's first."""
@@ -42,33 +44,49 @@ def view(storages: Storages, at: Placement, shape: Sequence[int]) -> torch.Tenso
     return base.as_strided(tuple(shape), at.strides, base.storage_offset() + at.offset)
 
 
+Amax = Mapping[str, Sequence[tuple["AmaxGroup", torch.Tensor]]]
+"""By tensor, the groups of cut blocks that this rank takes part in, with the amax agreed on."""
+
+
 @torch.no_grad()
-def pack(bucket: Bucket, storages: Storages, payload: torch.Tensor) -> list[PartReport]:
-    """Write a bucket's parts, quantizing the blockwise ones.
+def pack(
+    bucket: Bucket, storages: Storages, payload: torch.Tensor, amax: Amax | None = None
+) -> list[PartReport]:
+    """Write a bucket's parts: quantize blockwise ones, pass FP8 pairs through.
 
     Args:
         bucket: what goes where.
         storages: the source rank's storages, any float dtype, one device.
         payload: uint8 [bucket.nbytes] on the same device, zeroed where no part lies.
+        amax: for copies that are cut inside a block.
     """
-    return [_pack_part(part, storages, payload) for part in bucket.parts]
+    return [_pack_part(part, storages, payload, amax or {}) for part in bucket.parts]
 
 
-def _pack_part(part: Part, storages: Storages, payload: torch.Tensor) -> PartReport:
+def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax) -> PartReport:
     copy = part.copy
     x = view(storages, copy.source_at, copy.shape)
     out = _elements(payload, part.offset, copy.shape, copy.dtype)
     if copy.encoding is Encoding.PLAIN:
         out.copy_(x)
-        bad = int((~torch.isfinite(out)).sum()) if out.is_floating_point() else 0
+        bad = int((~torch.isfinite(out.float())).sum()) if out.is_floating_point() else 0
         return PartReport(copy.tensor, bad)
+    scales = _elements(payload, part.scale_offset, copy.scale_shape, "float32")
+    if copy.source_scale_at is not None:
+        out.copy_(x)
+        scales.copy_(view(storages, copy.source_scale_at, copy.scale_shape))
+        return PartReport(copy.tensor, int((~torch.isfinite(out.float())).sum()))
+    if x.dtype == torch.float8_e4m3fn:
+        raise UnsupportedLayout(f"{copy.tensor}: an FP8 pair that has to be quantized anew")
     if copy.formula is None:
         raise ValueError(f"{copy.tensor}: a blockwise copy without a formula")
-    q = quantize_blockwise(x, copy.formula.value)
+    given = _whole_amax(copy, x, amax)
+    q = quantize_blockwise(x, copy.formula.value, amax=given, origin=_origin(copy.start))
     out.copy_(q.weight)
-    _elements(payload, part.scale_offset, copy.scale_shape, "float32").copy_(q.scale_inv)
+    first = touched_blocks(copy.rect)[0]
+    scales.copy_(_cut(q.scale_inv, first, copy.scale_rect))
     exact = x.float()
-    error = dequantize_blockwise(q.weight, q.scale_inv, torch.float32) - exact
+    error = _dequantized(q.weight, q.scale_inv, copy.origin, torch.float32) - exact
     sums = torch.stack([error.square().sum(), exact.square().sum()])
     squares = torch.nan_to_num(sums, posinf=0.0).tolist()
     return PartReport(copy.tensor, int(q.nonfinite), *squares)
@@ -90,7 +108,7 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
             continue
         scales = _elements(payload, part.scale_offset, copy.scale_shape, "float32")
         if copy.scale_at is None:
-            destination.copy_(dequantize_blockwise(codes, scales, destination.dtype))
+            destination.copy_(_dequantized(codes, scales, copy.origin, destination.dtype))
         else:
             destination.copy_(codes)
             view(staging, copy.scale_at, copy.scale_shape).copy_(scales)
@@ -99,3 +117,53 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
 def _elements(payload: torch.Tensor, offset: int, shape: Sequence[int], dtype: str) -> torch.Tensor:
     nbytes = math.prod(shape) * ITEMSIZE[dtype]
     return payload[offset : offset + nbytes].view(getattr(torch, dtype)).view(tuple(shape))
+
+
+def _whole_amax(copy: Copy, x: torch.Tensor, amax: Amax) -> torch.Tensor:
+    """The amax of every block that a copy touches: its own, or what the block's holders agreed on."""
+    own = partial_amax(x, origin=_origin(copy.start))
+    touched = touched_blocks(copy.rect)
+    for group, joint in amax.get(copy.tensor, ()):
+        common = overlap(touched, (group.start, group.shape))
+        if common is not None:
+            _cut(own, touched[0], common).copy_(_cut(joint, group.start, common))
+    return own
+
+
+def _origin(start: Sequence[int]) -> tuple[int, int]:
+    row, col = (a % BLOCK for a in start)
+    return row, col
+
+
+def _cut(grid: torch.Tensor, first: Sequence[int], rect: Rect) -> torch.Tensor:
+    """The part `rect` of a grid whose first cell is `first`; all in blocks of the whole tensor."""
+    starts = (a - b for a, b in zip(rect[0], first, strict=True))
+    return grid[tuple(slice(a, a + n) for a, n in zip(starts, rect[1], strict=True))]
+
+
+def _dequantized(
+    codes: torch.Tensor, scale_inv: torch.Tensor, origin: Sequence[int], dtype: torch.dtype
+) -> torch.Tensor:
+    if not any(origin):
+        return dequantize_blockwise(codes, scale_inv, dtype)
+    whole = codes.new_zeros([a + n for a, n in zip(origin, codes.shape, strict=True)])
+    inner = tuple(slice(a, None) for a in origin)
+    whole[inner].copy_(codes)
+    return dequantize_blockwise(whole, scale_inv, dtype)[inner]
+
+
+@torch.no_grad()
+def local_amax(group: AmaxGroup, rank: int, storages: Storages) -> torch.Tensor:
+    """Return one rank's share of a group's amax, float32 [group.shape]; join shares by maximum."""
+    share: torch.Tensor | None = None
+    for part in group.parts:
+        if part.rank != rank:
+            continue
+        x = view(storages, part.at, part.shape)
+        rect = part.start, part.shape
+        if share is None:
+            share = torch.zeros(group.shape, device=x.device)
+        own = partial_amax(x, origin=_origin(part.start))
+        target = _cut(share, group.start, touched_blocks(rect))
+        torch.maximum(target, own, out=target)
+    return torch.zeros(group.shape) if share is None else share

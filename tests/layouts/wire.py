@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.manifest import Placement
-from fp8sync.payload import pack, unpack, view
-from fp8sync.plan import MISC, AmaxGroup, Bucket, Part, Plan, fill_buckets
+from fp8sync.payload import local_amax, pack, unpack, view
+from fp8sync.plan import MISC, Plan, fill_buckets
 from fp8sync.plan.boxes import block_shape, touched_blocks
-from fp8sync.recipe import BLOCK, Encoding
-from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwise
+from fp8sync.recipe import Encoding
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from fp8sync.manifest import Box, Manifest
 
@@ -100,88 +100,16 @@ def _grow(sizes: dict[str, int], at: Placement, shape: Sequence[int]) -> None:
 
 def carry_out(plan: Plan, source: Ranks, destination: Ranks, bucket_bytes: int) -> None:
     """Exchange amax, then pack, send and unpack every bucket."""
-    amax = exchange(plan.amax, source)
+    amax = {rank: defaultdict(list) for rank in source}
+    for group in plan.amax:
+        shares = [local_amax(group, rank, source[rank]) for rank in group.ranks]
+        for rank in group.ranks:
+            amax[rank][group.tensor].append((group, torch.stack(shares).amax(0)))
     for rank in destination:
         for bucket in fill_buckets(plan.to_rank(rank), bucket_bytes):
             payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-            for part in bucket.parts:
-                _pack(part, plan, source[bucket.source_rank], payload, amax)
-            for part in bucket.parts:
-                _unpack(part, plan, payload, destination[rank])
-
-
-Amax = dict[tuple[int, str], list[tuple[AmaxGroup, torch.Tensor]]]
-
-
-def exchange(groups: Iterable[AmaxGroup], source: Ranks) -> Amax:
-    """What the trainer's ranks do before they quantize: (rank, tensor) -> amax of its cut blocks."""
-    found: Amax = defaultdict(list)
-    for group in groups:
-        joint = torch.zeros(group.shape)
-        for part in group.parts:
-            x = view(source[part.rank], part.at, part.shape)
-            own = partial_amax(x, origin=tuple(a % BLOCK for a in part.start))
-            first = [a // BLOCK - b for a, b in zip(part.start, group.start, strict=True)]
-            target = cut(joint, first, own.shape)
-            torch.maximum(target, own, out=target)
-        for rank in group.ranks:
-            found[rank, group.tensor].append((group, joint))
-    return found
-
-
-def _pack(part: Part, plan: Plan, held: Tensors, payload: torch.Tensor, amax: Amax) -> None:
-    copy = part.copy
-    if copy.source_scale_at is None and not plan.is_cut(copy):
-        pack(Bucket(0, copy.source_rank, copy.destination_rank, (part,), 0), held, payload)
-        return
-    x = view(held, copy.source_at, copy.shape)
-    if copy.source_scale_at is not None:
-        scales = view(held, copy.source_scale_at, copy.scale_shape)
-    else:
-        first, shape = touched_blocks(copy.rect)
-        given = partial_amax(x, origin=copy.origin)
-        for group, joint in amax[copy.source_rank, copy.tensor]:
-            _overlay(given, (first, shape), joint, (group.start, group.shape))
-        q = quantize_blockwise(x, copy.formula.value, amax=given, origin=copy.origin)
-        start, shape = copy.scale_rect
-        x = q.weight
-        scales = cut(q.scale_inv, [a - b for a, b in zip(start, first, strict=True)], shape)
-    _elements(payload, part.offset, copy.shape, torch.float8_e4m3fn).copy_(x)
-    _elements(payload, part.scale_offset, copy.scale_shape, torch.float32).copy_(scales)
-
-
-def _overlay(target: torch.Tensor, at, joint: torch.Tensor, of) -> None:
-    low = [max(a, b) for a, b in zip(at[0], of[0], strict=True)]
-    high = [min(a + n, b + m) for a, n, b, m in zip(*at, *of, strict=True)]
-    if all(a < b for a, b in zip(low, high, strict=True)):
-        size = [b - a for a, b in zip(low, high, strict=True)]
-        here = [a - b for a, b in zip(low, at[0], strict=True)]
-        there = [a - b for a, b in zip(low, of[0], strict=True)]
-        cut(target, here, size).copy_(cut(joint, there, size))
-
-
-def _unpack(part: Part, plan: Plan, payload: torch.Tensor, staging: Tensors) -> None:
-    copy = part.copy
-    if copy.encoding is not Encoding.BLOCKWISE or copy.scale_at is not None:
-        bucket = Bucket(0, copy.source_rank, copy.destination_rank, (part,), 0)
-        unpack(bucket, payload, staging)
-        return
-    codes = _elements(payload, part.offset, copy.shape, torch.float8_e4m3fn)
-    scales = _elements(payload, part.scale_offset, copy.scale_shape, torch.float32)
-    whole = torch.zeros([a + n for a, n in zip(copy.origin, copy.shape, strict=True)])
-    padded = whole.to(torch.float8_e4m3fn)
-    view_ = padded[copy.origin[0] :, copy.origin[1] :]
-    view_.copy_(codes)
-    target = view(staging, copy.at, copy.shape)
-    plain = dequantize_blockwise(padded, scales, target.dtype)
-    target.copy_(plain[copy.origin[0] :, copy.origin[1] :])
-
-
-def _elements(payload, offset: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    nbytes = dtype.itemsize
-    for n in shape:
-        nbytes *= n
-    return payload[offset : offset + nbytes].view(dtype).view(tuple(shape))
+            pack(bucket, source[bucket.source_rank], payload, amax[bucket.source_rank])
+            unpack(bucket, payload, destination[rank])
 
 
 def with_misc(destination: Manifest, plan: Plan) -> Manifest:
