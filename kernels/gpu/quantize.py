@@ -11,6 +11,7 @@ from fp8sync_kernels.gpu.cast import encode_words
 from fp8sync_kernels.gpu.columns import (
     AMAX,
     AMAX_STRIDE,
+    DESTINATION,
     DIGEST_BASE,
     OP,
     SCALE_DIGEST_BASE,
@@ -62,6 +63,9 @@ def quantize_block(
     # Wanted later; their sectors' latency passes while the tile is read.
     op = tl.load(desc + OP).to(tl.int32)
     first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
+    stored = op != OP_AMAX
+    if not DIVIDES:
+        stored &= tl.load(desc + DESTINATION) != 0
     if WIDE:
         values = load_tile(desc, block_row, block_col, DTYPE)
         own_amax_bits = tile_amax_bits(values, DTYPE)
@@ -83,7 +87,9 @@ def quantize_block(
     value = tl.full([], 0, tl.uint64)
     if WIDE:
         words = encode_words(values.to(tl.float32) * multiplier, BLOCK, BLOCK)
-        store_words(desc, words, block_row, block_col, op != OP_AMAX)
+        if DIVIDES:  # not before, for lack of a register
+            stored &= tl.load(desc + DESTINATION) != 0
+        store_words(desc, words, block_row, block_col, stored)
         if digests is not None:
             value = digest_words(desc, first_word, words, block_row, block_col)
     else:

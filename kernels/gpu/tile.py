@@ -50,7 +50,7 @@ def store_words(
     block_col: tl.tensor,
     wanted: tl.tensor,
 ) -> None:
-    """Write uint32 [128, 32] of codes, if wanted and if the row has a destination.
+    """Write uint32 [128, 32] of codes, if wanted.
 
     In 8-byte pieces: wider ones would make the compiler move the tile through shared memory.
     """
@@ -60,7 +60,7 @@ def store_words(
     cols = tl.multiple_of(tl.load(desc + COLS).to(tl.int32) >> 2, 4)
     row = block_row * BLOCK - tl.load(desc + ROW_ORIGIN).to(tl.int32) + tl.arange(0, BLOCK)
     col = (_first_col(desc, block_col) >> 2) + tl.arange(0, BLOCK // 4)
-    end = tl.where(wanted & (address != 0), tl.load(desc + ROWS).to(tl.int32), 0)
+    end = tl.where(wanted, tl.load(desc + ROWS).to(tl.int32), 0)
     row_inside = (row >= 0) & (row < end)
     inside = row_inside[:, None] & ((col >= 0) & (col < cols))[None, :]
     tl.store(destination + row[:, None] * stride + col[None, :], words, mask=inside)
