@@ -128,6 +128,26 @@ def refused(said: str, act: Callable[[], object]) -> list[str]:
     return [f"expected an error that says: {said}"]
 
 
+def check_watch(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """What watches the listing of boxes does see a gather: that of Megatron-Bridge's export."""
+    bridge, chunks = load(checkpoint, axes)
+    with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
+        list(bridge.export_hf_weights(chunks, show_progress=False))
+    seen = " ".join(watch.faults)
+    return [f"not seen: {what}" for what in ("c10d.allgather_", "allocated") if what not in seen]
+
+
+def check_config(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """A bridge that was made from a config alone, without a checkpoint, gives the same manifest."""
+    from megatron.bridge import AutoBridge
+    from transformers import AutoConfig
+
+    bridge, chunks = load(checkpoint, axes)
+    alone = AutoBridge.from_hf_config(AutoConfig.from_pretrained(str(checkpoint)))
+    with_weights, without = (MegatronSource(chunks, b).manifest() for b in (bridge, alone))
+    return [] if with_weights.digest() == without.digest() else ["the manifests differ"]
+
+
 def check_export(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     """The pairs that boxes show are those that Megatron-Bridge's own FP8 export gathers."""
     bridge, chunks = load(checkpoint, axes)

@@ -63,6 +63,18 @@ def test_masters(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 
+@pytest.mark.parametrize(
+    "case", ["check_config:qwen3-moe:tp=2,ep=2", "check_config:qwen3-tied:pp=2"]
+)
+def test_a_config_is_enough(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", ["check_watch:qwen3:tp=2"])
+def test_a_gather_would_be_seen(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
 @pytest.mark.parametrize("case", ["check_overlap:qwen3:tp=2"])
 def test_parameters_are_complete_before_they_are_read(
     case: str, faults: dict[str, list[str]]
