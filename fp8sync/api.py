@@ -40,6 +40,7 @@ def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitR
     key = id(model), id(engine)
     known = _links.get(key)
     if known is not None and known[0].recipe != wanted:
+        del _links[key]
         known[0].close()
         known = None
     if known is None:

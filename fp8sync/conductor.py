@@ -11,7 +11,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fp8sync.errors import Fp8SyncError, NonFiniteWeight, PlanMismatch, UnsupportedLayout, from_wire
+from fp8sync.errors import (
+    Fp8SyncError,
+    InstallFailed,
+    NonFiniteWeight,
+    PlanMismatch,
+    UnsupportedLayout,
+    from_wire,
+)
 from fp8sync.manifest import Box, Manifest, TensorInfo
 from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
@@ -80,6 +87,7 @@ class Conductor:
         self._wanted, self.transport, self.transport_reason = transport, "", ""
         self._sender: Outgoing | None = None
         self._faults: list[Fp8SyncError] = []
+        self.decided = False
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = {}
         self._rendezvous: Rendezvous | None = None
@@ -138,9 +146,11 @@ class Conductor:
         """Lead the two-phase commit; the workers are in `finish_weight_update` meanwhile.
 
         Raises:
-            Fp8SyncError: of the kind that stopped the refit; every worker has kept its old weights.
+            Fp8SyncError: of the kind that stopped the refit; every worker has kept its old weights,
+                unless `decided` says that they were told to install.
         """
         began = time.perf_counter()
+        self.decided = False
         faults = self._faults
         self._tell("engine", {"type": "prepare", "go": not faults})
         prepared = self._votes()
@@ -151,7 +161,13 @@ class Conductor:
         self._tell("trainer", {"type": "outcome", "error": error})
         if faults:
             raise faults[0]
-        commits = [float(c.receive("committed")["commit_s"]) for c in self._each("engine")]
+        self.decided = True
+        done = [(c.peer, c.receive("committed")) for c in self._each("engine")]
+        broken = [f"{peer}: {said['failure']}" for peer, said in done if said["failure"]]
+        if broken:
+            text = "installing failed after the decision: refit again before the engine is used"
+            raise InstallFailed(text, broken)
+        commits = [float(said["commit_s"]) for _, said in done]
         seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
         parts = tuple(part for share in self._sent for part in share.parts)
         return Outcome(self.plan, parts, sum(s.bytes for s in self._sent), seconds)

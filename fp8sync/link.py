@@ -11,7 +11,6 @@ The workers receive in threads of their own from `start` on, so the engine can g
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fp8sync.conductor import Conductor
 from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm import as_engine
-from fp8sync.errors import EngineLost, Fp8SyncError, RefitInProgress, TransferTimeout
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
 from fp8sync.follower import Follower
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
@@ -110,13 +109,15 @@ class Link:
         self._transport = transport
         self._model = model
         self._engine = as_engine(engine)
+        # A call holds at most: waits for two messages, and vLLM's own work.
+        self._engine.timeout_s = 3 * timeout_s
         self.recipe = recipe
         self.version = 0
         self._timeout_s, self._host, self._bucket_bytes = timeout_s, host, bucket_bytes
-        self._busy = threading.Lock()
+        self._closed = False
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None
-        with self._busy:
+        with self._engine.exclusive():
             self._connect()
 
     @property
@@ -139,24 +140,26 @@ class Link:
         Raises:
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
-            RefitInProgress: this link is already refitting.
-            In each case the engine serves its old weights, if it serves at all.
+            RefitInProgress: the engine is already being refitted or connected.
+            In each case the engine serves its old weights, if it serves at all; but a worker that is
+            lost, or fails, after all had agreed to install leaves the others with the new ones: then
+            refit again before the engine is used.
         """
-        if not self._busy.acquire(blocking=False):
-            raise RefitInProgress("a refit is already running on this link")
-        try:
+        with self._engine.exclusive():
+            if self._closed:
+                raise Fp8SyncError("this link was closed; connect again")
             if self._conductor is None or not self._engine.follows(self._conductor):
                 self._disconnect()
                 self._connect()
-            return self._refit(self._connected())
-        except (TransferTimeout, EngineLost):
-            self._disconnect()  # a peer that was late may still be writing: begin anew next time
-            raise
-        finally:
-            self._busy.release()
+            try:
+                return self._refit(self._connected())
+            except (TransferTimeout, EngineLost):
+                self._disconnect()  # a peer that was late may still be writing: begin anew next time
+                raise
 
     def close(self) -> None:
         """Leave the engine as it is and free the link."""
+        self._closed = True
         self._disconnect()
         self._threads.shutdown(wait=False)
 
@@ -200,18 +203,23 @@ class Link:
     def _refit(self, conductor: Conductor) -> RefitReport:
         version = self.version + 1
         began = time.perf_counter()
-        conductor.open(version)
-        self._engine.start()
         try:
+            conductor.open(version)
+            self._engine.start()
             conductor.send(version)
         except BaseException:
             self._disconnect()
-            with suppress(Exception):  # closes vLLM's update session, if the engine is still there
-                self._install(version)
+            self._close_update(version)
             raise
         stopped = time.perf_counter()
         task = self._threads.submit(conductor.commit)
-        outcome = self._together(task, lambda: self._install(version), conductor.close)
+        try:
+            outcome = self._together(task, lambda: self._install(version), conductor.close)
+        except BaseException:
+            if conductor.decided:  # some workers may hold the new weights
+                with suppress(Exception):
+                    self._engine.reset_caches()
+            raise
         pause_s = time.perf_counter() - stopped
         self.version = version
         self._engine.reset_caches()
@@ -220,6 +228,12 @@ class Link:
     def _install(self, version: int) -> None:
         self._engine.update(version)
         self._engine.finish()
+
+    def _close_update(self, version: int) -> None:
+        """End vLLM's update on every worker that opened one and is still there."""
+        for call in (lambda: self._engine.update(version), self._engine.finish):
+            with suppress(Exception):
+                call()
 
     def _together(
         self, task: Future[T], calls: Callable[[], None], interrupt: Callable[[], None]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["check_table", "unwritable", "write_table"]
 
+_COUNTED = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def unwritable(copies: Sequence[Copy]) -> str:
     """Return why these copies cannot be written one-sided, or an empty string."""
@@ -94,10 +96,9 @@ def _write(
     destination: Callable[[str], int],
 ) -> Iterator[Job]:
     if copy.scale_at is None:
-        if x.dtype == out.dtype:
-            yield job.copy(x, out, part)
-        else:
-            yield job.cast(x, out, part)
+        # A cast to the same dtype changes nothing, but unlike a copy it counts NaN and Inf.
+        floats = x.dtype in _COUNTED and out.dtype in _COUNTED
+        yield job.cast(x, out, part) if floats else job.copy(x, out, part)
         return
     scales = _scales(copy, destination(copy.scale_at.storage), copy.scale_at)
     if copy.source_scale_at is not None:

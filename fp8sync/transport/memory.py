@@ -19,7 +19,7 @@ import torch
 
 from fp8sync.errors import Fp8SyncError
 
-__all__ = ["ExportedMemory", "MappedMemory", "export_memory", "host_id"]
+__all__ = ["ExportedMemory", "MappedMemory", "allocate", "export_memory", "host_id"]
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -57,14 +57,55 @@ class ExportedMemory:
         return self.host == host_id() and (self.pid == os.getpid() or bool(self.handle))
 
 
+class _Allocation:
+    """A CUDA allocation of its own; freed with the last tensor over it."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        pointer = ctypes.c_void_p()
+        self._device = device
+        self._free = _runtime().cudaFree
+        self._free.argtypes = [ctypes.c_void_p]
+        with torch.cuda.device(device):
+            status = _runtime().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes))
+        _check(status, f"cudaMalloc of {nbytes} bytes")
+        self._address = int(pointer.value or 0)
+        self.__cuda_array_interface__ = {
+            "shape": (nbytes,),
+            "typestr": "|u1",
+            "data": (self._address, False),
+            "version": 3,
+        }
+
+    def __del__(self) -> None:
+        address, self._address = getattr(self, "_address", 0), 0
+        if address:
+            self._free(address)
+
+
+def allocate(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Return uint8 [nbytes] that can be exported.
+
+    A tensor of torch's allocator may lie anywhere inside a segment, and an IPC handle always means the
+    whole segment: a writer would hit other tensors. So CUDA memory is allocated by itself.
+    """
+    if device.type != "cuda" or nbytes == 0:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return torch.as_tensor(_Allocation(nbytes, device), device=device)
+
+
 def export_memory(memory: torch.Tensor) -> ExportedMemory:
-    """Describe a uint8 tensor that begins at the start of its allocation.
+    """Describe a uint8 tensor made by `allocate`.
 
     Raises:
-        Fp8SyncError: CUDA refuses to share it (expandable segments, for one).
+        Fp8SyncError: it does not begin where its allocation does, or CUDA refuses to share it.
     """
     handle = ""
     if memory.device.type == "cuda":
+        offset = memory.data_ptr() - _allocation_base(memory)
+        if offset:
+            raise Fp8SyncError(
+                f"cannot share a tensor that lies {offset} bytes into its allocation"
+            )
         raw = (ctypes.c_ubyte * _HANDLE_BYTES)()
         runtime = _runtime()
         runtime.cudaIpcGetMemHandle.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
@@ -123,6 +164,15 @@ def _open(pointer: Any, handle: _Handle, flags: int) -> int:
     function = _runtime().cudaIpcOpenMemHandle
     function.argtypes = [ctypes.c_void_p, _Handle, ctypes.c_uint]
     return int(function(pointer, handle, flags))
+
+
+def _allocation_base(memory: torch.Tensor) -> int:
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    query = ctypes.CDLL("libcuda.so.1").cuMemGetAddressRange_v2
+    with torch.cuda.device(memory.device):
+        status = query(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(memory.data_ptr()))
+    _check(status, "cuMemGetAddressRange")
+    return base.value
 
 
 @cache

@@ -199,6 +199,8 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
     assert source.asked.wait(30)
     with pytest.raises(fp8sync.RefitInProgress):
         link.refit()
+    with pytest.raises(fp8sync.RefitInProgress):  # nor through another link
+        fp8sync.refit(world.tiny_model("dense", 4), engine, world.recipe("blockwise"))
     source.go.set()
     first.join()
     assert [r.version for r in reports] == [1]
@@ -245,3 +247,11 @@ def test_engine_process_killed(tmp_path: Path) -> None:
     assert time.monotonic() - began < 30.0
     link.close()
     world.stop_engine(llm)
+
+
+def test_recipe_that_fails_leaves_the_link_of_the_old_one(engine: Any) -> None:
+    model = world.tiny_model("dense", 3)
+    assert fp8sync.refit(model, engine, world.recipe("blockwise")).version == 1
+    with pytest.raises(fp8sync.RecipeMismatch):
+        fp8sync.refit(model, engine, "bf16" if world.FP8 else "blockwise")
+    assert fp8sync.refit(model, engine, world.recipe("blockwise")).version == 1

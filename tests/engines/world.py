@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
-KINDS = ("dense", "moe")
+KINDS = ("dense", "moe", "llama")
 FP8 = bool(skips.cuda_devices()) or skips.has_amx()
 """Whether vLLM can hold FP8 weights here; if not, engines are BF16 and the bytes are dequantized."""
 

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import threading
+import time
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from fp8sync.errors import EngineLost, UnsupportedLayout
+from fp8sync.errors import EngineLost, RefitInProgress, TransferTimeout, UnsupportedLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["LLMHandle", "as_engine"]
 
 _POLL_S = 0.2
+_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
 _claims: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
 """Which link each engine of this process follows; its workers know only the latest."""
 
@@ -35,7 +41,23 @@ class LLMHandle:
                 f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"
             )
         parallel = config.parallel_config
+        self.timeout_s = 600.0
         self.workers = parallel.world_size * parallel.data_parallel_size
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other links of this process off the engine.
+
+        Raises:
+            RefitInProgress: one is refitting or connecting.
+        """
+        lock = _locks.setdefault(self._llm, threading.Lock())
+        if not lock.acquire(blocking=False):
+            raise RefitInProgress("the engine is already being refitted or connected")
+        try:
+            yield
+        finally:
+            lock.release()
 
     def claim(self, token: object) -> None:
         """Make the link that holds `token` the one that this engine follows."""
@@ -75,12 +97,16 @@ class LLMHandle:
         # A call that was under way when the engine process died is never answered: wait beside it.
         answer: Future[Any] = Future()
         threading.Thread(target=_settle, args=(answer, call, args), daemon=True).start()
+        deadline = time.monotonic() + self.timeout_s
         while True:
             try:
                 answer.result(_POLL_S)
             except FutureTimeout:  # noqa: PERF203  (it waits)
                 if resources.engine_dead:
                     raise EngineLost(f"the vLLM engine died during {method}") from None
+                if time.monotonic() > deadline:
+                    text = f"the vLLM engine did not answer {method} within {self.timeout_s:g} s"
+                    raise TransferTimeout(text) from None
             except Exception as error:
                 if type(error).__name__ == "EngineDeadError":
                     raise EngineLost(f"the vLLM engine died during {method}: {error}") from error

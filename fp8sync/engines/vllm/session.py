@@ -19,7 +19,7 @@ from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
 from fp8sync.engines.vllm.receive import BucketReceiver, Receiver, StagingReceiver
 from fp8sync.engines.vllm.strategy import direct_modules
-from fp8sync.errors import EngineLost, Fp8SyncError, InstallFailed, PlanMismatch, TransferTimeout
+from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Recipe
@@ -92,28 +92,39 @@ class WorkerSession:
     def finish(self) -> None:
         """Take part in the two-phase commit: prepare, vote, then install or abandon.
 
-        Never raises for a lost trainer: the old weights stay, and vLLM's update session closes.
+        Never raises: until the decision the old weights stay, and vLLM's update session closes in any
+        case. What happens after the decision is told in `committed`.
         """
         install: ProcessInstall | None = None
         try:
             install = self._prepare()
             self._vote(self._failure)
-            go = self._channel.receive("decision")["commit"]
-        except (EngineLost, TransferTimeout) as error:
+            go = bool(self._channel.receive("decision")["commit"])
+        # A lost trainer, a message out of turn, a bug: all end with the old weights.
+        except Exception as error:  # noqa: BLE001
             logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
             go = False
         if install is None or not go:
             if install is not None:
                 install.abandon()
             return
+        failure = ""
         began = time.perf_counter()
+        try:
+            self._commit(install)
+        # The live weights may be a mixture now; only the trainer can put that right.
+        except Exception as error:
+            logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
+            failure = f"{type(error).__name__}: {error}"
+        seconds = time.perf_counter() - began
+        self._channel.try_send({"type": "committed", "commit_s": seconds, "failure": failure})
+
+    def _commit(self, install: ProcessInstall) -> None:
         if self._direct is not None:
             self._direct.commit()
         install.commit()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        seconds = time.perf_counter() - began
-        self._channel.try_send({"type": "committed", "commit_s": seconds})
 
     def close(self) -> None:
         """Leave the link."""
@@ -148,8 +159,11 @@ class WorkerSession:
     def _open_transport(self, plan: Plan, bucket_bytes: int) -> Receiver:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
         if self._device.type == "cuda":
-            place["memory"] = self._staging.export().to_json()
-            place["offsets"] = self._staging.offsets
+            try:
+                place["memory"] = self._staging.export().to_json()
+                place["offsets"] = self._staging.offsets
+            except Fp8SyncError as error:
+                logger.warning("fp8sync: staging memory cannot be shared: %s", error)
         self._channel.send(place)
         choice = self._channel.receive("transport")
         if choice["kind"] == "ipc":

@@ -16,7 +16,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
 from fp8sync.tables import check_table
-from fp8sync.transport.memory import ExportedMemory, export_memory
+from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Staging:
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self._device = device
-        self._arena = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._arena = allocate(nbytes, device)
         self._specs: Mapping[str, StorageSpec] = {}
         self.offsets: dict[str, int] = {}
         self._checks: list[tuple[int, Sequence[Copy], Table]] = []
@@ -64,7 +64,7 @@ class Staging:
             used += _aligned(spec.nbytes)
         if used > self._arena.numel():
             self._arena = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._arena = torch.empty(used, dtype=torch.uint8, device=self._device)
+            self._arena = allocate(used, self._device)
 
     def views(self) -> dict[str, torch.Tensor]:
         """Return the storages as tensors over the staging memory, constants filled in."""
