@@ -13,12 +13,22 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
 
 PYTEST_ARGS ?=
 
-.PHONY: help demo test lint format setup clean
+# Megatron has an environment of its own: Python 3.12, and a transformers that vLLM does not share.
+MEGATRON_VENV   := .venv-megatron
+MEGATRON_LOCK   := requirements/megatron.txt
+MEGATRON_STAMP  := $(MEGATRON_VENV)/.stamp
+MEGATRON_PY     := $(MEGATRON_VENV)/bin/python
+MEGATRON_PIP    := $(MEGATRON_PY) -m pip --quiet --quiet --disable-pip-version-check
+MEGATRON_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
+    $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
+
+.PHONY: help demo test test-megatron lint format setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train small models, refit them into a real vLLM, write a report"
 	@echo "make test     run the tests; a skip that tests/allowed_skips.txt does not list fails"
+	@echo "make test-megatron   the tests on real Megatron-Core models (Python 3.12, 4.7 GB, once)"
 	@echo "make lint     ruff, mypy, codespell, module sizes"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove .venv, caches and reports"
@@ -28,6 +38,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(PY) -m pytest --strict-skips $(PYTEST_ARGS)
+
+test-megatron: $(MEGATRON_STAMP)
+	@$(MEGATRON_PY) -W ignore -m pytest --strict-skips tests/megatron $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	@$(PY) -m ruff format --check --quiet .
@@ -55,6 +68,14 @@ $(STAMP): pyproject.toml setup.py $(LOCK)
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(MEGATRON_STAMP): pyproject.toml setup.py $(MEGATRON_LOCK)
+	@test -n "$(MEGATRON_PYTHON)" || { echo "needs python3.12 with its venv module" >&2; exit 1; }
+	@echo "Setting up $(MEGATRON_VENV) with $$($(MEGATRON_PYTHON) --version): some minutes and 4.7 GB, once."
+	@$(MEGATRON_PYTHON) -m venv $(MEGATRON_VENV)
+	@$(MEGATRON_PIP) install --no-deps --requirement $(MEGATRON_LOCK)
+	@$(MEGATRON_PIP) install --no-deps --no-build-isolation --editable .
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist reports *.egg-info
+	rm -rf $(VENV) $(MEGATRON_VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist reports *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
