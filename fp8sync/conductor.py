@@ -23,8 +23,8 @@ from fp8sync.manifest import Box, Manifest, TensorInfo
 from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_used
-from fp8sync.report import RefitReport
-from fp8sync.sender import Sender, Sent
+from fp8sync.report import LazyTensorReports, RefitReport
+from fp8sync.sender import Sender, Sent, named_error
 from fp8sync.transport import GlooGroup, Rendezvous
 from fp8sync.transport.memory import host_id
 from fp8sync.writer import Writer
@@ -53,7 +53,8 @@ class Outcome:
     def report(self, version: int, pause_s: float, total_s: float) -> RefitReport:
         """Return the report, with what the caller measured."""
         seconds = {**self.seconds, "total": total_s}
-        return RefitReport(version, self.bytes_sent, seconds, pause_s, self.plan, self.parts)
+        tensors = LazyTensorReports(self.plan, self.parts)
+        return RefitReport(version, self.bytes_sent, seconds, pause_s, tensors)
 
 
 class Conductor:
@@ -104,9 +105,11 @@ class Conductor:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""
         try:
             self._agree(listener)
-        except Fp8SyncError as error:
+        # Peers hear of anything at once, instead of waiting for a message that will not come.
+        except Exception as error:
+            told = named_error(error, 0)
             for channel in self._channels.values():
-                channel.try_send({"type": "error", "error": error.to_wire()})
+                channel.try_send({"type": "error", "error": told.to_wire()})
             raise
 
     def open(self, version: int) -> None:

@@ -9,6 +9,7 @@ from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Outgoing, open_sender
 from fp8sync.plan import Plan, build_plan
 from fp8sync.transport.memory import host_id
+from fp8sync.writer import Writer
 
 if TYPE_CHECKING:
     from fp8sync.control import Channel
@@ -84,4 +85,6 @@ class Follower:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
+        if isinstance(self._sender, Writer):
+            self._sender.close()
         self._sender = None

@@ -24,7 +24,7 @@ from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
 from fp8sync.follower import Follower
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
-from fp8sync.report import RefitReport
+from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sources import as_source
 from fp8sync.trainers import announce, rank_and_size
 
@@ -304,10 +304,8 @@ class FollowerLink:
             "send": sent.send_s,
             "total": time.perf_counter() - began,
         }
-        own = frozenset({sent.rank})
-        return RefitReport(
-            self.version, sent.bytes, seconds, 0.0, follower.plan, tuple(sent.parts), own
-        )
+        tensors = LazyTensorReports(follower.plan, sent.parts, {sent.rank})
+        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
 
     def close(self) -> None:
         """Leave the link."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, overload
 
 from fp8sync.recipe import Encoding
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fp8sync.payload import PartReport
     from fp8sync.plan import Plan
 
-__all__ = ["RefitReport", "TensorReport", "tensor_reports"]
+__all__ = ["LazyTensorReports", "RefitReport", "TensorReport"]
 
 
 @dataclass(frozen=True)
@@ -55,26 +56,51 @@ class RefitReport:
             (until every worker had compared digests), `prepare`, `commit` and `total`.
         pause_s: how long the engine could not generate: vLLM's `update_weights` and
             `finish_weight_update`, as the caller sees them.
+        tensors: one entry per tensor of the plan.
     """
 
     version: int
     bytes_sent: int
     seconds: Mapping[str, float]
     pause_s: float
-    _plan: Plan = field(repr=False, compare=False)
-    _parts: tuple[PartReport, ...] = field(repr=False, compare=False)
-    _ranks: frozenset[int] | None = field(default=None, repr=False, compare=False)
+    tensors: Sequence[TensorReport] = field(repr=False)
+
+
+class LazyTensorReports(Sequence[TensorReport]):
+    """The plan joined with what packing showed, made when first read: it is large and seldom read.
+
+    Args:
+        plan: the agreed plan.
+        parts: of all ranks, or of `source_ranks`.
+        source_ranks: count the bytes of these ranks alone.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        parts: Sequence[PartReport],
+        source_ranks: Container[int] | None = None,
+    ) -> None:
+        self._plan, self._parts, self._ranks = plan, parts, source_ranks
 
     @cached_property
-    def tensors(self) -> tuple[TensorReport, ...]:
-        """One entry per tensor of the plan; made when first asked for."""
-        return tensor_reports(self._plan, self._parts, self._ranks)
+    def _made(self) -> tuple[TensorReport, ...]:
+        return _tensor_reports(self._plan, self._parts, self._ranks)
+
+    def __len__(self) -> int:
+        return len(self._plan.tensors)
+
+    @overload
+    def __getitem__(self, index: int) -> TensorReport: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TensorReport]: ...
+    def __getitem__(self, index: int | slice) -> TensorReport | Sequence[TensorReport]:
+        return self._made[index]
 
 
-def tensor_reports(
-    plan: Plan, parts: Iterable[PartReport], source_ranks: Container[int] | None = None
+def _tensor_reports(
+    plan: Plan, parts: Iterable[PartReport], source_ranks: Container[int] | None
 ) -> tuple[TensorReport, ...]:
-    """Join the plan with what packing showed; of the copies of `source_ranks` alone if given."""
     errors: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for part in parts:
         errors[part.tensor][0] += part.error_sq

@@ -154,4 +154,4 @@ def named_error(error: Exception, rank: int) -> Fp8SyncError:
     """Return `error` as one of ours, naming the rank."""
     if isinstance(error, Fp8SyncError):
         return error
-    return Fp8SyncError(f"trainer rank {rank} could not send: {type(error).__name__}: {error}")
+    return Fp8SyncError(f"trainer rank {rank} failed: {type(error).__name__}: {error}")
