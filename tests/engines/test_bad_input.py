@@ -58,6 +58,17 @@ def added(name: str, like: str) -> Any:
     return edit
 
 
+def cut_at(name: str, row: int) -> Any:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        (box,) = (b for b in boxes if b.tensor == name)
+        rows, cols = box.shape
+        upper = replace(box, shape=(row, cols))
+        lower = replace(box, start=(row, 0), shape=(rows - row, cols), at=box.at.at((row, 0)))
+        return tensors, [*(b for b in boxes if b is not box), upper, lower]
+
+    return edit
+
+
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An engine that serves known weights."""
@@ -137,6 +148,12 @@ def test_model_of_another_size(live: Any, changes: dict[str, int]) -> None:
 def test_another_model(live: Any) -> None:
     with pytest.raises(fp8sync.TensorMismatch, match="experts"):
         fp8sync.connect(world.tiny_model("moe", 2), live, world.recipe("blockwise"))
+
+
+def test_boxes_that_cut_a_block(live: Any) -> None:
+    source = Edited(world.tiny_model("dense", 2), cut_at(LAST, 64))
+    with pytest.raises(fp8sync.UnsupportedLayout, match=LAST):
+        fp8sync.connect(source, live, world.recipe("blockwise"))
 
 
 def test_dtype_that_cannot_travel(live: Any) -> None:

@@ -172,6 +172,25 @@ def test_processing_that_fails(engine: Any) -> None:
     link.close()
 
 
+@pytest.mark.usefixtures("untouched")
+def test_trainer_lost_before_the_decision(
+    link: fp8sync.Link, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every worker has prepared and voted; the trainer hangs up instead of deciding."""
+    conductor: Any = link._conductor
+    tell = conductor._tell
+
+    def hang_up(role: str, message: dict[str, Any]) -> None:
+        if message["type"] == "decision":
+            conductor.close()
+            raise fp8sync.EngineLost("hung up")
+        tell(role, message)
+
+    monkeypatch.setattr(conductor, "_tell", hang_up)
+    with pytest.raises(fp8sync.EngineLost, match="hung up"):
+        link.refit()
+
+
 def test_source_that_fails(engine: Any) -> None:
     source = Held(world.tiny_model("dense", 3))
     source.go.set()
