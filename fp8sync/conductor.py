@@ -19,10 +19,11 @@ from fp8sync.errors import (
     UnsupportedLayout,
     from_wire,
 )
-from fp8sync.manifest import Box, Manifest, TensorInfo
+from fp8sync.manifest import Manifest
 from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_used
+from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sender import Sender, Sent, named_error
 from fp8sync.transport import GlooGroup, Rendezvous
@@ -186,7 +187,7 @@ class Conductor:
 
     def _agree(self, listener: Listener) -> None:
         self._accept_all(listener)
-        held = _merge([self._source.manifest(), *self._manifests("trainer")])
+        held = merge_ranks([self._source.manifest(), *self._manifests("trainer")])
         opening = {
             "type": "source",
             "manifest": held.to_json(),
@@ -194,7 +195,7 @@ class Conductor:
             "bucket_bytes": self._bucket_bytes,
         }
         self._tell("engine", opening)
-        wanted = _merge(self._manifests("engine"))
+        wanted = merge_ranks(self._manifests("engine"))
         check_all_used(wanted)
         plan = build_plan(held, wanted)
         self._tell("trainer", {**opening, "destination": wanted.to_json()})
@@ -282,42 +283,6 @@ class Conductor:
     def _votes(self) -> list[Fp8SyncError]:
         votes = [channel.receive("vote")["error"] for channel in self._each("engine")]
         return [from_wire(v) for v in votes if v is not None]
-
-
-def _merge(manifests: Iterable[Manifest]) -> Manifest:
-    """Join the ranks of one side; a rank that has no box of a tensor has no say in its format.
-
-    Raises:
-        UnsupportedLayout: two ranks hold, or want, one tensor in different formats.
-    """
-    tensors: dict[str, TensorInfo] = {}
-    ranks: dict[int, tuple[Box, ...]] = {}
-    settled: dict[str, int] = {}
-    faults = []
-    for manifest in manifests:
-        ranks.update(manifest.ranks)
-        owner = {box.tensor: rank for rank, boxes in manifest.ranks.items() for box in boxes}
-        for name, info in manifest.tensors.items():
-            known = tensors.setdefault(name, info)
-            if name not in owner:
-                continue
-            if name not in settled:
-                settled[name] = owner[name]
-                tensors[name] = info
-            elif known != info:
-                faults.append(
-                    f"{name}: rank {settled[name]} has {_format(known)}, "
-                    f"rank {owner[name]} has {_format(info)}"
-                )
-    if faults:
-        raise UnsupportedLayout("ranks of one side disagree on a tensor", faults)
-    return Manifest.of(tensors.values(), ranks)
-
-
-def _format(info: TensorInfo) -> str:
-    formula = f" {info.formula.value}" if info.formula else ""
-    misc = f", misc ({info.misc})" if info.misc else ""
-    return f"{info.shape} {info.dtype} {info.encoding.value}{formula}{misc}"
 
 
 def _nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:
