@@ -18,6 +18,39 @@ LEARNING_RATE = 1.5e-3
 WARMUP_STEPS = 20
 
 
+class MasterOptimizer:
+    """AdamW on FP32 masters of a model's BF16 weights; the weights follow the masters at every step.
+
+    Args:
+        model: in BF16.
+        learning_rate: after a linear warm-up.
+        warmup_steps: of the learning rate.
+    """
+
+    def __init__(self, model: PreTrainedModel, learning_rate: float, warmup_steps: int) -> None:
+        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
+        self._masters = [weight.detach().float().clone() for weight in self._weights]
+        self._optimizer = torch.optim.AdamW(
+            self._masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.1
+        )
+        self._warmup = torch.optim.lr_scheduler.LinearLR(
+            self._optimizer, start_factor=1 / warmup_steps, total_iters=warmup_steps
+        )
+
+    def step(self, loss: torch.Tensor) -> None:
+        """Takes one step down the loss, with gradients clipped to a norm of 1."""
+        loss.backward()
+        for master, weight in zip(self._masters, self._weights, strict=True):
+            master.grad = weight.grad.float()
+            weight.grad = None
+        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
+        self._optimizer.step()
+        self._warmup.step()
+        with torch.no_grad():
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                weight.copy_(master)
+
+
 class Trainer:
     """Trains one model on one corpus, some steps at a time."""
 
@@ -25,14 +58,7 @@ class Trainer:
         self.model = model
         self._corpus = corpus
         self._generator = torch.Generator().manual_seed(seed)
-        self._weights = [weight for weight in model.parameters() if weight.requires_grad]
-        self._masters = [weight.detach().float().clone() for weight in self._weights]
-        self._optimizer = torch.optim.AdamW(
-            self._masters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.1
-        )
-        self._warmup = torch.optim.lr_scheduler.LinearLR(
-            self._optimizer, start_factor=1 / WARMUP_STEPS, total_iters=WARMUP_STEPS
-        )
+        self._optimizer = MasterOptimizer(model, LEARNING_RATE, WARMUP_STEPS)
 
     def train(self, steps: int, label: str) -> None:
         """Takes optimizer steps under a progress bar that shows the loss in nats per byte."""
@@ -60,14 +86,5 @@ class Trainer:
     def _step(self) -> float:
         batch = self._corpus.batch(ROWS, LENGTH, self._generator)
         loss = self.model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        for master, weight in zip(self._masters, self._weights, strict=True):
-            master.grad = weight.grad.float()
-            weight.grad = None
-        torch.nn.utils.clip_grad_norm_(self._masters, 1.0)
-        self._optimizer.step()
-        self._warmup.step()
-        with torch.no_grad():
-            for master, weight in zip(self._masters, self._weights, strict=True):
-                weight.copy_(master)
+        self._optimizer.step(loss)
         return loss.item()
