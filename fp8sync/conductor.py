@@ -22,7 +22,7 @@ from fp8sync.errors import (
 from fp8sync.manifest import Manifest
 from fp8sync.outgoing import choose_transport, open_writer
 from fp8sync.plan import Plan, build_plan
-from fp8sync.plan.coverage import check_all_used
+from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sender import Sender, Sent, named_error
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from fp8sync.outgoing import Outgoing, TransportChoice
     from fp8sync.payload import PartReport
     from fp8sync.recipe import Recipe
-    from fp8sync.sources import Source
+    from fp8sync.sources import LiveSource
 
 __all__ = ["Conductor", "Outcome"]
 
@@ -73,7 +73,7 @@ class Conductor:
 
     def __init__(
         self,
-        source: Source,
+        source: LiveSource,
         recipe: Recipe,
         trainers: int,
         workers: int,
@@ -126,7 +126,9 @@ class Conductor:
         if self._sender is None:
             raise Fp8SyncError("the link was not established")
         began = time.perf_counter()
+        self._source.prepare()
         sent = [self._sender.send(version)]
+        self._source.release()
         sent += [Sent.from_json(c.receive("sent")) for c in self._each("trainer")]
         sent_s = time.perf_counter() - began
         self._faults = [s.error for s in sent if s.error is not None] or _nonfinite(sent)
@@ -188,6 +190,7 @@ class Conductor:
     def _agree(self, listener: Listener) -> None:
         self._accept_all(listener)
         held = merge_ranks([self._source.manifest(), *self._manifests("trainer")])
+        check_all_held(held)
         opening = {
             "type": "source",
             "manifest": held.to_json(),

@@ -8,13 +8,14 @@ from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
 from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Outgoing, open_sender
 from fp8sync.plan import Plan, build_plan
+from fp8sync.sender import named_error
 from fp8sync.transport.memory import host_id
 from fp8sync.writer import Writer
 
 if TYPE_CHECKING:
     from fp8sync.control import Channel
     from fp8sync.sender import Sent
-    from fp8sync.sources import Source
+    from fp8sync.sources import LiveSource
 
 __all__ = ["Follower"]
 
@@ -28,7 +29,7 @@ class Follower:
         rank: this rank among the trainer's.
     """
 
-    def __init__(self, channel: Channel, source: Source, rank: int) -> None:
+    def __init__(self, channel: Channel, source: LiveSource, rank: int) -> None:
         self._channel, self._source, self._rank = channel, source, rank
         self._sender: Outgoing | None = None
         self._plan: Plan | None = None
@@ -44,10 +45,12 @@ class Follower:
         """Present this rank's boxes, build the plan, compare digests, join the transport."""
         here = {"host": host_id()}
         self._channel.send({"type": "join", "role": "trainer", "rank": self._rank, **here})
+        self._source.prepare()
         try:
             own = self._source.manifest()
-        except Fp8SyncError as error:
-            self._channel.try_send({"type": "error", "error": error.to_wire()})
+        except Exception as error:
+            told = named_error(error, self._rank)
+            self._channel.try_send({"type": "error", "error": told.to_wire()})
             raise
         self._channel.send({"type": "manifest", "manifest": own.to_json()})
         message = self._channel.receive("source")
@@ -64,6 +67,7 @@ class Follower:
             choice, self._source, self._rank, plan, message["bucket_bytes"], self._channel.timeout_s
         )
         self._plan = plan
+        self._source.release()
         self._channel.send({"type": "ready"})
 
     def transfer(self) -> Sent:
@@ -75,7 +79,9 @@ class Follower:
         if self._sender is None:
             raise Fp8SyncError("the link was not established")
         version = int(self._channel.receive("version")["version"])
+        self._source.prepare()
         sent = self._sender.send(version)
+        self._source.release()
         self._channel.send(sent.to_json())
         error = self._channel.receive("outcome")["error"]
         if error is not None:

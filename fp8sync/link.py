@@ -25,7 +25,7 @@ from fp8sync.follower import Follower
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sources import as_source
+from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import announce, rank_and_size
 
 if TYPE_CHECKING:
@@ -179,9 +179,11 @@ class Link:
         }
         try:
             announce(info)
+            source = LiveSource(as_source(self._model))
+            source.prepare()
             trainers, workers = rank_and_size()[1], self._engine.workers
             conductor = Conductor(
-                as_source(self._model),
+                source,
                 self.recipe,
                 trainers,
                 workers,
@@ -197,6 +199,7 @@ class Link:
                 raise
         finally:
             listener.close()
+        source.release()
         self._conductor = conductor
         self._engine.claim(conductor)
 
@@ -321,7 +324,7 @@ class FollowerLink:
     def _connect(self) -> None:
         info = announce(None)
         channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
-        follower = Follower(channel, as_source(self._model), rank_and_size()[0])
+        follower = Follower(channel, LiveSource(as_source(self._model)), rank_and_size()[0])
         try:
             follower.agree()
         except BaseException:

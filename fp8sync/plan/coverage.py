@@ -1,4 +1,4 @@
-"""Does the engine use all of every tensor? A narrowing loader would drop rows without a word."""
+"""Do all ranks of a side together have all of every tensor? A narrowing loader drops rows without a word."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import defaultdict
 from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
-from fp8sync.errors import TensorMismatch
-from fp8sync.plan.boxes import Rect, volume
+from fp8sync.errors import TensorMismatch, UnsupportedLayout
+from fp8sync.plan.boxes import Rect, overlapping, span, volume
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from fp8sync.manifest import Manifest
 
-__all__ = ["check_all_used", "union_volume"]
+__all__ = ["check_all_held", "check_all_used", "check_tiling", "union_volume"]
 
 
 def check_all_used(destination: Manifest) -> None:
@@ -24,20 +24,72 @@ def check_all_used(destination: Manifest) -> None:
     Raises:
         TensorMismatch: naming each tensor of which the engine takes only a part.
     """
-    rects: dict[str, set[Rect]] = defaultdict(set)
-    for boxes in destination.ranks.values():
-        for box in boxes:
-            rects[box.tensor].add((box.start, box.shape))
-    faults = []
-    for name, info in destination.tensors.items():
-        used = union_volume(rects[name])
-        if used != info.numel:
-            faults.append(
-                f"{name}: trainer shape {info.shape} has {info.numel} elements, "
-                f"the engine's ranks take {used}"
-            )
+    faults = [
+        f"{name}: trainer shape {destination.tensors[name].shape} has "
+        f"{destination.tensors[name].numel} elements, the engine's ranks take {used}"
+        for name, used in _incomplete(destination)
+    ]
     if faults:
         raise TensorMismatch("the engine would use only a part of these tensors", faults)
+
+
+def check_all_held(source: Manifest) -> None:
+    """Check that all trainer ranks together hold every element of every tensor.
+
+    Raises:
+        UnsupportedLayout: naming each tensor with a hole.
+    """
+    _refuse(_holes(source))
+
+
+def check_tiling(source: Manifest) -> None:
+    """Check that the boxes of all trainer ranks tile every tensor exactly once.
+
+    Ranks with the same rectangle are replicas of it and count once.
+
+    Raises:
+        UnsupportedLayout: naming each tensor with a hole or with rectangles that overlap.
+    """
+    faults = list(_holes(source))
+    for name, rects in _rects(source).items():
+        listed = sorted(rects)
+        clash = next(overlapping(listed), None)
+        if clash:
+            both = " and ".join(span(listed[i]) for i in clash)
+            faults.append(f"{name}: expected every element once, found {both}, which overlap")
+    _refuse(faults)
+
+
+def _refuse(faults: Iterable[str]) -> None:
+    listed = list(faults)
+    if listed:
+        raise UnsupportedLayout("the trainer's ranks do not hold whole tensors", listed)
+
+
+def _holes(source: Manifest) -> Iterator[str]:
+    for name, held in _incomplete(source):
+        info = source.tensors[name]
+        yield (
+            f"{name}: expected {info.numel} elements of {list(info.shape)}, "
+            f"found {held} on all trainer ranks together"
+        )
+
+
+def _incomplete(side: Manifest) -> Iterator[tuple[str, int]]:
+    """Yield each tensor of which a side has only a part, and how many elements that part has."""
+    rects = _rects(side)
+    for name, info in side.tensors.items():
+        found = union_volume(rects[name])
+        if found != info.numel:
+            yield name, found
+
+
+def _rects(side: Manifest) -> dict[str, set[Rect]]:
+    rects: dict[str, set[Rect]] = defaultdict(set)
+    for boxes in side.ranks.values():
+        for box in boxes:
+            rects[box.tensor].add((box.start, box.shape))
+    return rects
 
 
 def union_volume(rects: Iterable[Rect]) -> int:

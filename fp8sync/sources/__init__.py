@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from fp8sync.errors import UnsupportedLayout
+from fp8sync.sources.live import LiveSource
 from fp8sync.sources.module import ModuleSource
 from fp8sync.trainers import rank_and_size
 
@@ -15,11 +16,16 @@ if TYPE_CHECKING:
     from fp8sync.manifest import Manifest
     from fp8sync.payload import Storages
 
-__all__ = ["ModuleSource", "Source", "as_source"]
+__all__ = ["LiveSource", "ModuleSource", "Source", "as_source"]
 
 
 class Source(Protocol):
-    """What a link needs of a trainer; implement it for a trainer of your own."""
+    """What a link needs of a trainer; implement it for a trainer of your own.
+
+    A source may also have a method `prepare()`. It is called on every trainer rank, like a collective,
+    when a link is made and at each refit, before anything is read: the place to make weights complete
+    that the trainer has left for later (an all-gather that is due in the next forward).
+    """
 
     def manifest(self) -> Manifest:
         """Return this trainer's boxes, without copying a weight."""

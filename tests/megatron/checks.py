@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
+from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
-from fp8sync.sources.megatron import MegatronSource, check_tiling
+from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import quantize_blockwise
 from tests.megatron import cpu, pairs
 from tests.megatron.transfer import SCALES, assemble, destination, transfer

@@ -11,8 +11,9 @@ import torch.distributed as dist
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
+from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
-from fp8sync.sources.megatron import MegatronSource, check_tiling
+from fp8sync.sources.megatron import MegatronSource
 from tests.megatron import pairs
 from tests.megatron.checks import gather, load
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.sources.megatron import check_tiling
+from fp8sync.plan.coverage import check_tiling
 from fp8sync.sources.megatron.boxes import boxes_of, misaligned
 from fp8sync.sources.megatron.held import Held
 from fp8sync.sources.megatron.masters import Master, master_boxes, rectangles

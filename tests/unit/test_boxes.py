@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp8sync.errors import TensorMismatch
+from fp8sync.errors import TensorMismatch, UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.boxes import block_shape, misaligned_dim, overlap, overlapping, volume
-from fp8sync.plan.coverage import check_all_used, union_volume
+from fp8sync.plan.coverage import check_all_held, check_all_used, union_volume
 
 
 @st.composite
@@ -99,3 +99,16 @@ def test_full_use_is_accepted() -> None:
     replicated = {r: [Box("w", (0, 0), (8, 4), at)] for r in (0, 1)}
     check_all_used(Manifest.of([info], halves))
     check_all_used(Manifest.of([info], replicated))
+
+
+def test_holes_of_a_trainer_are_refused_and_replicas_cut_differently_are_not() -> None:
+    infos = [TensorInfo(n, (8, 4), "bfloat16") for n in ("twice", "hole")]
+    at = Placement("s", 0, (4, 1))
+    ranks = {
+        0: [Box("twice", (0, 0), (8, 4), at), Box("hole", (0, 0), (4, 4), at)],
+        1: [Box("twice", (4, 0), (4, 4), at), Box("hole", (5, 0), (3, 4), at)],
+    }
+    with pytest.raises(UnsupportedLayout) as refusal:
+        check_all_held(Manifest.of(infos, ranks))
+    (fault,) = refusal.value.violations
+    assert fault == "hole: expected 32 elements of [8, 4], found 28 on all trainer ranks together"

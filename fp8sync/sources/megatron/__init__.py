@@ -5,11 +5,9 @@ mappings.py  a mapping class and its module: which rectangles of which HF tensor
 pieces.py    those rectangles, as plain integers
 held.py      how a parameter is held: plain elements, or Transformer Engine FP8 pairs
 masters.py   the FP32 masters of a distributed optimizer, as rectangles
-tiling.py    do all ranks together hold every element of every tensor
 source.py    the `Source`
 """
 
 from fp8sync.sources.megatron.source import MegatronSource
-from fp8sync.sources.megatron.tiling import check_tiling
 
-__all__ = ["MegatronSource", "check_tiling"]
+__all__ = ["MegatronSource"]

@@ -1,0 +1,59 @@
+"""A source as a link reads it: prepared on every rank at once, then read once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fp8sync.manifest import Manifest
+    from fp8sync.payload import Storages
+    from fp8sync.sources import Source
+
+__all__ = ["LiveSource"]
+
+
+class LiveSource:
+    """Reads a source between `prepare` and `release`; a source with a `prepare` may be read only once.
+
+    Args:
+        source: this rank's.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._read: Storages | None = None
+        self._failure: Exception | None = None
+
+    def prepare(self) -> None:
+        """Let the source make its weights complete. Every trainer rank calls it, like a collective.
+
+        A failure is raised by whatever reads next, where the peers can be told of it.
+        """
+        self.release()
+        self._failure = None
+        prepare = getattr(self._source, "prepare", None)
+        try:
+            if prepare is not None:
+                prepare()
+        except Exception as error:  # noqa: BLE001
+            self._failure = error
+
+    def manifest(self) -> Manifest:
+        """Return this rank's boxes."""
+        self._raise()
+        return self._source.manifest()
+
+    def storages(self) -> Storages:
+        """Return the live storages, as they were when first asked for since `prepare`."""
+        self._raise()
+        if self._read is None:
+            self._read = self._source.storages()
+        return self._read
+
+    def release(self) -> None:
+        """Let go of the storages, which the trainer may want to free."""
+        self._read = None
+
+    def _raise(self) -> None:
+        if self._failure is not None:
+            raise self._failure
