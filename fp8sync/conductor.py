@@ -20,21 +20,19 @@ from fp8sync.errors import (
     from_wire,
 )
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import choose_transport, open_writer
+from fp8sync.outgoing import Seat, Share, choose_transport, open_sender
 from fp8sync.plan import Plan, build_plan
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sender import Sender, Sent, named_error
-from fp8sync.transport import GlooGroup, Rendezvous
-from fp8sync.transport.memory import host_id
-from fp8sync.writer import Writer
+from fp8sync.sender import Sent, named_error
+from fp8sync.transport import Invitation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fp8sync.control import Channel, Listener
-    from fp8sync.outgoing import Outgoing, TransportChoice
+    from fp8sync.outgoing import Outgoing
     from fp8sync.payload import PartReport
     from fp8sync.recipe import Recipe
     from fp8sync.sources import LiveSource
@@ -85,14 +83,14 @@ class Conductor:
         self._counts = {"trainer": trainers - 1, "engine": workers}
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._channels: dict[tuple[str, int], Channel] = {}
-        self._hosts: list[str] = []
+        self._seats: list[Seat] = []
         self._wanted, self.transport, self.transport_reason = transport, "", ""
         self._sender: Outgoing | None = None
         self._faults: list[Fp8SyncError] = []
         self.decided = False
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = {}
-        self._rendezvous: Rendezvous | None = None
+        self._invitation: Invitation | None = None
         self._plan: Plan | None = None
 
     @property
@@ -182,10 +180,9 @@ class Conductor:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
         for channel in self._channels.values():
             channel.close()
-        if isinstance(self._sender, Writer):
+        if self._sender is not None:
             self._sender.close()
-        self._sender = None
-        self._rendezvous = None
+        self._sender = self._invitation = None
 
     def _agree(self, listener: Listener) -> None:
         self._accept_all(listener)
@@ -219,7 +216,7 @@ class Conductor:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
             self._channels[role, rank] = channel
             if role == "trainer":
-                self._hosts.append(str(joined["host"]))
+                self._seats.append(Seat(**joined["seat"]))
 
     def _each(self, role: str) -> list[Channel]:
         return [channel for (r, _), channel in sorted(self._channels.items()) if r == role]
@@ -250,38 +247,18 @@ class Conductor:
     def _open_transport(self, host: str, plan: Plan) -> None:
         engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
         places = {rank: channel.receive("place") for rank, channel in engine.items()}
-        device = next(iter(self._source.storages().values())).device.type
+        seats = [Seat.of(self._source), *self._seats]
         try:
-            self.transport, self.transport_reason = choose_transport(
-                self._wanted, plan, device, places, [host_id(), *self._hosts]
-            )
+            kind, reason = choose_transport(self._wanted, plan, seats, places)
         except ValueError as error:
             raise UnsupportedLayout(str(error)) from error
-        if self.transport == "ipc":
-            choice: TransportChoice = {"type": "transport", "kind": "ipc"}
-            self._tell("engine", choice)
-            self._tell("trainer", {**choice, "places": [list(item) for item in places.items()]})
-            self._sender = open_writer(self._source, 0, plan, places)
-            return
-        self._rendezvous = Rendezvous(host, self._timeout_s)
-        trainers = self._counts["trainer"] + 1
-        members = {rank: trainers + n for n, rank in enumerate(engine)}
-        size = trainers + len(members)
-        names = {0: "trainer rank 0"}
-        choice = {
-            "type": "transport",
-            "kind": "gloo",
-            "host": self._rendezvous.host,
-            "port": self._rendezvous.port,
-            "size": size,
-            "members": [list(item) for item in members.items()],
-        }
-        for (role, rank), channel in self._channels.items():
-            place = members[rank] if role == "engine" else rank
-            names[place] = channel.peer
-            channel.send({**choice, "rank": place})
-        group = GlooGroup(self._rendezvous.store, 0, size, host, self._timeout_s, names)
-        self._sender = Sender(self._source, 0, plan, group, members, self._bucket_bytes)
+        peers = {member: channel.peer for member, channel in self._channels.items()}
+        self._invitation = Invitation(kind, host, self._timeout_s, peers, places)
+        for member, channel in self._channels.items():
+            channel.send(self._invitation.to(*member))
+        share = Share(self._source, 0, plan, self._bucket_bytes, self._timeout_s)
+        self._sender = open_sender(self._invitation.to("trainer", 0), share)
+        self.transport, self.transport_reason = kind, reason
 
     def _votes(self) -> list[Fp8SyncError]:
         votes = [channel.receive("vote")["error"] for channel in self._each("engine")]

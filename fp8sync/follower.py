@@ -6,11 +6,9 @@ from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Outgoing, open_sender
+from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.plan import Plan, build_plan
 from fp8sync.sender import named_error
-from fp8sync.transport.memory import host_id
-from fp8sync.writer import Writer
 
 if TYPE_CHECKING:
     from fp8sync.control import Channel
@@ -43,8 +41,8 @@ class Follower:
 
     def agree(self) -> None:
         """Present this rank's boxes, build the plan, compare digests, join the transport."""
-        here = {"host": host_id()}
-        self._channel.send({"type": "join", "role": "trainer", "rank": self._rank, **here})
+        seat = Seat.of(self._source).to_json()
+        self._channel.send({"type": "join", "role": "trainer", "rank": self._rank, "seat": seat})
         self._source.prepare()
         try:
             own = self._source.manifest()
@@ -63,9 +61,8 @@ class Follower:
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than trainer rank {self._rank}")
         choice = self._channel.receive("transport")
-        self._sender = open_sender(
-            choice, self._source, self._rank, plan, message["bucket_bytes"], self._channel.timeout_s
-        )
+        size, timeout_s = message["bucket_bytes"], self._channel.timeout_s
+        self._sender = open_sender(choice, Share(self._source, self._rank, plan, size, timeout_s))
         self._plan = plan
         self._source.release()
         self._channel.send({"type": "ready"})
@@ -91,6 +88,6 @@ class Follower:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        if isinstance(self._sender, Writer):
+        if self._sender is not None:
             self._sender.close()
-        self._sender = None
+            self._sender = None

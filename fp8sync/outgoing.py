@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fp8sync.sender import Sender, Sent
 from fp8sync.tables import unwritable
-from fp8sync.transport.gloo import GlooGroup
-from fp8sync.transport.memory import ExportedMemory, host_id
-from fp8sync.writer import StagingPlace, Writer
+from fp8sync.transport.memory import gpu_id, host_id
+from fp8sync.writer import Writer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.plan import Plan
     from fp8sync.sources import Source
+    from fp8sync.transport import Choice
 
-__all__ = ["Outgoing", "TransportChoice", "choose_transport", "open_sender"]
-
-TransportChoice = dict[str, Any]
-"""The control message `transport`: `kind` is `ipc` or `gloo`, with what a member needs to join."""
+__all__ = ["Outgoing", "Seat", "Share", "choose_transport", "open_sender"]
 
 
 class Outgoing(Protocol):
@@ -28,39 +26,65 @@ class Outgoing(Protocol):
     def send(self, version: int) -> Sent:
         """Send this rank's share; never raises."""
 
+    def close(self) -> None:
+        """Free what the way holds; a `send` under way ends with an error."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one trainer rank has to send.
+
+    Args:
+        source: where its weights are.
+        rank: this rank among the trainer's.
+        plan: the agreed plan.
+        bucket_bytes: payload of a message.
+        timeout_s: limit of every wait for a peer.
+    """
+
+    source: Source
+    rank: int
+    plan: Plan
+    bucket_bytes: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where a trainer rank's weights are: `host_id`, and the GPU's identity or an empty string."""
+
+    host: str
+    gpu: str
+
+    @classmethod
+    def of(cls, source: Source) -> Seat:
+        """Return this process's seat."""
+        return cls(host_id(), gpu_id(next(iter(source.storages().values())).device))
+
+    def to_json(self) -> dict[str, str]:
+        """Return `{"host", "gpu"}`."""
+        return asdict(self)
+
 
 def choose_transport(
-    wanted: str,
-    plan: Plan,
-    source_device: str,
-    places: Mapping[int, Mapping[str, Any]],
-    trainer_hosts: Sequence[str],
+    wanted: str, plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]
 ) -> tuple[str, str]:
     """Return (kind, why) for `transport="auto"`, `"ipc"` or `"gloo"`.
 
     Args:
         wanted: what the user asked for.
         plan: the agreed plan.
-        source_device: `cuda` or `cpu`, where the trainer's weights are.
+        seats: of every trainer rank.
         places: by engine rank, what the worker said of its staging memory.
-        trainer_hosts: `host_id` of every trainer rank.
 
     Raises:
         ValueError: unknown transport, or `ipc` where it is not possible; says why.
     """
-    if wanted not in {"auto", "ipc", "gloo"}:
-        raise ValueError(f"unknown transport {wanted!r}; known: auto, ipc, gloo")
+    if wanted not in {"auto", *_WAYS}:
+        raise ValueError(f"unknown transport {wanted!r}; known: auto, {', '.join(_WAYS)}")
     if wanted == "gloo":
         return "gloo", "asked for"
-    why_not = ""
-    if source_device != "cuda":
-        why_not = "the trainer's weights are not on a GPU"
-    elif any(place["memory"] is None for place in places.values()):
-        why_not = "the engine's staging memory is not on a GPU"
-    elif {p["memory"]["host"] for p in places.values()} | set(trainer_hosts) != {host_id()}:
-        why_not = "trainer and engine are on different hosts"
-    else:
-        why_not = unwritable(plan.copies)
+    why_not = _not_mapped(plan, seats, places)
     if not why_not:
         return "ipc", "trainer and engine share a host"
     if wanted == "ipc":
@@ -68,30 +92,19 @@ def choose_transport(
     return "gloo", why_not
 
 
-def open_sender(
-    choice: TransportChoice,
-    source: Source,
-    rank: int,
-    plan: Plan,
-    bucket_bytes: int,
-    timeout_s: float,
-) -> Outgoing:
-    """Return the sender of a trainer rank other than 0, from the message it got."""
-    if choice["kind"] == "ipc":
-        return open_writer(source, rank, plan, {int(r): p for r, p in choice["places"]})
-    group = GlooGroup.join(
-        choice["host"], choice["port"], choice["rank"], choice["size"], timeout_s
-    )
-    members = {int(engine_rank): int(number) for engine_rank, number in choice["members"]}
-    return Sender(source, rank, plan, group, members, bucket_bytes)
+def _not_mapped(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -> str:
+    if not all(seat.gpu for seat in seats):
+        return "the trainer's weights are not on a GPU"
+    if any(place["memory"] is None for place in places.values()):
+        return "the engine's staging memory is not on a GPU"
+    if {p["memory"]["host"] for p in places.values()} | {s.host for s in seats} != {host_id()}:
+        return "trainer and engine are on different hosts"
+    return unwritable(plan.copies)
 
 
-def open_writer(
-    source: Source, rank: int, plan: Plan, places: Mapping[int, Mapping[str, Any]]
-) -> Writer:
-    """Map every worker's staging memory."""
-    mapped = {
-        r: StagingPlace(ExportedMemory(**place["memory"]), place["offsets"])
-        for r, place in places.items()
-    }
-    return Writer(source, rank, plan, mapped)
+_WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {"ipc": Writer.open, "gloo": Sender.open}
+
+
+def open_sender(choice: Choice, share: Share) -> Outgoing:
+    """Return a trainer rank's way out, from the invitation it got."""
+    return _WAYS[choice["kind"]](choice, share)

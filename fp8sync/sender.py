@@ -10,15 +10,16 @@ import torch
 
 from fp8sync.errors import Fp8SyncError, from_wire
 from fp8sync.payload import PartReport, Storages, pack
-from fp8sync.plan import Bucket, Plan, fill_buckets
+from fp8sync.plan import Bucket, fill_buckets
+from fp8sync.transport.gloo import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fp8sync.sources import Source
-    from fp8sync.transport import GlooGroup
+    from fp8sync.outgoing import Share
+    from fp8sync.transport import Choice
 
 __all__ = ["Sender", "Sent", "named_error"]
 
@@ -63,33 +64,31 @@ class Sender:
     """Sends one source rank's buckets to all engine workers, in turn.
 
     Args:
-        source: where this rank's weights are.
-        rank: this rank among the trainer's.
-        plan: the agreed plan.
+        share: what to send.
         group: the transport.
-        members: transport rank of every engine rank.
-        bucket_bytes: payload of a message.
+        members: number of every engine rank in the group.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        rank: int,
-        plan: Plan,
-        group: GlooGroup,
-        members: Mapping[int, int],
-        bucket_bytes: int,
-    ) -> None:
-        self._source, self._rank, self._group, self._members = source, rank, group, dict(members)
+    def __init__(self, share: Share, group: GlooGroup, members: Mapping[int, int]) -> None:
+        plan, rank = share.plan, share.rank
+        self._source, self._rank, self._group, self._members = share.source, rank, group, members
         self._digests = {r: bytes.fromhex(plan.digest(r))[:16] for r in members}
         queues = [
-            [b for b in fill_buckets(plan.to_rank(r), bucket_bytes) if b.source_rank == rank]
+            [b for b in fill_buckets(plan.to_rank(r), share.bucket_bytes) if b.source_rank == rank]
             for r in members
         ]
         turns = max((len(q) for q in queues), default=0)
         self._buckets = [q[turn] for turn in range(turns) for q in queues if turn < len(q)]
         largest = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
+
+    @classmethod
+    def open(cls, choice: Choice, share: Share) -> Sender:
+        """Join the group of an invitation."""
+        return cls(share, GlooGroup.join(choice, share.timeout_s), dict(choice["members"]))
+
+    def close(self) -> None:
+        """The group ends with the last reference to it."""
 
     def send(self, version: int) -> Sent:
         """Send the weights as they are now; never raises, so that the vote always takes place."""

@@ -23,9 +23,10 @@ from fp8sync_kernels import Table, run_table
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fp8sync.outgoing import Share
     from fp8sync.payload import Storages
-    from fp8sync.plan import Copy, Plan
-    from fp8sync.sources import Source
+    from fp8sync.plan import Copy
+    from fp8sync.transport import Choice
 
 __all__ = ["StagingPlace", "Writer"]
 
@@ -56,25 +57,23 @@ class Writer:
     """Writes one source rank's copies to all engine workers of this host.
 
     Args:
-        source: where this rank's weights are, all on one device.
-        rank: this rank among the trainer's.
-        plan: the agreed plan.
+        share: what to write; the weights are all on one device.
         places: staging memory of every engine rank.
 
     Raises:
         UnsupportedLayout: a copy that the kernels cannot express.
     """
 
-    def __init__(
-        self, source: Source, rank: int, plan: Plan, places: Mapping[int, StagingPlace]
-    ) -> None:
-        self._source, self._rank = source, rank
-        storages = source.storages()
+    def __init__(self, share: Share, places: Mapping[int, StagingPlace]) -> None:
+        self._source, self._rank = share.source, share.rank
+        storages = self._source.storages()
         self._device = next(iter(storages.values())).device
         self._pointers: dict[str, int] = {}
         self._targets = []
         for engine_rank, place in places.items():
-            copies = tuple(c for c in plan.to_rank(engine_rank) if c.source_rank == rank)
+            copies = tuple(
+                c for c in share.plan.to_rank(engine_rank) if c.source_rank == share.rank
+            )
             zeros = torch.zeros(2, max(len(copies), 1), dtype=torch.int64, device=self._device)
             mapped = MappedMemory(place.memory, self._device)
             nbytes = sum(c.weight_bytes + c.scale_bytes for c in copies)
@@ -82,6 +81,15 @@ class Writer:
                 _Target(engine_rank, copies, mapped, place.offsets, zeros[0], zeros[1], nbytes)
             )
         self._prepare(storages)
+
+    @classmethod
+    def open(cls, choice: Choice, share: Share) -> Writer:
+        """Map every worker's staging memory."""
+        places = {
+            int(rank): StagingPlace(ExportedMemory(**place["memory"]), place["offsets"])
+            for rank, place in choice["places"]
+        }
+        return cls(share, places)
 
     def send(self, version: int) -> Sent:  # noqa: ARG002  (staging knows one version at a time)
         """Write the weights as they are now; never raises, so that the vote always takes place."""

@@ -6,7 +6,6 @@ the trainer and the engine already have. Both the store and gloo's pairs bind th
 
 from __future__ import annotations
 
-import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -14,44 +13,23 @@ import torch
 import torch.distributed
 
 from fp8sync.errors import EngineLost, TransferTimeout
+from fp8sync.transport.rendezvous import own_host, reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fp8sync.transport.invitation import Choice
+
 dist: Any = torch.distributed  # its classes of stores and groups are not in its stubs
 
-__all__ = ["GlooGroup", "Rendezvous"]
-
-
-class Rendezvous:
-    """The store through which a group's members find each other; held by the link.
-
-    Args:
-        host: address to bind; loopback unless told otherwise.
-        timeout_s: how long a member waits for another.
-    """
-
-    def __init__(self, host: str, timeout_s: float) -> None:
-        # The store would bind every interface by itself; a socket made here binds only `host`.
-        listener = socket.create_server((host, 0))
-        self.host, self.port = listener.getsockname()[:2]
-        self.timeout_s = timeout_s
-        self.store = dist.TCPStore(
-            self.host,
-            self.port,
-            None,
-            True,
-            timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            master_listen_fd=listener.detach(),
-        )
+__all__ = ["GlooGroup"]
 
 
 class GlooGroup:
     """A member of a gloo group.
 
     Args:
-        store: the link's store, or one connected to it (see `join`).
+        store: connected to the link's rendezvous.
         rank: this member.
         size: all members.
         host: this member's address, for gloo's own connections.
@@ -79,12 +57,16 @@ class GlooGroup:
             raise TransferTimeout(f"the gloo group of {size} was not complete: {error}") from error
 
     @classmethod
-    def join(cls, host: str, port: int, rank: int, size: int, timeout_s: float) -> GlooGroup:
-        """Join the group whose rendezvous is at `host:port`."""
-        wait = timedelta(seconds=timeout_s)
-        store = dist.TCPStore(host, port, None, False, wait, wait_for_workers=False)
-        own = socket.gethostbyname(host) if host in {"127.0.0.1", "localhost"} else _own_host(host)
-        return cls(store, rank, size, own, timeout_s, {0: f"trainer at {host}"})
+    def join(cls, choice: Choice, timeout_s: float) -> GlooGroup:
+        """Join the group that trainer rank 0 invites to.
+
+        Raises:
+            TransferTimeout: nobody answers at that address, or a member did not come in time.
+        """
+        host, names = str(choice["host"]), list(choice["names"])
+        store = reach(host, int(choice["port"]), timeout_s)
+        number = int(choice["rank"])
+        return cls(store, number, len(names), own_host(host), timeout_s, dict(enumerate(names)))
 
     def send(self, message: torch.Tensor, to: int) -> None:
         """Send a contiguous uint8 CPU tensor; returns when it may be reused.
@@ -111,10 +93,3 @@ class GlooGroup:
                     f"{peer} did not {verb} a bucket within {limit:g} s"
                 ) from error
             raise EngineLost(f"{peer} is gone: {text.splitlines()[0]}") from error
-
-
-def _own_host(host: str) -> str:
-    """Return the local address from which `host` is reached."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 9))
-        return str(probe.getsockname()[0])

@@ -19,7 +19,7 @@ import torch
 
 from fp8sync.errors import Fp8SyncError
 
-__all__ = ["ExportedMemory", "MappedMemory", "allocate", "export_memory", "host_id"]
+__all__ = ["ExportedMemory", "MappedMemory", "allocate", "export_memory", "gpu_id", "host_id"]
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -30,6 +30,11 @@ def host_id() -> str:
     """Return what two processes share exactly when they can map each other's memory."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
+
+
+def gpu_id(device: torch.device) -> str:
+    """Return the identity of a GPU, the same in every process; an empty string for a processor."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
 
 
 @dataclass(frozen=True)

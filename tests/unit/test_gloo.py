@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -29,11 +30,16 @@ def pattern(length: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (length,), dtype=torch.uint8, generator=generator)
 
 
+def choice(port: int) -> dict[str, object]:
+    names = ["trainer rank 0", "engine rank 0"]
+    return {"host": "127.0.0.1", "port": port, "rank": 1, "names": names}
+
+
 def groups(timeout_s: float = WAIT_S) -> tuple[Rendezvous, GlooGroup, GlooGroup]:
     """Both members of a group in this process, for what needs no second one."""
     rendezvous = Rendezvous("127.0.0.1", WAIT_S)
     with ThreadPoolExecutor(1) as pool:
-        joining = pool.submit(GlooGroup.join, rendezvous.host, rendezvous.port, 1, 2, timeout_s)
+        joining = pool.submit(GlooGroup.join, choice(rendezvous.port), timeout_s)
         trainer = GlooGroup(rendezvous.store, 0, 2, "127.0.0.1", timeout_s, NAMES)
         return rendezvous, trainer, joining.result()
 
@@ -46,7 +52,7 @@ def in_process(work: Callable[..., None], rendezvous: Rendezvous, *args: object)
 
 
 def echo(port: int, lengths: list[int]) -> None:
-    group = GlooGroup.join("127.0.0.1", port, 1, 2, WAIT_S)
+    group = GlooGroup.join(choice(port), WAIT_S)
     for length in lengths:
         message = torch.zeros(length, dtype=torch.uint8)
         group.receive(message, 0)
@@ -54,7 +60,7 @@ def echo(port: int, lengths: list[int]) -> None:
 
 
 def die_on_the_first_message(port: int) -> None:
-    group = GlooGroup.join("127.0.0.1", port, 1, 2, WAIT_S)
+    group = GlooGroup.join(choice(port), WAIT_S)
     group.receive(torch.zeros(1, dtype=torch.uint8), 0)
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -117,7 +123,7 @@ def test_a_silent_peer_is_a_timeout_that_names_it() -> None:
 def test_a_peer_that_takes_nothing_is_a_timeout_that_names_it() -> None:
     _rendezvous, trainer, worker = groups(timeout_s=0.4)
     large = torch.zeros(64 << 20, dtype=torch.uint8)
-    with pytest.raises(TransferTimeout, match=r"trainer at 127\.0\.0\.1 did not take a bucket"):
+    with pytest.raises(TransferTimeout, match="trainer rank 0 did not take a bucket"):
         worker.send(large, 0)
     del trainer
 
@@ -128,6 +134,13 @@ def test_a_group_that_stays_incomplete_is_a_timeout() -> None:
     with pytest.raises(TransferTimeout, match="the gloo group of 2 was not complete"):
         GlooGroup(rendezvous.store, 0, 2, "127.0.0.1", 0.4)
     assert time.monotonic() - began < 10
+
+
+def test_a_rendezvous_that_is_not_there_is_a_timeout_that_names_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    with pytest.raises(TransferTimeout, match=rf"127\.0\.0\.1:{port} did not answer within 0.4 s"):
+        GlooGroup.join(choice(port), 0.4)
 
 
 def test_a_group_lives_beside_a_default_group(tmp_path) -> None:

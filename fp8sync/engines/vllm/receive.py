@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from fp8sync.errors import CorruptBucket, Fp8SyncError
 from fp8sync.payload import Storages, unpack
-from fp8sync.plan import Bucket, Plan, fill_buckets
+from fp8sync.plan import Bucket, fill_buckets
 from fp8sync.transport import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
+    from fp8sync.plan import Plan
+    from fp8sync.transport import Choice
 
-__all__ = ["BucketReceiver", "Receiver", "StagingReceiver"]
+__all__ = ["Intake", "Receiver", "open_receiver"]
 
 
 class Receiver(Protocol):
@@ -31,13 +36,40 @@ class Receiver(Protocol):
             TransferTimeout, EngineLost: a trainer rank fell silent, or is gone.
         """
 
+    def close(self) -> None:
+        """Free what the way holds; a `receive` under way ends with an error."""
+
+
+@dataclass(frozen=True)
+class Intake:
+    """What one worker has to receive, and where.
+
+    Args:
+        channel: connected to the trainer's link.
+        staging: this worker's staging memory.
+        plan: the agreed plan, of this worker at least.
+        rank: this worker among the engine's.
+        bucket_bytes: payload of a message.
+        device: where the model lives.
+    """
+
+    channel: Channel
+    staging: Staging
+    plan: Plan
+    rank: int
+    bucket_bytes: int
+    device: torch.device
+
 
 class StagingReceiver:
     """Bytes that trainers on this host write by themselves; here they are only verified."""
 
-    def __init__(self, channel: Channel, staging: Staging, plan: Plan, rank: int) -> None:
-        self._channel, self._staging = channel, staging
-        staging.expect(plan.to_rank(rank), rank)
+    def __init__(self, choice: Choice, intake: Intake) -> None:  # noqa: ARG002  (see open_receiver)
+        self._channel, self._staging = intake.channel, intake.staging
+        intake.staging.expect(intake.plan.to_rank(intake.rank), intake.rank)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def receive(self, version: int, staged: Storages) -> None:  # noqa: ARG002  (see Receiver)
         """Wait for the word that everything is written, and compare digests."""
@@ -50,23 +82,16 @@ class StagingReceiver:
 class BucketReceiver:
     """Buckets over gloo."""
 
-    def __init__(
-        self,
-        channel: Channel,
-        place: dict[str, Any],
-        plan: Plan,
-        rank: int,
-        bucket_bytes: int,
-        device: torch.device,
-    ) -> None:
-        self._rank, self._device = rank, device
-        self._group = GlooGroup.join(
-            place["host"], place["port"], place["rank"], place["size"], channel.timeout_s
-        )
-        self._buckets = fill_buckets(plan.to_rank(rank), bucket_bytes)
-        self._plan = bytes.fromhex(plan.digest(rank))[:16]
+    def __init__(self, choice: Choice, intake: Intake) -> None:
+        self._rank, self._device = intake.rank, intake.device
+        self._group = GlooGroup.join(choice, intake.channel.timeout_s)
+        self._buckets = fill_buckets(intake.plan.to_rank(intake.rank), intake.bucket_bytes)
+        self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
         size = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
+
+    def close(self) -> None:
+        """The group ends with the last reference to it."""
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every bucket off the wire, verify it and unpack it."""
@@ -103,3 +128,14 @@ class BucketReceiver:
             parts=len(bucket.parts),
         )
         header.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
+
+
+_WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {
+    "ipc": StagingReceiver,
+    "gloo": BucketReceiver,
+}
+
+
+def open_receiver(choice: Choice, intake: Intake) -> Receiver:
+    """Return a worker's way in, from the invitation it got."""
+    return _WAYS[choice["kind"]](choice, intake)

@@ -17,12 +17,13 @@ import torch
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
-from fp8sync.engines.vllm.receive import BucketReceiver, Receiver, StagingReceiver
+from fp8sync.engines.vllm.receive import Intake, Receiver, open_receiver
 from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Recipe
+from fp8sync.transport.memory import gpu_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -129,7 +130,9 @@ class WorkerSession:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        self._receiver = None
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
 
     def _agree(self) -> None:
         message = self._channel.receive("source")
@@ -158,6 +161,7 @@ class WorkerSession:
 
     def _open_transport(self, plan: Plan, bucket_bytes: int) -> Receiver:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
+        place["gpu"] = gpu_id(self._device)
         if self._device.type == "cuda":
             try:
                 place["memory"] = self._staging.export().to_json()
@@ -166,9 +170,10 @@ class WorkerSession:
                 logger.warning("fp8sync: staging memory cannot be shared: %s", error)
         self._channel.send(place)
         choice = self._channel.receive("transport")
-        if choice["kind"] == "ipc":
-            return StagingReceiver(self._channel, self._staging, plan, self._rank)
-        return BucketReceiver(self._channel, choice, plan, self._rank, bucket_bytes, self._device)
+        return open_receiver(
+            choice,
+            Intake(self._channel, self._staging, plan, self._rank, bucket_bytes, self._device),
+        )
 
     def _receive(self, version: int) -> None:
         try:

@@ -1,0 +1,62 @@
+"""How the members of a link meet: one control message, made by trainer rank 0.
+
+It is the same for everyone but for the number that each member has. Whatever meets at a rendezvous
+(`gloo`, for one) numbers the trainer's ranks first and the engine's workers behind them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fp8sync.transport.rendezvous import Rendezvous
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Choice", "Invitation"]
+
+Choice = dict[str, Any]
+"""The control message `transport` (docs/wire-format.md): its kind, and what a member needs to join."""
+
+
+class Invitation:
+    """What every member is told of the transport; keeps open where they meet.
+
+    Args:
+        kind: the transport's name.
+        host: address that a rendezvous binds.
+        timeout_s: how long a member waits for another.
+        peers: name of every other member, by (role, rank).
+        places: what each worker said of its staging memory, by engine rank.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        host: str,
+        timeout_s: float,
+        peers: Mapping[tuple[str, int], str],
+        places: Mapping[int, Mapping[str, Any]],
+    ) -> None:
+        names = {("trainer", 0): "trainer rank 0", **peers}
+        order = sorted(names, key=lambda member: (member[0] != "trainer", member[1]))
+        self._numbers = {member: number for number, member in enumerate(order)}
+        self._common: Choice = {"type": "transport", "kind": kind}
+        self._places = [list(item) for item in places.items()]
+        self._rendezvous: Rendezvous | None = None
+        if kind == "ipc":
+            return
+        self._rendezvous = Rendezvous(host, timeout_s)
+        workers = [[rank, n] for (role, rank), n in self._numbers.items() if role == "engine"]
+        self._common |= {
+            "host": self._rendezvous.host,
+            "port": self._rendezvous.port,
+            "members": workers,
+            "names": [names[member] for member in order],
+        }
+
+    def to(self, role: str, rank: int) -> Choice:
+        """Return the message for one member."""
+        if self._rendezvous is not None:
+            return {**self._common, "rank": self._numbers[role, rank]}
+        return {**self._common, "places": self._places} if role == "trainer" else self._common
