@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fp8sync.audit import Auditor, AuditReport
 from fp8sync.errors import (
     Fp8SyncError,
     InstallFailed,
@@ -19,6 +20,7 @@ from fp8sync.errors import (
     UnsupportedLayout,
     from_wire,
 )
+from fp8sync.ledger import trainer_ledger
 from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Seat, Share, choose_transport, open_sender
 from fp8sync.plan import Plan, build_plan
@@ -92,6 +94,7 @@ class Conductor:
         self._seconds: dict[str, float] = {}
         self._invitation: Invitation | None = None
         self._plan: Plan | None = None
+        self._audited: dict[str, list[int]] = {}
 
     @property
     def plan(self) -> Plan:
@@ -111,10 +114,21 @@ class Conductor:
                 channel.try_send({"type": "error", "error": told.to_wire()})
             raise
 
-    def open(self, version: int) -> None:
+    def open(self, version: int, *, audit: bool = False) -> None:
         """Announce a version: trainers begin to send, workers read it in `start_weight_update`."""
         for channel in self._channels.values():
-            channel.send({"type": "version", "version": version})
+            channel.send({"type": "version", "version": version, "audit": audit})
+
+    def audit(self) -> AuditReport:
+        """Compare what all trainer ranks and workers hold; workers answer in `finish_weight_update`."""
+        self._source.prepare()
+        own = trainer_ledger(self._source.storages(), 0, self.plan, self._bucket_bytes)
+        auditor = Auditor(self.plan, self._bucket_bytes, own, self._channels, self._audited)
+        report = auditor.run()
+        self._source.release()
+        self._audited = auditor.expected
+        self._tell("trainer", {"type": "audited", "report": report.to_json()})
+        return report
 
     def send(self, version: int) -> None:
         """Send this rank's share, and wait until every worker has verified what all ranks sent.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fp8sync.audit import AuditReport
 from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
+from fp8sync.ledger import trainer_ledger
 from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.plan import Plan, build_plan
@@ -31,6 +33,7 @@ class Follower:
         self._channel, self._source, self._rank = channel, source, rank
         self._sender: Outgoing | None = None
         self._plan: Plan | None = None
+        self._bucket_bytes = 0
 
     @property
     def plan(self) -> Plan:
@@ -60,8 +63,9 @@ class Follower:
             details = {str(rank): plan.digests(rank) for rank in wanted.ranks}
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than trainer rank {self._rank}")
+        self._bucket_bytes = message["bucket_bytes"]
         choice = self._channel.receive("transport")
-        size, timeout_s = message["bucket_bytes"], self._channel.timeout_s
+        size, timeout_s = self._bucket_bytes, self._channel.timeout_s
         self._sender = open_sender(choice, Share(self._source, self._rank, plan, size, timeout_s))
         self._plan = plan
         self._source.release()
@@ -75,7 +79,7 @@ class Follower:
         """
         if self._sender is None:
             raise Fp8SyncError("the link was not established")
-        version = int(self._channel.receive("version")["version"])
+        version = self._opened(audit=False)
         self._source.prepare()
         sent = self._sender.send(version)
         self._source.release()
@@ -84,6 +88,27 @@ class Follower:
         if error is not None:
             raise from_wire(error)
         return sent
+
+    def audit(self) -> AuditReport:
+        """Show what this rank holds, and return what rank 0 found."""
+        self._opened(audit=True)
+        self._source.prepare()
+        storages = self._source.storages()
+        trainer_ledger(storages, self._rank, self.plan, self._bucket_bytes).answer(self._channel)
+        self._source.release()
+        return AuditReport.from_json(self._channel.receive("audited")["report"])
+
+    def _opened(self, *, audit: bool) -> int:
+        message = self._channel.receive("version")
+        if bool(message["audit"]) is not audit:
+            asked, does = ("audit", "refit") if audit else ("refit", "audit")
+            error = Fp8SyncError(
+                f"trainer rank {self._rank} was asked to {asked}, but rank 0 to {does}: "
+                "every rank makes the same calls"
+            )
+            self._channel.try_send({"type": "error", "error": error.to_wire()})
+            raise error
+        return int(message["version"])
 
     def close(self) -> None:
         """Leave the link."""

@@ -31,6 +31,8 @@ from fp8sync.trainers import announce, rank_and_size
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fp8sync.audit import AuditReport
+
 __all__ = ["FollowerLink", "Link", "LinkPlan", "connect"]
 
 T = TypeVar("T")
@@ -155,6 +157,29 @@ class Link:
                 return self._refit(self._connected())
             except (TransferTimeout, EngineLost):
                 self._disconnect()  # a peer that was late may still be writing: begin anew next time
+                raise
+
+    def audit(self) -> AuditReport:
+        """Compare what the engine's workers hold with the model's weights, as they are now.
+
+        A collective, like `refit`. The engine stands still meanwhile; nothing is changed. What
+        workers hold is read out of their live memory, whatever their kernels made of it.
+
+        Returns:
+            Digests of every tensor on every worker, and what differs; `report.explain()` as text.
+
+        Raises:
+            TransferTimeout, EngineLost: a peer did not answer, or is gone.
+        """
+        with self._engine.exclusive():
+            conductor = self._connected()
+            try:
+                conductor.open(self.version, audit=True)
+                self._engine.start()
+                task = self._threads.submit(conductor.audit)
+                return self._together(task, lambda: self._install(self.version), conductor.close)
+            except (TransferTimeout, EngineLost):
+                self._disconnect()
                 raise
 
     def close(self) -> None:
@@ -309,6 +334,10 @@ class FollowerLink:
         }
         tensors = LazyTensorReports(follower.plan, sent.parts, {sent.rank})
         return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
+
+    def audit(self) -> AuditReport:
+        """Show this rank's weights to the audit that rank 0 leads, and return what it found."""
+        return self._connected().audit()
 
     def close(self) -> None:
         """Leave the link."""

@@ -14,6 +14,7 @@ from fp8sync_kernels.job import Job, Matrix, Part
 from fp8sync_kernels.launch import run_table
 from fp8sync_kernels.reference import (
     Quantized,
+    canonical_pair,
     dequantize_blockwise,
     digest,
     partial_amax,
@@ -28,6 +29,7 @@ __all__ = [
     "Quantized",
     "Table",
     "build_table",
+    "canonical_pair",
     "dequantize_blockwise",
     "digest",
     "partial_amax",

@@ -8,6 +8,14 @@ from fp8sync_kernels.reference.blockwise import (
     partial_amax,
     quantize_blockwise,
 )
+from fp8sync_kernels.reference.canonical import canonical_pair
 from fp8sync_kernels.reference.digest import digest
 
-__all__ = ["Quantized", "dequantize_blockwise", "digest", "partial_amax", "quantize_blockwise"]
+__all__ = [
+    "Quantized",
+    "canonical_pair",
+    "dequantize_blockwise",
+    "digest",
+    "partial_amax",
+    "quantize_blockwise",
+]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
+from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
 from fp8sync.engines.vllm.receive import Intake, Receiver, open_receiver
 from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
+    from fp8sync.ledger import Ledger
 
 __all__ = ["WorkerSession"]
 
@@ -67,6 +70,8 @@ class WorkerSession:
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
         self._failure: Fp8SyncError | None = None
+        self._audit: Callable[[], Ledger] | None = None
+        self._auditing = False
 
     def agree(self) -> bool:
         """Describe this worker, build the plan, compare digests, join the transport.
@@ -78,8 +83,11 @@ class WorkerSession:
 
     def start(self) -> None:
         """Open a version and begin to receive."""
-        version = int(self._channel.receive("version")["version"])
-        self._failure = None
+        message = self._channel.receive("version")
+        self._failure, version = None, int(message["version"])
+        self._auditing = bool(message.get("audit"))
+        if self._auditing:
+            return
         self._thread = threading.Thread(
             target=self._receive, args=(version,), name=f"fp8sync-receive-{version}", daemon=True
         )
@@ -87,7 +95,7 @@ class WorkerSession:
 
     def wait_received(self) -> None:
         """Wait until all bytes are staged and verified, or until that has failed."""
-        if self._thread is not None:
+        if self._thread is not None and not self._auditing:
             self._thread.join()
 
     def finish(self) -> None:
@@ -96,6 +104,9 @@ class WorkerSession:
         Never raises: until the decision the old weights stay, and vLLM's update session closes in any
         case. What happens after the decision is told in `committed`.
         """
+        if self._auditing:
+            self._report(self._answer_audit)
+            return
         install: ProcessInstall | None = None
         try:
             install = self._prepare()
@@ -119,6 +130,11 @@ class WorkerSession:
             failure = f"{type(error).__name__}: {error}"
         seconds = time.perf_counter() - began
         self._channel.try_send({"type": "committed", "commit_s": seconds, "failure": failure})
+
+    def _answer_audit(self) -> None:
+        if self._audit is None:
+            raise Fp8SyncError("the link was not established")
+        self._audit().answer(self._channel)
 
     def _commit(self, install: ProcessInstall) -> None:
         if self._direct is not None:
@@ -146,6 +162,8 @@ class WorkerSession:
         self._staging.lay_out(layout.storages)
         self._receiver = self._open_transport(plan, message["bucket_bytes"])
         self._layout, self._direct_modules = layout, direct
+        live = LiveWeights(self._model, layout, direct, self._device, self._dtype)
+        self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
         if direct:
             staged = self._staging.views()
             self._direct = DirectInstall(self._model, direct, staged, self._device)

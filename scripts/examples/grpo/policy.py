@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WARM_START_STEPS = 60
 WARM_START_ROWS = 64
 WARM_START_RATE = 1e-3
-RATE = 2e-4
+RATE = 5e-4
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 """Of the ratio between the trainer's and the engine's probability of a token; higher above, as in DAPO."""
 
