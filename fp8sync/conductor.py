@@ -6,6 +6,7 @@ thread. Every wait is bounded by the link's timeout; every error names the peer.
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +17,13 @@ from fp8sync.errors import (
     Fp8SyncError,
     InstallFailed,
     NonFiniteWeight,
+    PeerFailed,
     PlanMismatch,
     UnsupportedLayout,
     from_wire,
 )
-from fp8sync.ledger import trainer_ledger
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Seat, Share, choose_transport, open_sender
-from fp8sync.plan import Plan, build_plan
+from fp8sync.outgoing import Seat, choose_transport
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports, RefitReport
@@ -34,10 +34,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from fp8sync.control import Channel, Listener
-    from fp8sync.outgoing import Outgoing
+    from fp8sync.ledger import Ledger
+    from fp8sync.member import Member
     from fp8sync.payload import PartReport
+    from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
-    from fp8sync.sources import LiveSource
 
 __all__ = ["Conductor", "Outcome"]
 
@@ -62,7 +63,7 @@ class Conductor:
     """Leads one engine's workers and the trainer's other ranks.
 
     Args:
-        source: this rank's weights.
+        member: this rank.
         recipe: what the engine is to hold.
         trainers: ranks of the trainer, this one included.
         workers: workers of the engine.
@@ -73,7 +74,7 @@ class Conductor:
 
     def __init__(
         self,
-        source: LiveSource,
+        member: Member,
         recipe: Recipe,
         trainers: int,
         workers: int,
@@ -81,27 +82,24 @@ class Conductor:
         timeout_s: float,
         transport: str,
     ) -> None:
-        self._source, self._recipe = source, recipe
+        self._member, self._recipe = member, recipe
         self._counts = {"trainer": trainers - 1, "engine": workers}
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._channels: dict[tuple[str, int], Channel] = {}
         self._seats: list[Seat] = []
         self._wanted, self.transport, self.transport_reason = transport, "", ""
-        self._sender: Outgoing | None = None
         self._faults: list[Fp8SyncError] = []
         self.decided = False
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = {}
         self._invitation: Invitation | None = None
-        self._plan: Plan | None = None
         self._audited: dict[str, list[int]] = {}
+        self._ledger: Ledger | None = None
 
     @property
     def plan(self) -> Plan:
         """The agreed plan."""
-        if self._plan is None:
-            raise Fp8SyncError("no plan yet")
-        return self._plan
+        return self._member.plan
 
     def agree(self, listener: Listener) -> None:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""
@@ -118,14 +116,16 @@ class Conductor:
         """Announce a version: trainers begin to send, workers read it in `start_weight_update`."""
         for channel in self._channels.values():
             channel.send({"type": "version", "version": version, "audit": audit})
+        if audit:
+            self._ledger = self._member.ledger()
 
     def audit(self) -> AuditReport:
         """Compare what all trainer ranks and workers hold; workers answer in `finish_weight_update`."""
-        self._source.prepare()
-        own = trainer_ledger(self._source.storages(), 0, self.plan, self._bucket_bytes)
+        if self._ledger is None:
+            raise Fp8SyncError("no audit was opened")
+        own, self._ledger = self._ledger, None
         auditor = Auditor(self.plan, self._bucket_bytes, own, self._channels, self._audited)
         report = auditor.run()
-        self._source.release()
         self._audited = auditor.expected
         self._tell("trainer", {"type": "audited", "report": report.to_json()})
         return report
@@ -135,15 +135,11 @@ class Conductor:
 
         Faults are kept for `commit`, so that every worker hears of them.
         """
-        if self._sender is None:
-            raise Fp8SyncError("the link was not established")
         began = time.perf_counter()
-        self._source.prepare()
-        sent = [self._sender.send(version)]
-        self._source.release()
+        sent = [self._member.send(version)]
         sent += [Sent.from_json(c.receive("sent")) for c in self._each("trainer")]
         sent_s = time.perf_counter() - began
-        self._faults = [s.error for s in sent if s.error is not None] or _nonfinite(sent)
+        self._faults = _failures(sent) or _nonfinite(sent)
         if self.transport == "ipc":
             for (role, rank), channel in sorted(self._channels.items()):
                 if role == "engine":
@@ -194,13 +190,12 @@ class Conductor:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
         for channel in self._channels.values():
             channel.close()
-        if self._sender is not None:
-            self._sender.close()
-        self._sender = self._invitation = None
+        self._member.close()
+        self._invitation = None
 
     def _agree(self, listener: Listener) -> None:
         self._accept_all(listener)
-        held = merge_ranks([self._source.manifest(), *self._manifests("trainer")])
+        held = merge_ranks([self._member.source.manifest(), *self._manifests("trainer")])
         check_all_held(held)
         opening = {
             "type": "source",
@@ -211,13 +206,13 @@ class Conductor:
         self._tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
         check_all_used(wanted)
-        plan = build_plan(held, wanted)
-        self._tell("trainer", {**opening, "destination": wanted.to_json()})
+        plan = self._member.make_plan(held, wanted)
+        team = {"team": secrets.token_hex(8), "host": listener.host}
+        self._tell("trainer", {**opening, "destination": wanted.to_json(), **team})
         self._compare(plan)
-        self._open_transport(listener.host, plan)
+        self._open_transport(plan, **team)
         for channel in self._channels.values():
             channel.receive("ready")
-        self._plan = plan
 
     def _accept_all(self, listener: Listener) -> None:
         expected = sum(self._counts.values())
@@ -229,8 +224,6 @@ class Conductor:
             if role not in self._counts or (role, rank) in self._channels:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
             self._channels[role, rank] = channel
-            if role == "trainer":
-                self._seats.append(Seat(**joined["seat"]))
 
     def _each(self, role: str) -> list[Channel]:
         return [channel for (r, _), channel in sorted(self._channels.items()) if r == role]
@@ -240,8 +233,10 @@ class Conductor:
             channel.send(message)
 
     def _manifests(self, role: str) -> list[Manifest]:
-        found = (channel.receive("manifest")["manifest"] for channel in self._each(role))
-        return [Manifest.from_json(m) for m in found]
+        found = [channel.receive("manifest") for channel in self._each(role)]
+        if role == "trainer":
+            self._seats = [Seat(**said["seat"]) for said in found]
+        return [Manifest.from_json(said["manifest"]) for said in found]
 
     def _compare(self, plan: Plan) -> None:
         """Every peer's digest of its part of the plan must equal ours."""
@@ -258,10 +253,10 @@ class Conductor:
                 theirs = channel.receive("digests")["digests"]
                 raise _difference(plan, theirs, channel.peer)
 
-    def _open_transport(self, host: str, plan: Plan) -> None:
+    def _open_transport(self, plan: Plan, team: str, host: str) -> None:
         engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
         places = {rank: channel.receive("place") for rank, channel in engine.items()}
-        seats = [Seat.of(self._source), *self._seats]
+        seats = [self._member.seat, *self._seats]
         try:
             kind, reason = choose_transport(self._wanted, plan, seats, places)
         except ValueError as error:
@@ -270,13 +265,19 @@ class Conductor:
         self._invitation = Invitation(kind, host, self._timeout_s, peers, places)
         for member, channel in self._channels.items():
             channel.send(self._invitation.to(*member))
-        share = Share(self._source, 0, plan, self._bucket_bytes, self._timeout_s)
-        self._sender = open_sender(self._invitation.to("trainer", 0), share)
+        invited = self._invitation.to("trainer", 0)
+        self._member.open(invited, self._bucket_bytes, self._timeout_s, team, host)
         self.transport, self.transport_reason = kind, reason
 
     def _votes(self) -> list[Fp8SyncError]:
         votes = [channel.receive("vote")["error"] for channel in self._each("engine")]
         return [from_wire(v) for v in votes if v is not None]
+
+
+def _failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:
+    """Errors of the trainer's ranks, causes before their consequences on other ranks."""
+    errors = [share.error for share in shares if share.error is not None]
+    return sorted(errors, key=lambda error: isinstance(error, PeerFailed))
 
 
 def _nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:

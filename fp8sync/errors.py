@@ -17,6 +17,7 @@ __all__ = [
     "Fp8SyncError",
     "InstallFailed",
     "NonFiniteWeight",
+    "PeerFailed",
     "PlanMismatch",
     "RecipeMismatch",
     "RefitInProgress",
@@ -85,6 +86,10 @@ class InstallFailed(Fp8SyncError):
     """The engine could not process the received weights; it keeps its old ones."""
 
 
+class PeerFailed(Fp8SyncError):
+    """A trainer rank stopped because another one did, whose own error says more."""
+
+
 class RefitInProgress(Fp8SyncError):
     """A second refit was asked for while one runs on the same link."""
 
@@ -102,6 +107,7 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         EngineLost,
         InstallFailed,
         RefitInProgress,
+        PeerFailed,
     )
 }
 

@@ -22,6 +22,7 @@ from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm import as_engine
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
 from fp8sync.follower import Follower
+from fp8sync.member import Member
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
@@ -208,7 +209,7 @@ class Link:
             source.prepare()
             trainers, workers = rank_and_size()[1], self._engine.workers
             conductor = Conductor(
-                source,
+                Member(source, 0),
                 self.recipe,
                 trainers,
                 workers,
@@ -224,7 +225,6 @@ class Link:
                 raise
         finally:
             listener.close()
-        source.release()
         self._conductor = conductor
         self._engine.claim(conductor)
 
@@ -353,7 +353,7 @@ class FollowerLink:
     def _connect(self) -> None:
         info = announce(None)
         channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
-        follower = Follower(channel, LiveSource(as_source(self._model)), rank_and_size()[0])
+        follower = Follower(channel, Member(LiveSource(as_source(self._model)), rank_and_size()[0]))
         try:
             follower.agree()
         except BaseException:

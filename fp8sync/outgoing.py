@@ -13,6 +13,8 @@ from fp8sync.writer import Writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from fp8sync.exchange import AmaxExchange
+    from fp8sync.payload import Storages
     from fp8sync.plan import Plan
     from fp8sync.sources import Source
     from fp8sync.transport import Choice
@@ -40,6 +42,7 @@ class Share:
         plan: the agreed plan.
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait for a peer.
+        exchange: agrees on the amax of blocks of which this rank has a part.
     """
 
     source: Source
@@ -47,6 +50,14 @@ class Share:
     plan: Plan
     bucket_bytes: int
     timeout_s: float
+    exchange: AmaxExchange
+
+    def read(self) -> Storages:
+        """Return the weights as they are now, and bring `exchange.amax` up to date with them.
+
+        A collective of the ranks that share blocks: once per refit, whatever else fails.
+        """
+        return self.exchange.agree(self.source.storages)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwi
 if TYPE_CHECKING:
     from fp8sync.plan import AmaxGroup, Bucket, Copy, Part
 
-__all__ = ["Amax", "PartReport", "Storages", "local_amax", "pack", "unpack", "view"]
+__all__ = ["Amax", "PartReport", "Storages", "pack", "unpack", "view"]
 
 Storages = Mapping[str, torch.Tensor]
 """Local storages by name; placements index their elements from the storage's first."""
@@ -150,20 +150,3 @@ def _dequantized(
     inner = tuple(slice(a, None) for a in origin)
     whole[inner].copy_(codes)
     return dequantize_blockwise(whole, scale_inv, dtype)[inner]
-
-
-@torch.no_grad()
-def local_amax(group: AmaxGroup, rank: int, storages: Storages) -> torch.Tensor:
-    """Return one rank's share of a group's amax, float32 [group.shape]; join shares by maximum."""
-    share: torch.Tensor | None = None
-    for part in group.parts:
-        if part.rank != rank:
-            continue
-        x = view(storages, part.at, part.shape)
-        rect = part.start, part.shape
-        if share is None:
-            share = torch.zeros(group.shape, device=x.device)
-        own = partial_amax(x, origin=_origin(part.start))
-        target = _cut(share, group.start, touched_blocks(rect))
-        torch.maximum(target, own, out=target)
-    return torch.zeros(group.shape) if share is None else share

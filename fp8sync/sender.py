@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.errors import Fp8SyncError, from_wire
-from fp8sync.payload import PartReport, Storages, pack
+from fp8sync.payload import Amax, PartReport, Storages, pack
 from fp8sync.plan import Bucket, fill_buckets
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
@@ -71,7 +71,7 @@ class Sender:
 
     def __init__(self, share: Share, group: GlooGroup, members: Mapping[int, int]) -> None:
         plan, rank = share.plan, share.rank
-        self._source, self._rank, self._group, self._members = share.source, rank, group, members
+        self._share, self._rank, self._group, self._members = share, rank, group, members
         self._digests = {r: bytes.fromhex(plan.digest(r))[:16] for r in members}
         queues = [
             [b for b in fill_buckets(plan.to_rank(r), share.bucket_bytes) if b.source_rank == rank]
@@ -93,8 +93,15 @@ class Sender:
     def send(self, version: int) -> Sent:
         """Send the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._rank)
-        storages: Storages | None = None
+        storages: Storages = {}
         told: set[int] = set()
+        began = time.perf_counter()
+        try:
+            storages = self._share.read()
+        # Whatever stops reading or packing, the workers that wait for a bucket have to hear of it.
+        except Exception as error:  # noqa: BLE001
+            sent.error = named_error(error, self._rank)
+        sent.quantize_s = time.perf_counter() - began
         for bucket in self._buckets:
             if bucket.destination_rank in told:
                 continue
@@ -103,10 +110,9 @@ class Sender:
             value = 0
             try:
                 if sent.error is None:
-                    storages = storages or self._source.storages()
-                    sent.parts += _pack(bucket, storages, message[HEADER_BYTES:])
+                    amax = self._share.exchange.amax
+                    sent.parts += _pack(bucket, storages, message[HEADER_BYTES:], amax)
                     value = digest(message[HEADER_BYTES:])
-            # Whatever stops packing, the workers that wait for a bucket have to hear of it.
             except Exception as error:  # noqa: BLE001
                 sent.error = named_error(error, self._rank)
             if sent.error is not None:
@@ -138,13 +144,15 @@ class Sender:
         message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
 
 
-def _pack(bucket: Bucket, storages: Storages, payload: torch.Tensor) -> list[PartReport]:
+def _pack(
+    bucket: Bucket, storages: Storages, payload: torch.Tensor, amax: Amax
+) -> list[PartReport]:
     device = storages[bucket.parts[0].copy.source_at.storage].device
     if device.type == "cpu":
         payload.zero_()
-        return pack(bucket, storages, payload)
+        return pack(bucket, storages, payload, amax)
     packed = torch.zeros(bucket.nbytes, dtype=torch.uint8, device=device)
-    reports = pack(bucket, storages, packed)
+    reports = pack(bucket, storages, packed, amax)
     payload.copy_(packed)
     return reports
 

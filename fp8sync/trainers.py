@@ -1,4 +1,4 @@
-"""The trainer's own ranks: who we are, and how rank 0 tells the others where the link listens."""
+"""The trainer's own ranks: who we are, how rank 0 tells the others where the link listens, and teams."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _get_default_store
 
-__all__ = ["announce", "rank_and_size"]
+from fp8sync.transport.gloo import GlooGroup
+from fp8sync.transport.rendezvous import own_host
+
+__all__ = ["announce", "join_team", "rank_and_size"]
 
 _ROOM = 512
 
@@ -33,3 +37,23 @@ def announce(info: dict[str, Any] | None) -> dict[str, Any]:
     room = room.to(device)
     dist.broadcast(room, src=0)
     return json.loads(bytes(room.tolist()).rstrip(b"\0"))
+
+
+def join_team(
+    rank: int, name: str, host: str, timeout_s: float, ranks: tuple[int, ...]
+) -> GlooGroup:
+    """Join a group of some of the trainer's ranks; they meet at the default group's store.
+
+    Args:
+        rank: this rank, one of `ranks`.
+        name: of the group; together with the first of `ranks` used once.
+        host: from where the ranks are reached.
+        timeout_s: limit of every wait.
+        ranks: of the trainer, in order.
+
+    Raises:
+        TransferTimeout: one of them did not come.
+    """
+    store = dist.PrefixStore(f"fp8sync/{name}/{ranks[0]}", _get_default_store())
+    names = {number: f"trainer rank {other}" for number, other in enumerate(ranks)}
+    return GlooGroup(store, ranks.index(rank), len(ranks), own_host(host), timeout_s, names)

@@ -65,8 +65,8 @@ class Writer:
     """
 
     def __init__(self, share: Share, places: Mapping[int, StagingPlace]) -> None:
-        self._source, self._rank = share.source, share.rank
-        storages = self._source.storages()
+        self._share, self._rank = share, share.rank
+        storages = share.source.storages()
         self._device = next(iter(storages.values())).device
         self._pointers: dict[str, int] = {}
         self._targets = []
@@ -96,7 +96,7 @@ class Writer:
         sent = Sent(self._rank)
         began = time.perf_counter()
         try:
-            self._prepare(self._source.storages())
+            self._prepare(self._share.read())
             for target in self._targets:
                 if target.table is not None:
                     target.digests.zero_()
@@ -138,5 +138,6 @@ class Writer:
                     lambda name: (pointers[name], dtypes[name]),
                     lambda name, t=target: t.mapped.address + t.offsets[name],  # type: ignore[misc]
                     self._device,
+                    self._share.exchange.amax,
                 )
         self._pointers = pointers

@@ -153,11 +153,22 @@ def _joined(a: Rect, b: Rect) -> Rect:
 
 
 def teams(groups: Sequence[AmaxGroup]) -> dict[tuple[int, ...], tuple[AmaxGroup, ...]]:
-    """Return the groups by the ranks that take part, in the plan's order: one exchange for each key.
+    """Return the groups by team: the ranks that share blocks, directly or through one another.
 
-    A team lays its groups' blocks out one after another and takes the maximum over its ranks once.
+    No rank is in two teams. A team lays its groups' blocks out one after another, in the order given
+    here, and takes the maximum over its ranks once.
+
+    Args:
+        groups: of all ranks.
     """
-    found: dict[tuple[int, ...], list[AmaxGroup]] = defaultdict(list)
+    shared: dict[tuple[int, ...], list[AmaxGroup]] = defaultdict(list)
     for group in groups:
-        found[group.ranks].append(group)
+        shared[group.ranks].append(group)
+    team: dict[int, set[int]] = {}
+    for ranks in shared:
+        joined = set().union(*(team.get(rank, {rank}) for rank in ranks))
+        team |= dict.fromkeys(joined, joined)
+    found: dict[tuple[int, ...], list[AmaxGroup]] = defaultdict(list)
+    for ranks, members in sorted(shared.items()):
+        found[tuple(sorted(team[ranks[0]]))] += members
     return {ranks: tuple(members) for ranks, members in sorted(found.items())}

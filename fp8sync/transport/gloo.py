@@ -75,21 +75,37 @@ class GlooGroup:
             EngineLost: the peer is gone.
             TransferTimeout: the peer did not take it in time.
         """
-        self._wait(lambda: self._group.send([message], to, 0), to, "take")
+        self._wait(lambda: self._group.send([message], to, 0), self._name(to), "take a bucket")
 
     def receive(self, message: torch.Tensor, source: int) -> None:
         """Fill a contiguous uint8 CPU tensor from `source`. Errors as for `send`."""
-        self._wait(lambda: self._group.recv([message], source, 0), source, "send")
+        name = self._name(source)
+        self._wait(lambda: self._group.recv([message], source, 0), name, "send a bucket")
 
-    def _wait(self, start: Callable[[], Any], rank: int, verb: str) -> None:
-        peer = self._names.get(rank, f"rank {rank}")
+    def maximum(self, values: torch.Tensor) -> None:
+        """Replace `values`, float32 on any device, by their maximum over all members.
+
+        Raises:
+            EngineLost: a member is gone.
+            TransferTimeout: a member did not take part in time.
+        """
+        host = values.cpu()
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX
+        everyone = "one of " + ", ".join(self._names.values())
+        self._wait(lambda: self._group.allreduce([host], options), everyone, "join in a maximum")
+        if host is not values:
+            values.copy_(host)
+
+    def _name(self, rank: int) -> str:
+        return self._names.get(rank, f"rank {rank}")
+
+    def _wait(self, start: Callable[[], Any], peer: str, what: str) -> None:
         try:
             start().wait(self._timeout)
         except RuntimeError as error:
             text = str(error)
             if "imed out" in text or "imeout" in text:
                 limit = self._timeout.total_seconds()
-                raise TransferTimeout(
-                    f"{peer} did not {verb} a bucket within {limit:g} s"
-                ) from error
+                raise TransferTimeout(f"{peer} did not {what} within {limit:g} s") from error
             raise EngineLost(f"{peer} is gone: {text.splitlines()[0]}") from error

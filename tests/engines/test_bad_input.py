@@ -150,10 +150,13 @@ def test_another_model(live: Any) -> None:
         fp8sync.connect(world.tiny_model("moe", 2), live, world.recipe("blockwise"))
 
 
-def test_boxes_that_cut_a_block(live: Any) -> None:
-    source = Edited(world.tiny_model("dense", 2), cut_at(LAST, 64))
-    with pytest.raises(fp8sync.UnsupportedLayout, match=LAST):
-        fp8sync.connect(source, live, world.recipe("blockwise"))
+def test_boxes_that_cut_a_block_bring_the_same_bytes(live: Any) -> None:
+    """Not bad at all: both boxes are quantized with the block's joint amax."""
+    source = Edited(world.tiny_model("dense", 1), cut_at(LAST, 64))
+    link = fp8sync.connect(source, live, world.recipe("blockwise-pow2"))
+    assert link.plan.plan.amax
+    link.refit()
+    link.close()
 
 
 def test_dtype_that_cannot_travel(live: Any) -> None:

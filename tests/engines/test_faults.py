@@ -97,13 +97,13 @@ def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
 
 
 def meddle(link: Any, change: Callable[[int, torch.Tensor], None]) -> None:
-    sender = link._conductor._sender
+    sender = link._conductor._member._sender
     sender._group = Wire(sender._group, change)
 
 
 def mend(link: Any) -> None:
     if link._conductor is not None:
-        link._conductor._sender._group = link._conductor._sender._group._group
+        link._conductor._member._sender._group = link._conductor._member._sender._group._group
 
 
 @pytest.mark.usefixtures("untouched")
@@ -228,14 +228,14 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
 
 def test_plans_that_differ(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides plan for themselves; here the trainer's version of the code plans otherwise."""
-    import fp8sync.conductor as conductor
+    import fp8sync.member as member
     from fp8sync.plan import Plan, build_plan
 
-    def reversed_plan(*args: Any) -> Plan:
-        plan = build_plan(*args)
+    def reversed_plan(*args: Any, **options: Any) -> Plan:
+        plan = build_plan(*args, **options)
         return Plan(plan.tensors, plan.copies[::-1])
 
-    monkeypatch.setattr(conductor, "build_plan", reversed_plan)
+    monkeypatch.setattr(member, "build_plan", reversed_plan)
     before = world.logprobs(engine)
     with pytest.raises(fp8sync.PlanMismatch, match="engine rank 0"):
         fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))

@@ -35,13 +35,17 @@ def test_engine_in_a_process_of_its_own(kind: str, tmp_path: Path) -> None:
     world.stop_engine(llm)
 
 
+def torchrun(module: str, ranks: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+
+
 def test_trainer_of_two_ranks_engine_of_two_workers(tmp_path: Path) -> None:
     """Two trainer ranks hold replicas and share the sending; both learn what became of it."""
     workers = 2 if torch.cuda.device_count() != 1 else 1
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    script = ["-m", "tests.engines.two_ranks", str(tmp_path), str(workers)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *script], cwd=ROOT, env=environment, check=True, timeout=280)
+    torchrun("tests.engines.two_ranks", 2, str(tmp_path), str(workers))
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
     assert ranks[0]["difference"] == 0.0
     assert all(rank["sent"]["bytes"] > 0 for rank in ranks)
@@ -49,3 +53,26 @@ def test_trainer_of_two_ranks_engine_of_two_workers(tmp_path: Path) -> None:
     assert all("(trainer rank 1): expected finite values" in rank["error"] for rank in ranks)
     assert all("(trainer rank 0)" not in rank["error"] for rank in ranks)
     assert ranks[0]["kept"] == 0.0
+
+
+def test_sharded_trainer_whose_ranks_share_blocks(tmp_path: Path) -> None:
+    """FSDP2 on three ranks: they agree on the amax of cut blocks, and nothing is gathered."""
+    torchrun("tests.engines.three_ranks", 3, str(tmp_path))
+    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(3)]
+    assert {tuple(team) for team in ranks[0]["teams"]} == {(0, 1), (1, 2)}
+    assert ranks[0]["difference"] == 0.0
+    assert [rank["version"] for rank in ranks] == [2, 2, 2]
+    for rank in ranks:
+        # Rank 1 could not take part: the others were told, instead of waiting for it.
+        assert "Fp8SyncError: trainer rank 1 failed" in rank["unread"]
+        assert "the parameters are offloaded" in rank["unread"]
+        assert rank["unread_s"] < 20.0
+        assert "NonFiniteWeight" in rank["nonfinite"]
+        assert (
+            "q_proj.weight (trainer rank 2): expected finite values, found 1" in rank["nonfinite"]
+        )
+        assert rank["nonfinite"].count("expected finite") == 1
+        assert rank["last"] == 3
+        assert rank["prepared"] == 1 + 5
+    assert ranks[0]["kept"] == 0.0
+    assert ranks[0]["again"] == 0.0

@@ -39,6 +39,23 @@ def test_bytes_are_those_of_the_whole_tensor(name: str, formula: Formula) -> Non
     assert not wire.differing(found, wire.storages(destination, wanted))
 
 
+@pytest.mark.parametrize(
+    "name", [n for n, case in PAIRS.items() if case.engine.scales or not case.engine.formula]
+)
+def test_bytes_written_one_sided_are_the_same(name: str) -> None:
+    """The writer's own tables, as the processor carries them out, cut blocks among them."""
+    case = PAIRS[name]
+    source = manifest(case.trainer, case.model)
+    destination = manifest(case.engine, case.model)
+    plan = build_plan(source, destination, exchange_amax=True)
+    tensors = wire.random_tensors(source)
+    found = wire.storages(destination, None)
+    held = wire.storages(source, wire.quantized(source, tensors))
+    assert not wire.write_out(plan, held, found)
+    wanted = wire.quantized(destination, tensors)
+    assert not wire.differing(found, wire.storages(destination, wanted))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_forecast_counts_what_the_plan_moves(name: str) -> None:
     case = PAIRS[name]

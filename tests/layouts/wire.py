@@ -1,28 +1,41 @@
 """A refit in one process: every rank's storages, and the plan carried out between them.
 
-The way data walks is the real one: buckets, `payload.pack`, bytes, `payload.unpack`. Only what needs
-the amax of a block that lies on several ranks, or passes an FP8 pair through, is done here by hand.
+The way data walks is the real one: the exchange of amax over gloo, then buckets (`payload.pack`, bytes,
+`payload.unpack`) or the writer's tables over staging memory.
 """
 
 from __future__ import annotations
 
+import base64
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
+import torch.distributed
 
+from fp8sync.exchange import AmaxExchange, open_exchange
 from fp8sync.manifest import Placement
-from fp8sync.payload import local_amax, pack, unpack, view
+from fp8sync.outgoing import Share
+from fp8sync.payload import pack, unpack, view
 from fp8sync.plan import MISC, Plan, fill_buckets
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
-from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from fp8sync.tables import check_table
+from fp8sync.transport import GlooGroup
+from fp8sync.transport.memory import export_memory
+from fp8sync.writer import StagingPlace, Writer
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.manifest import Box, Manifest
+    from fp8sync.sender import Sent
 
+dist: Any = torch.distributed
+T = TypeVar("T")
 Tensors = dict[str, torch.Tensor]
 Ranks = dict[int, Tensors]
 GUARD = 0xA5
@@ -99,17 +112,72 @@ def _grow(sizes: dict[str, int], at: Placement, shape: Sequence[int]) -> None:
 
 
 def carry_out(plan: Plan, source: Ranks, destination: Ranks, bucket_bytes: int) -> None:
-    """Exchange amax, then pack, send and unpack every bucket."""
-    amax = {rank: defaultdict(list) for rank in source}
-    for group in plan.amax:
-        shares = [local_amax(group, rank, source[rank]) for rank in group.ranks]
-        for rank in group.ranks:
-            amax[rank][group.tensor].append((group, torch.stack(shares).amax(0)))
+    """Agree on amax, then pack, send and unpack every bucket."""
+    exchanges = agree(plan, source)
     for rank in destination:
         for bucket in fill_buckets(plan.to_rank(rank), bucket_bytes):
             payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-            pack(bucket, source[bucket.source_rank], payload, amax[bucket.source_rank])
+            held = source[bucket.source_rank]
+            pack(bucket, held, payload, exchanges[bucket.source_rank].amax)
             unpack(bucket, payload, destination[rank])
+
+
+def agree(plan: Plan, source: Ranks) -> dict[int, AmaxExchange]:
+    """Every rank's amax of cut blocks."""
+
+    def take_part(rank: int, exchange: AmaxExchange) -> AmaxExchange:
+        exchange.agree(lambda: source[rank])
+        return exchange
+
+    return on_every_rank(plan, source, take_part)
+
+
+def on_every_rank(plan: Plan, source: Ranks, act: Callable[[int, AmaxExchange], T]) -> dict[int, T]:
+    """Let every trainer rank act in a thread of its own; its team meets over gloo."""
+    store = dist.HashStore()
+
+    def run(rank: int) -> T:
+        def join(ranks: tuple[int, ...]) -> GlooGroup:
+            team = dist.PrefixStore(str(ranks[0]), store)
+            return GlooGroup(team, ranks.index(rank), len(ranks), "127.0.0.1", 20.0)
+
+        return act(rank, open_exchange(plan.amax, rank, torch.device("cpu"), join))
+
+    with ThreadPoolExecutor(len(source)) as pool:
+        return dict(zip(source, pool.map(run, source), strict=True))
+
+
+def write_out(plan: Plan, source: Ranks, destination: Ranks) -> list[str]:
+    """Write one-sided into every engine rank's staging memory; return whose digests differ."""
+    arenas, places = {}, {}
+    for rank, held in destination.items():
+        offsets, used = {}, 0
+        for name, tensor in held.items():
+            offsets[name] = used
+            used += -(-tensor.numel() * tensor.element_size() // 256) * 256
+        arenas[rank] = torch.full((used,), GUARD, dtype=torch.uint8)
+        places[rank] = StagingPlace(export_memory(arenas[rank]), offsets)
+
+    def write(rank: int, exchange: AmaxExchange) -> Sent:
+        live: Any = SimpleNamespace(storages=lambda: source[rank])
+        return Writer(Share(live, rank, plan, 0, 20.0, exchange), places).send(1)
+
+    faults = []
+    for rank, sent in on_every_rank(plan, source, write).items():
+        assert sent.error is None
+        for to, digests in sent.digests.items():
+            copies = [c for c in plan.to_rank(to) if c.source_rank == rank]
+            base, offsets = arenas[to].data_ptr(), places[to].offsets
+            table = check_table(copies, lambda n, b=base, o=offsets: b + o[n], torch.device("cpu"))
+            found = torch.zeros(len(copies), dtype=torch.int64)
+            run_table(table, found, None)
+            if found.numpy().tobytes() != base64.b64decode(digests):
+                faults.append(f"trainer rank {rank} to engine rank {to}")
+    for rank, held in destination.items():
+        for name, tensor in held.items():
+            first, nbytes = places[rank].offsets[name], tensor.numel() * tensor.element_size()
+            tensor.copy_(arenas[rank][first : first + nbytes].view(tensor.dtype))
+    return faults
 
 
 def with_misc(destination: Manifest, plan: Plan) -> Manifest:

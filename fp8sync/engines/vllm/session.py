@@ -157,7 +157,7 @@ class WorkerSession:
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
         direct = direct_modules(self._model, layout, self._device, self._dtype)
         self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
-        plan = build_plan(source, layout.manifest)
+        plan = build_plan(source, layout.manifest, exchange_amax=True)
         self._compare(plan)
         self._staging.lay_out(layout.storages)
         self._receiver = self._open_transport(plan, message["bucket_bytes"])

@@ -1,0 +1,96 @@
+"""One trainer rank's part in a link, whether it leads (`conductor`) or follows (`follower`)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import Fp8SyncError
+from fp8sync.exchange import open_exchange
+from fp8sync.ledger import trainer_ledger
+from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
+from fp8sync.plan import Plan, build_plan
+from fp8sync.trainers import join_team
+
+if TYPE_CHECKING:
+    from fp8sync.ledger import Ledger
+    from fp8sync.manifest import Manifest
+    from fp8sync.sender import Sent
+    from fp8sync.sources import LiveSource
+    from fp8sync.transport import Choice
+
+__all__ = ["Member"]
+
+
+class Member:
+    """A trainer rank: its boxes, the plan it agreed on, its way out.
+
+    Args:
+        source: this rank's weights, prepared by the caller before they are read.
+        rank: this rank among the trainer's.
+    """
+
+    def __init__(self, source: LiveSource, rank: int) -> None:
+        self.source, self.rank = source, rank
+        self._sender: Outgoing | None = None
+        self._plan: Plan | None = None
+        self._bucket_bytes = 0
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of all ranks."""
+        if self._plan is None:
+            raise Fp8SyncError("no plan yet")
+        return self._plan
+
+    @property
+    def seat(self) -> Seat:
+        """Where this rank's weights are."""
+        return Seat.of(self.source)
+
+    def make_plan(self, held: Manifest, wanted: Manifest) -> Plan:
+        """Plan between all trainer ranks and all engine workers."""
+        self._plan = build_plan(held, wanted, exchange_amax=True)
+        return self._plan
+
+    def open(
+        self, choice: Choice, bucket_bytes: int, timeout_s: float, team: str, host: str
+    ) -> None:
+        """Join the transport, and the team of ranks with which this one shares blocks.
+
+        Args:
+            choice: the invitation to the transport.
+            bucket_bytes: payload of a message.
+            timeout_s: limit of every wait for a peer.
+            team: what the link's teams are called, the same on every rank.
+            host: from where the trainer's ranks are reached.
+        """
+        self._bucket_bytes = bucket_bytes
+        device = next(iter(self.source.storages().values())).device
+        join = partial(join_team, self.rank, team, host, timeout_s)
+        exchange = open_exchange(self.plan.amax, self.rank, device, join)
+        share = Share(self.source, self.rank, self.plan, bucket_bytes, timeout_s, exchange)
+        self._sender = open_sender(choice, share)
+        self.source.release()
+
+    def send(self, version: int) -> Sent:
+        """Send this rank's share of a version; an error is part of what it returns."""
+        if self._sender is None:
+            raise Fp8SyncError("the link was not established")
+        self.source.prepare()
+        sent = self._sender.send(version)
+        self.source.release()
+        return sent
+
+    def ledger(self) -> Ledger:
+        """Return what this rank holds, for an audit; prepared on every rank, like a version."""
+        self.source.prepare()
+        storages = self.source.storages()
+        self.source.release()
+        return trainer_ledger(storages, self.rank, self.plan, self._bucket_bytes)
+
+    def close(self) -> None:
+        """Free the way out; a `send` under way ends with an error."""
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
