@@ -1,4 +1,4 @@
-"""The command line: `fp8sync plan` says what a refit will move, without a GPU or an engine."""
+"""The command line: what a refit will move, without a GPU or an engine; and checkpoints."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
 from fp8sync.plan.forecast import Bandwidths, forecast, report
 from fp8sync.plan.spread import side_of
 from fp8sync.plan.traffic import Traffic, traffic
+from fp8sync.recipe import Formula, Recipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -69,6 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--top", type=int, default=10, help="how many links to print")
     plan.add_argument("--json", action="store_true", help="figures as JSON")
     plan.set_defaults(run=_plan)
+    export = commands.add_parser(
+        "export", help="write a checkpoint as a Hugging Face directory, in BF16 or blockwise FP8"
+    )
+    export.add_argument("source", type=Path, help="a Hugging Face directory")
+    export.add_argument("folder", type=Path, help="what to write")
+    export.add_argument("--format", choices=("bf16", "fp8"), required=True)
+    export.add_argument("--formula", choices=[f.value for f in Formula], help="of FP8 scales")
+    export.add_argument(
+        "--unquantized",
+        action="append",
+        metavar="PATTERN",
+        help="modules to leave; repeat for more",
+    )
+    export.add_argument("--shard-bytes", type=int, default=5_000_000_000)
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -82,6 +98,22 @@ def _plan(arguments: argparse.Namespace) -> int:
         print(json.dumps(_figures(found, bandwidths, arguments.top), indent=1))
     else:
         print(report(found, bandwidths, arguments.top))
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from fp8sync.export import export_checkpoint  # needs torch, which planning does not
+
+    kind = f"blockwise-{arguments.formula}" if arguments.formula else "blockwise"
+    patterns = (*Recipe().unquantized, *(arguments.unquantized or ()))
+    recipe = Recipe("bf16" if arguments.format == "bf16" else kind, unquantized=patterns)
+    made = export_checkpoint(
+        arguments.source, arguments.folder, recipe, shard_bytes=arguments.shard_bytes
+    )
+    print(
+        f"{made.folder}: {made.tensors} tensors, {made.quantized} in FP8, "
+        f"{made.bytes} bytes in {made.files} files"
+    )
     return 0
 
 

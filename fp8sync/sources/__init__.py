@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from fp8sync.errors import UnsupportedLayout
+from fp8sync.sources.checkpoint import CheckpointSource
 from fp8sync.sources.live import LiveSource
 from fp8sync.sources.module import ModuleSource
 from fp8sync.trainers import rank_and_size
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from fp8sync.manifest import Manifest
     from fp8sync.payload import Storages
 
-__all__ = ["LiveSource", "ModuleSource", "Source", "as_source"]
+__all__ = ["CheckpointSource", "LiveSource", "ModuleSource", "Source", "as_source"]
 
 
 class Source(Protocol):
@@ -39,17 +41,19 @@ def as_source(model: Any) -> Source:
 
     Args:
         model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
-            DTensor), or a `Source`.
+            DTensor), the path of a Hugging Face directory, or a `Source`.
 
     Raises:
         UnsupportedLayout: nothing here can list the boxes of such an object.
     """
+    if isinstance(model, (str, Path)):
+        return CheckpointSource(model)
     if isinstance(model, torch.nn.Module):
         return _source_of(model, rank_and_size()[0])
     if callable(getattr(model, "manifest", None)) and callable(getattr(model, "storages", None)):
         return model
     raise UnsupportedLayout(
-        f"cannot read weights from {type(model).__name__}: expected a torch.nn.Module or a Source"
+        f"cannot read weights from {type(model).__name__}: expected a torch.nn.Module, a directory or a Source"
     )
 
 

@@ -66,7 +66,9 @@ class DTensorSource:
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
         faults: list[str] = []
-        for name, value in self._values().items():
+        values = self._values()
+        shapes = {name: value.shape for name, value in values.items()}
+        for name, value in values.items():
             local = _local(value)
             fault, intervals = self._intervals(value)
             dtype = str(local.dtype).removeprefix("torch.")
@@ -74,10 +76,14 @@ class DTensorSource:
                 fault = f"dtype {dtype} cannot travel"
             elif local.is_meta:
                 fault = "expected data, found a meta tensor"
+            try:
+                parts = list(hf_parts(name, shapes))
+            except ValueError as error:
+                fault = fault or str(error)
             if fault:
                 faults.append(f"{name} (trainer rank {self._rank}): {fault}")
                 continue
-            for part in hf_parts(name, value.shape):
+            for part in parts:
                 infos.append(TensorInfo(part.name, part.shape, dtype))
                 for rect, first in _shards(intervals, local.stride(), part.rect):
                     start = tuple(rect[0][d] - part.rect[0][d] for d in part.dims)

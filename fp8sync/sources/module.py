@@ -16,7 +16,8 @@ class ModuleSource:
 
     Parameters and persistent buffers are listed under their `state_dict` names. Tied parameters are
     listed once, under their first name. Expert stacks of recent transformers (`experts.gate_up_proj`
-    [E, 2I, H], `experts.down_proj` [E, H, I]) are listed per expert, as checkpoints name them.
+    [E, 2I, H], `experts.down_proj` [E, H, I]) are listed per expert, transposed ones (GPT-OSS) whole,
+    both as checkpoints name them.
 
     Args:
         module: the model.
@@ -46,32 +47,38 @@ class ModuleSource:
         """Return one box per HF tensor.
 
         Raises:
-            UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype.
+            UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype, or a
+                stack of experts that lies in an unknown way; all of them at once.
         """
         live = self.storages()
-        faults = [f"{name}: {fault}" for name, t in live.items() if (fault := _unplain(name, t))]
-        if faults:
-            raise UnsupportedLayout("not a plain module", faults)
-        infos, boxes = [], []
+        shapes = {name: tensor.shape for name, tensor in live.items()}
+        infos: list[TensorInfo] = []
+        boxes: list[Box] = []
+        faults: list[str] = []
         for storage, tensor in live.items():
-            for part in hf_parts(storage, tensor.shape):
+            try:
+                _check_plain(tensor)
+                parts = list(hf_parts(storage, shapes))
+            except ValueError as error:
+                faults.append(f"{storage}: {error}")
+                continue
+            for part in parts:
                 infos.append(TensorInfo(part.name, part.shape, _dtype(tensor)))
                 first = sum(i * s for i, s in zip(part.rect[0], tensor.stride(), strict=True))
                 at = Placement(storage, first, tuple(tensor.stride(d) for d in part.dims))
                 boxes.append(Box(part.name, (0,) * len(part.shape), part.shape, at))
+        if faults:
+            raise UnsupportedLayout("not a plain module", faults)
         return Manifest.of(infos, {self._rank: boxes})
 
 
-def _unplain(name: str, tensor: torch.Tensor) -> str:
+def _check_plain(tensor: torch.Tensor) -> None:
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
-        return f"expected a plain tensor, found {type(tensor).__name__}"
+        raise ValueError(f"expected a plain tensor, found {type(tensor).__name__}")
     if tensor.is_meta:
-        return "expected data, found a meta tensor"
+        raise ValueError("expected data, found a meta tensor")
     if _dtype(tensor) not in ITEMSIZE:
-        return f"dtype {_dtype(tensor)} cannot travel"
-    if name.endswith(".experts.gate_up_proj") and tensor.dim() == 3 and tensor.shape[1] % 2:
-        return f"expected gate and up halves [E, 2I, H], found {tuple(tensor.shape)}"
-    return ""
+        raise ValueError(f"dtype {_dtype(tensor)} cannot travel")
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fp8sync.plan.boxes import Rect
 
@@ -36,14 +36,24 @@ class HfPart:
         return tuple(self.rect[1][d] for d in self.dims)
 
 
-def hf_parts(name: str, shape: Sequence[int]) -> Iterator[HfPart]:
+def hf_parts(name: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[HfPart]:
     """Yield the HF tensors of a parameter: itself, or the experts of a stack, as checkpoints name them.
 
-    Stacks are `experts.gate_up_proj` [E, 2I, H] and `experts.down_proj` [E, H, I].
+    Stacks `experts.gate_up_proj` [E, 2I, H] with `experts.down_proj` [E, H, I] are taken apart. Where
+    the model keeps both transposed, [E, H, 2I] and [E, I, H] (GPT-OSS, Llama 4), checkpoints hold the
+    stack itself, and so does the list.
+
+    Args:
+        name: of the parameter.
+        shapes: of all parameters, by name; a stack's sibling tells how it lies.
+
+    Raises:
+        ValueError: a stack that lies in neither way.
     """
+    shape = tuple(shapes[name])
     stack = _STACK.match(name)
-    if stack is None or len(shape) != 3:
-        yield HfPart(name, ((0,) * len(shape), tuple(shape)), tuple(range(len(shape))))
+    if stack is None or len(shape) != 3 or _is_transposed(stack["experts"], shapes):
+        yield HfPart(name, ((0,) * len(shape), shape), tuple(range(len(shape))))
         return
     experts, rows, cols = shape
     kinds = ["down_proj"] if stack["kind"] == "down_proj" else ["gate_proj", "up_proj"]
@@ -52,3 +62,17 @@ def hf_parts(name: str, shape: Sequence[int]) -> Iterator[HfPart]:
         for half, kind in enumerate(kinds):
             rect = (expert, half * rows, 0), (1, rows, cols)
             yield HfPart(f"{stack['experts']}.{expert}.{kind}.weight", rect, (1, 2))
+
+
+def _is_transposed(experts: str, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Tell from both stacks' shapes; they cannot fit both ways."""
+    gate_up, down = (tuple(shapes.get(f"{experts}.{k}", ())) for k in ("gate_up_proj", "down_proj"))
+    if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
+        if gate_up[1:] == (2 * down[2], down[1]):
+            return False
+        if gate_up[1:] == (down[2], 2 * down[1]):
+            return True
+    raise ValueError(
+        "expected gate_up_proj [E, 2I, H] with down_proj [E, H, I], or both transposed, "
+        f"found {list(gate_up)} and {list(down)}"
+    )

@@ -52,6 +52,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", HEADS),
     "qwen2": ("Qwen2", {"hidden_size": 512}),
     "deepseek-v3": ("DeepseekV3", LATENT),
+    "gpt-oss": ("GptOss", HEADS | {"num_local_experts": 4, "intermediate_size": 256}),
 }
 
 

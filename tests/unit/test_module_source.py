@@ -218,6 +218,15 @@ def test_expert_stacks_that_cannot_be_halved_are_refused() -> None:
         ModuleSource(Experts(torch.zeros(2, 7, 4), torch.zeros(2, 4, 3))).manifest()
 
 
+def test_transposed_stacks_are_listed_whole() -> None:
+    """[E, H, 2I] with [E, I, H], as GPT-OSS keeps them, and its checkpoints, too."""
+    gate_up, down = torch.randn(3, 4, 10), torch.randn(3, 5, 4)
+    shown = seen_through(ModuleSource(Experts(gate_up, down)))
+    assert shown.keys() == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+    assert torch.equal(shown["mlp.experts.gate_up_proj"], gate_up)
+    assert torch.equal(shown["mlp.experts.down_proj"], down)
+
+
 def test_only_modules_and_sources_are_taken() -> None:
     source = ModuleSource(nn.Linear(2, 2))
     assert as_source(source) is source

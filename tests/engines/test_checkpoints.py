@@ -1,0 +1,61 @@
+"""Directories in front of a live engine: read as a source, and written for a fresh one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import fp8sync
+from fp8sync.export import export_checkpoint
+from fp8sync.sources import CheckpointSource
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module", params=["dense", "moe"])
+def live(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """(kind, an engine on dummy weights), shared by the tests of this file."""
+    kind = request.param
+    folder = world.write_config(world.tiny_model(kind, 0), tmp_path_factory.mktemp(kind))
+    llm = world.start_engine(folder, load_format="dummy")
+    yield kind, llm
+    del llm
+    world.forget_engines()
+
+
+@pytest.mark.parametrize("formula", ["pow2", "fp32"])
+def test_a_directory_is_a_source(live: Any, formula: str, tmp_path: Path) -> None:
+    """BF16 and FP8 directories of one model, as transformers and `export_checkpoint` write them."""
+    kind, llm = live
+    model = world.tiny_model(kind, 5)
+    fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "fresh", formula))
+    expected = world.logprobs(fresh), world.generate(fresh)
+    world.stop_engine(fresh)
+    model.save_pretrained(tmp_path / "bf16")
+    recipe = f"blockwise-{formula}"
+    export_checkpoint(tmp_path / "bf16", tmp_path / "fp8", recipe, progress=False)
+
+    for name in ("bf16", "fp8"):
+        fp8sync.refit(world.tiny_model(kind, 6), llm, world.recipe(recipe))
+        assert (world.logprobs(llm) - expected[0]).abs().max().item() > 0.0
+        report = fp8sync.refit(CheckpointSource(tmp_path / name), llm, world.recipe(recipe))
+        assert (world.logprobs(llm) - expected[0]).abs().max().item() == 0.0
+        assert world.generate(llm) == expected[1]
+        assert all(t.route == "bulk" for t in report.tensors)
+
+
+@pytest.mark.parametrize("formula", ["pow2", "fp32"])
+def test_an_export_loads_as_what_a_refit_leaves(live: Any, formula: str, tmp_path: Path) -> None:
+    kind, llm = live
+    model = world.tiny_model(kind, 7)
+    recipe = world.recipe(f"blockwise-{formula}")
+    fp8sync.refit(model, llm, recipe)
+    export_checkpoint(model, tmp_path, recipe, progress=False)
+    fresh = world.start_engine(tmp_path)
+    assert (world.logprobs(fresh) - world.logprobs(llm)).abs().max().item() == 0.0
+    assert world.generate(fresh) == world.generate(llm)
+    world.stop_engine(fresh)

@@ -1,0 +1,151 @@
+"""Exported directories against what transformers saved, and against quantizing what it saved."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from fp8sync.cli import main
+from fp8sync.errors import NonFiniteWeight, RecipeMismatch
+from fp8sync.export import export_checkpoint
+from fp8sync.recipe import Recipe
+from fp8sync.sources import CheckpointSource
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from tests.export.checkpoints import LINEAR, SCALES, assert_same, config, read
+from tests.megatron import models
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+KINDS = ["qwen3", "qwen3-tied", "qwen3-moe", "llama", "qwen2", "deepseek-v3", "gpt-oss"]
+BAND = 100_000  # bytes: every matrix here becomes several bands
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.write_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.parametrize("shard_bytes", [1 << 20, 1 << 30])
+def test_bf16_is_what_transformers_saved(saved: Path, tmp_path: Path, shard_bytes: int) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16)
+    made = export_checkpoint(
+        model, tmp_path, shard_bytes=shard_bytes, band_bytes=BAND, progress=False
+    )
+    expected = read(saved)
+    for name, tensor in expected.items():
+        if name.endswith("e_score_correction_bias"):  # transformers loads it in float32
+            expected[name] = tensor.float()
+    assert_same(read(tmp_path), expected)
+    nbytes = sum(tensor.nbytes for tensor in expected.values())
+    assert (made.tensors, made.quantized, made.bytes) == (len(expected), 0, nbytes)
+    assert made.files == len(list(tmp_path.glob("*.safetensors")))
+    assert (made.files > 1) == (tmp_path / "model.safetensors.index.json").exists()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert_same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("formula", ["pow2", "fp32"])
+def test_fp8_is_the_quantized_checkpoint(
+    saved: Path, tmp_path: Path, formula: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = read(saved)
+    linear = [name for name in expected if name.endswith(LINEAR)]
+    kept = [n for n, t in expected.items() if t.dim() == 2 and n not in linear]
+    for name in linear:
+        q = quantize_blockwise(expected[name], formula)
+        expected[name], expected[name + SCALES] = q.weight, q.scale_inv
+    command = ["export", str(saved), str(tmp_path), "--format", "fp8", "--formula", formula]
+    assert main(command) == 0
+    assert_same(read(tmp_path), expected)
+    count, nbytes = len(expected) - len(linear), sum(t.nbytes for t in expected.values())
+    assert (
+        f"{count} tensors, {len(linear)} in FP8, {nbytes} bytes in 1 files"
+        in capsys.readouterr().out
+    )
+    if linear:
+        told = config(tmp_path)["quantization_config"]
+        assert (told["quant_method"], told["weight_block_size"]) == ("fp8", [128, 128])
+        assert sorted(told["modules_to_not_convert"]) == sorted(
+            name.removesuffix(".weight") for name in kept
+        )
+
+
+@pytest.mark.parametrize("formula", ["pow2", "fp32"])
+def test_fp8_pairs_are_written_as_they_are_held(tmp_path: Path, formula: str) -> None:
+    """Also where some layers are not FP8; and in BF16, their values."""
+    saved = models.write_checkpoint("qwen3", tmp_path / "saved")
+    recipe = Recipe(f"blockwise-{formula}", unquantized=("lm_head", "model.layers.0.*"))
+    export_checkpoint(saved, tmp_path / "pairs", recipe, progress=False)
+    pairs = read(tmp_path / "pairs")
+    assert not any(n.startswith("model.layers.0.") and n.endswith(SCALES) for n in pairs)
+
+    export_checkpoint(tmp_path / "pairs", tmp_path / "again", "blockwise", progress=False)
+    assert_same(read(tmp_path / "again"), pairs)
+    assert config(tmp_path / "again") == config(tmp_path / "pairs")
+    left = config(tmp_path / "again")["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.0.mlp.gate_proj" in left
+    assert "model.layers.1.mlp.gate_proj" not in left
+
+    export_checkpoint(tmp_path / "pairs", tmp_path / "values", "bf16", progress=False)
+    rounded = Recipe(f"blockwise-{formula}", True, recipe.unquantized)
+    export_checkpoint(saved, tmp_path / "rounded", rounded, progress=False)
+    expected = {
+        name: dequantize_blockwise(tensor, pairs[name + SCALES], torch.bfloat16)
+        if name + SCALES in pairs
+        else tensor
+        for name, tensor in pairs.items()
+        if not name.endswith(SCALES)
+    }
+    for folder in ("values", "rounded"):
+        assert_same(read(tmp_path / folder), expected)
+        assert "quantization_config" not in config(tmp_path / folder)
+
+    other = "fp32" if formula == "pow2" else "pow2"
+    with pytest.raises(RecipeMismatch, match=f"an FP8 pair with {formula} scales"):
+        export_checkpoint(tmp_path / "pairs", tmp_path / "other", f"blockwise-{other}")
+
+
+def test_scales_in_bf16_are_read(tmp_path: Path) -> None:
+    """Some published directories keep scale_inv in BF16."""
+    weight = quantize_blockwise(torch.randn(256, 128), "pow2")
+    held = {"a.weight": weight.weight, "a.weight_scale_inv": weight.scale_inv.bfloat16()}
+    save_file(held, tmp_path / "model.safetensors")
+    source = CheckpointSource(tmp_path)
+    assert source.manifest().tensors["a.weight"].formula == "pow2"
+    assert torch.equal(source.storages()["a.weight_scale_inv"], weight.scale_inv)
+
+
+def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
+    saved = models.write_checkpoint("qwen3", tmp_path / "saved")
+    tensors = read(saved)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][300, 3] = torch.nan
+    save_file(tensors, saved / "model.safetensors", {"format": "pt"})
+    for recipe in ("bf16", "blockwise"):
+        with pytest.raises(NonFiniteWeight) as error:
+            export_checkpoint(saved, tmp_path / "made", recipe, band_bytes=BAND, progress=False)
+        assert error.value.violations == (f"{name}: expected finite values, found 1 NaN or Inf",)
+        assert not list((tmp_path / "made").iterdir())
+
+
+def test_weights_are_not_overwritten(tmp_path: Path) -> None:
+    saved = models.write_checkpoint("qwen3", tmp_path)
+    before = read(saved)
+    assert main(["export", str(saved), str(saved), "--format", "fp8"]) == 1
+    assert_same(read(saved), before)
+
+
+def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
+    saved = models.write_checkpoint("qwen3", tmp_path / "saved")
+    (saved / "tokenizer.json").write_text("{}")
+    export_checkpoint(saved, tmp_path / "made", progress=False)
+    copied = {path.name for path in (tmp_path / "made").iterdir()}
+    assert copied == {path.name for path in saved.iterdir()}
+    assert json.loads((tmp_path / "made/tokenizer.json").read_text()) == {}
