@@ -21,6 +21,7 @@ from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.plan.boxes import block_shape
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.recipe import BLOCK, Encoding
+from fp8sync.sources.live import LiveSource
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
@@ -88,9 +89,10 @@ class WholeTensors:
     """
 
     def __init__(self, source: Source, band_bytes: int) -> None:
-        self._source, self._band_bytes = source, band_bytes
+        self._source, self._band_bytes = LiveSource(source), band_bytes
         self._rank = rank_and_size()[0]
-        told = agree(lambda: source.manifest().to_json())
+        self._source.prepare()
+        told = agree(lambda: self._source.manifest().to_json())
         held = merge_ranks([Manifest.from_json(manifest) for manifest in told])
         self.tensors = held.tensors
         self._bands = [rows for info in held.tensors.values() for rows in _rows(info, band_bytes)]
@@ -107,7 +109,8 @@ class WholeTensors:
         """
         attempt = Attempts()
         live: dict[str, torch.Tensor] = {}
-        attempt(lambda: live.update(_complete(self._source)))
+        self._source.prepare()
+        attempt(lambda: live.update(self._source.storages()))
         for rows in self._bands:
             made = rows.empty(_device(live)) if self._rank == 0 else {}
             for bucket in fill_buckets(self._copies[rows.storage], self._band_bytes):
@@ -116,6 +119,7 @@ class WholeTensors:
                 scale_inv = made.get(rows.storage + _SCALES)
                 band = Band(rows.info.name, rows.first, made[rows.storage], scale_inv)
                 attempt(partial(take, band))
+        self._source.release()
         attempt.settle()
 
     def _carry(self, bucket: Bucket, live: Storages, made: Storages, attempt: Attempts) -> None:
@@ -139,13 +143,6 @@ def _rows(info: TensorInfo, band_bytes: int) -> Iterator[_Rows]:
     step = max(unit, band_bytes // max(row_bytes, 1) // unit * unit)
     for first in range(0, info.shape[0], step):
         yield _Rows(info, first, (min(step, info.shape[0] - first), *info.shape[1:]))
-
-
-def _complete(source: Source) -> Storages:
-    prepare = getattr(source, "prepare", None)
-    if prepare is not None:
-        prepare()
-    return source.storages()
 
 
 def _device(live: Storages) -> torch.device:
