@@ -23,7 +23,7 @@ from fp8sync.errors import (
     from_wire,
 )
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Seat, choose_transport
+from fp8sync.outgoing import Seat, choose_transport, message_bytes
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports, RefitReport
@@ -69,7 +69,7 @@ class Conductor:
         workers: workers of the engine.
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait.
-        transport: `auto`, `ipc` or `gloo`.
+        transport: `auto` or a name (`outgoing`).
     """
 
     def __init__(
@@ -262,7 +262,8 @@ class Conductor:
         except ValueError as error:
             raise UnsupportedLayout(str(error)) from error
         peers = {member: channel.peer for member, channel in self._channels.items()}
-        self._invitation = Invitation(kind, host, self._timeout_s, peers, places)
+        size = message_bytes(kind, plan, self._bucket_bytes)
+        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, size)
         for member, channel in self._channels.items():
             channel.send(self._invitation.to(*member))
         invited = self._invitation.to("trainer", 0)

@@ -71,9 +71,10 @@ def connect(
         recipe: name or `Recipe`.
         timeout_s: limit of every single wait for a peer.
         host: address that the rendezvous binds; loopback unless told otherwise.
-        bucket_bytes: payload of a message; each side keeps one such buffer.
+        bucket_bytes: payload of a message; each side keeps at most two such buffers.
         transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
-            `gloo` (buckets through host memory), or `auto`; `link.transport` says which, and why.
+            `nccl` (buckets between GPUs), `gloo` (buckets through host memory), or `auto`;
+            `link.transport` says which, and why.
 
     Returns:
         A link; `link.refit()` moves the weights, `link.plan.explain()` says how.

@@ -60,7 +60,7 @@ class Member:
 
         Args:
             choice: the invitation to the transport.
-            bucket_bytes: payload of a message.
+            bucket_bytes: by which an audit takes the plan apart.
             timeout_s: limit of every wait for a peer.
             team: what the link's teams are called, the same on every rank.
             host: from where the trainer's ranks are reached.
@@ -69,7 +69,7 @@ class Member:
         device = next(iter(self.source.storages().values())).device
         join = partial(join_team, self.rank, team, host, timeout_s)
         exchange = open_exchange(self.plan.amax, self.rank, device, join)
-        share = Share(self.source, self.rank, self.plan, bucket_bytes, timeout_s, exchange)
+        share = Share(self.source, self.rank, self.plan, timeout_s, exchange)
         self._sender = open_sender(choice, share)
         self.source.release()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fp8sync.grouped import GroupSender
 from fp8sync.sender import Sender, Sent
 from fp8sync.tables import unwritable
 from fp8sync.transport.memory import gpu_id, host_id
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
     from fp8sync.sources import Source
     from fp8sync.transport import Choice
 
-__all__ = ["Outgoing", "Seat", "Share", "choose_transport", "open_sender"]
+__all__ = ["Outgoing", "Seat", "Share", "choose_transport", "message_bytes", "open_sender"]
 
 
 class Outgoing(Protocol):
@@ -40,7 +42,6 @@ class Share:
         source: where its weights are.
         rank: this rank among the trainer's.
         plan: the agreed plan.
-        bucket_bytes: payload of a message.
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
     """
@@ -48,7 +49,6 @@ class Share:
     source: Source
     rank: int
     plan: Plan
-    bucket_bytes: int
     timeout_s: float
     exchange: AmaxExchange
 
@@ -80,27 +80,33 @@ class Seat:
 def choose_transport(
     wanted: str, plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]
 ) -> tuple[str, str]:
-    """Return (kind, why) for `transport="auto"`, `"ipc"` or `"gloo"`.
+    """Return (kind, why) for what the user asked for: a transport by name, or `auto`.
+
+    `auto` takes the first that is possible of `ipc`, `nccl` and `gloo`.
 
     Args:
-        wanted: what the user asked for.
+        wanted: `auto`, or a name.
         plan: the agreed plan.
         seats: of every trainer rank.
         places: by engine rank, what the worker said of its staging memory.
 
     Raises:
-        ValueError: unknown transport, or `ipc` where it is not possible; says why.
+        ValueError: unknown transport, or one that is not possible here; says why.
     """
     if wanted not in {"auto", *_WAYS}:
         raise ValueError(f"unknown transport {wanted!r}; known: auto, {', '.join(_WAYS)}")
-    if wanted == "gloo":
-        return "gloo", "asked for"
-    why_not = _not_mapped(plan, seats, places)
-    if not why_not:
+    if wanted in _ANYWHERE:
+        return wanted, "asked for"
+    why_not = {"ipc": _not_mapped(plan, seats, places), "nccl": _not_linked(plan, seats, places)}
+    if wanted in why_not:
+        if why_not[wanted]:
+            raise ValueError(f"transport {wanted!r} is not possible: {why_not[wanted]}")
+        return wanted, "asked for"
+    if not why_not["ipc"]:
         return "ipc", "trainer and engine share a host"
-    if wanted == "ipc":
-        raise ValueError(f"transport 'ipc' is not possible: {why_not}")
-    return "gloo", why_not
+    if not why_not["nccl"]:
+        return "nccl", f"{why_not['ipc']}; every rank has a GPU of its own"
+    return "gloo", "; ".join(dict.fromkeys(why_not.values()))
 
 
 def _not_mapped(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -> str:
@@ -113,7 +119,36 @@ def _not_mapped(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[
     return unwritable(plan.copies)
 
 
-_WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {"ipc": Writer.open, "gloo": Sender.open}
+def _not_linked(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -> str:
+    if not all(seat.gpu for seat in seats):
+        return "the trainer's weights are not on a GPU"
+    if not all(place["gpu"] for place in places.values()):
+        return "the engine's weights are not on a GPU"
+    count = Counter([*(seat.gpu for seat in seats), *(place["gpu"] for place in places.values())])
+    shared = [gpu for gpu, ranks in count.items() if ranks > 1]
+    if shared:
+        return f"NCCL takes one rank per GPU, and {count[shared[0]]} share {shared[0]}"
+    return unwritable(plan.copies)
+
+
+def message_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
+    """Return the payload of one message.
+
+    A turn of `nccl` has one for every peer in one buffer: they share a bucket's bytes, at either end.
+    """
+    if kind != "nccl":
+        return bucket_bytes
+    routes = {(copy.source_rank, copy.destination_rank) for copy in plan.copies}
+    peers = Counter(("from", a) for a, _ in routes) + Counter(("to", b) for _, b in routes)
+    return bucket_bytes // max(peers.values(), default=1)
+
+
+_WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {
+    "ipc": Writer.open,
+    "nccl": GroupSender.open,
+    "gloo": Sender.open,
+}
+_ANYWHERE = {"gloo"}
 
 
 def open_sender(choice: Choice, share: Share) -> Outgoing:

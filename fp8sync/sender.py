@@ -10,18 +10,18 @@ import torch
 
 from fp8sync.errors import Fp8SyncError, from_wire
 from fp8sync.payload import Amax, PartReport, Storages, pack
-from fp8sync.plan import Bucket, fill_buckets
+from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from fp8sync.outgoing import Share
     from fp8sync.transport import Choice
 
-__all__ = ["Sender", "Sent", "named_error"]
+__all__ = ["Sender", "Sent", "named_error", "own_buckets"]
 
 
 @dataclass
@@ -67,25 +67,25 @@ class Sender:
         share: what to send.
         group: the transport.
         members: number of every engine rank in the group.
+        bucket_bytes: payload of a message.
     """
 
-    def __init__(self, share: Share, group: GlooGroup, members: Mapping[int, int]) -> None:
+    def __init__(
+        self, share: Share, group: GlooGroup, members: Mapping[int, int], bucket_bytes: int
+    ) -> None:
         plan, rank = share.plan, share.rank
         self._share, self._rank, self._group, self._members = share, rank, group, members
         self._digests = {r: bytes.fromhex(plan.digest(r))[:16] for r in members}
-        queues = [
-            [b for b in fill_buckets(plan.to_rank(r), share.bucket_bytes) if b.source_rank == rank]
-            for r in members
-        ]
-        turns = max((len(q) for q in queues), default=0)
-        self._buckets = [q[turn] for turn in range(turns) for q in queues if turn < len(q)]
+        turns = in_turns(own_buckets(share, members, bucket_bytes))
+        self._buckets = [bucket for turn in turns for bucket in turn]
         largest = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
 
     @classmethod
     def open(cls, choice: Choice, share: Share) -> Sender:
         """Join the group of an invitation."""
-        return cls(share, GlooGroup.join(choice, share.timeout_s), dict(choice["members"]))
+        group = GlooGroup.join(choice, share.timeout_s)
+        return cls(share, group, dict(choice["members"]), choice["bucket_bytes"])
 
     def close(self) -> None:
         """The group ends with the last reference to it."""
@@ -142,6 +142,16 @@ class Sender:
             flags=ABORT if void else 0,
         )
         message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
+
+
+def own_buckets(share: Share, ranks: Iterable[int], bucket_bytes: int) -> list[Bucket]:
+    """Return the buckets of a trainer rank's share, by engine rank."""
+    return [
+        bucket
+        for rank in ranks
+        for bucket in fill_buckets(share.plan.to_rank(rank), bucket_bytes)
+        if bucket.source_rank == share.rank
+    ]
 
 
 def _pack(

@@ -6,7 +6,7 @@ the same bytes as its part in a bucket. Slot i of a table is the i-th copy.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Placement
-from fp8sync.plan.boxes import touched_blocks
+from fp8sync.plan.boxes import contiguous, touched_blocks
 from fp8sync.plan.bucket import ALIGN
 from fp8sync.plan.pieces import Piece, pieces
 from fp8sync.recipe import BLOCK, Encoding
@@ -24,9 +24,18 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from fp8sync.payload import Amax
-    from fp8sync.plan import AmaxGroup, Copy
+    from fp8sync.plan import AmaxGroup, Bucket, Copy
+    from fp8sync.plan import Part as BucketPart
 
-__all__ = ["check_table", "matrix", "unwritable", "write_table"]
+__all__ = [
+    "PlacedBucket",
+    "check_table",
+    "matrix",
+    "pack_table",
+    "unpack_table",
+    "unwritable",
+    "write_table",
+]
 
 _COUNTED = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,18 +70,102 @@ def write_table(
     Raises:
         UnsupportedLayout: see `unwritable`.
     """
-    reason = unwritable(copies)
-    if reason:
-        raise UnsupportedLayout(f"one-sided writing is not possible: {reason}")
+    _require_writable(copies)
     jobs: list[Job] = []
     for slot, copy in enumerate(copies):
-        base, dtype = source(copy.source_at.storage)
-        target = destination(copy.at.storage)
-        for index, part in _planes(copy, slot):
-            x = matrix(base, copy.source_at.at(index), copy.shape, dtype)
-            out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
-            jobs += _write(copy, x, out, part, source, destination, amax or {})
+        jobs += _written(copy, Part(slot), source, destination, amax or {})
     return build_table(jobs, device)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedBucket:
+    """A bucket whose payload lies at `address`; the digest of its i-th part goes to slots[i]."""
+
+    bucket: Bucket
+    address: int
+    slots: range
+
+    def parts(self) -> Iterator[tuple[BucketPart, Part]]:
+        """Yield the bucket's parts, and where each enters the payload's digest."""
+        for slot, part in zip(self.slots, self.bucket.parts, strict=True):
+            yield part, Part(slot, part.offset)
+
+
+def pack_table(
+    buckets: Sequence[PlacedBucket],
+    source: Callable[[str], tuple[int, str]],
+    zeros: torch.Tensor,
+    amax: Amax,
+) -> Table:
+    """Quantize, cast or copy source rectangles into buckets.
+
+    The digests of a bucket's slots add up to its payload's.
+
+    Args:
+        buckets: of one source rank.
+        source: address and dtype of a source storage.
+        zeros: uint8 [16], zero, of the device that launches; kept as long as the table.
+        amax: see `write_table`.
+
+    Raises:
+        UnsupportedLayout: see `unwritable`.
+    """
+    _require_writable([part.copy for placed in buckets for part in placed.bucket.parts])
+    jobs: list[Job] = []
+    for placed in buckets:
+        for part, where in placed.parts():
+            at, scale_at = _in_message(part)
+            copy = replace(part.copy, at=at, scale_at=scale_at)
+            jobs += _written(copy, where, source, lambda _, p=placed: p.address, amax)  # type: ignore[misc]
+            for start, end in part.padding:
+                gap = Matrix(placed.address + start, 1, end - start, end - start, torch.uint8)
+                jobs.append(job.copy(zeros[: end - start], gap, Part(where.slot, start)))
+    return build_table(jobs, zeros.device)
+
+
+def unpack_table(
+    buckets: Sequence[PlacedBucket], destination: Callable[[str], int], device: torch.device
+) -> Table:
+    """Copy the parts of buckets to where the engine wants them; digests as for `pack_table`."""
+    jobs: list[Job] = []
+    for placed in buckets:
+        for part, where in placed.parts():
+            copy = part.copy
+            at, scale_at = _in_message(part)
+            target = destination(copy.at.storage)
+            for index, plane in _planes(copy, where):
+                x = matrix(placed.address, at.at(index), copy.shape, copy.dtype)
+                out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
+                jobs.append(job.copy(x, out, plane))
+            if copy.scale_at is not None and scale_at is not None:
+                scales = _scales(copy, destination(copy.scale_at.storage), copy.scale_at)
+                sent = _scales(copy, placed.address, scale_at)
+                jobs.append(job.copy(sent, scales, Part(where.slot, part.scale_offset)))
+    return build_table(jobs, device)
+
+
+def _in_message(part: BucketPart) -> tuple[Placement, Placement | None]:
+    """Where a part's elements and scales lie, in a storage that is the payload itself."""
+    copy = part.copy
+    at = Placement("", part.offset // ITEMSIZE[copy.dtype], contiguous(copy.shape))
+    if part.scale_offset < 0:
+        return at, None
+    return at, Placement("", part.scale_offset // 4, contiguous(copy.scale_shape))
+
+
+def _written(
+    copy: Copy,
+    where: Part,
+    source: Callable[[str], tuple[int, str]],
+    destination: Callable[[str], int],
+    amax: Amax,
+) -> Iterator[Job]:
+    base, dtype = source(copy.source_at.storage)
+    target = destination(copy.at.storage)
+    for index, part in _planes(copy, where):
+        x = matrix(base, copy.source_at.at(index), copy.shape, dtype)
+        out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
+        yield from _write(copy, x, out, part, source, destination, amax)
 
 
 def check_table(
@@ -82,13 +175,19 @@ def check_table(
     jobs: list[Job] = []
     for slot, copy in enumerate(copies):
         target = destination(copy.at.storage)
-        for index, part in _planes(copy, slot):
+        for index, part in _planes(copy, Part(slot)):
             out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
             jobs.append(job.copy(out, None, part))
         if copy.scale_at is not None:
             scales = _scales(copy, destination(copy.scale_at.storage), copy.scale_at)
             jobs.append(job.copy(scales, None, Part(slot, _scale_base(copy))))
     return build_table(jobs, device)
+
+
+def _require_writable(copies: Sequence[Copy]) -> None:
+    reason = unwritable(copies)
+    if reason:
+        raise UnsupportedLayout(f"the grouped kernels cannot write this: {reason}")
 
 
 def _write(
@@ -110,11 +209,11 @@ def _write(
         scales = _scales(copy, scale_base, copy.scale_at)
         held = _scales(copy, source(copy.source_scale_at.storage)[0], copy.source_scale_at)
         yield job.copy(x, out, part)
-        yield job.copy(held, scales, Part(part.slot, _scale_base(copy)))
+        yield job.copy(held, scales, Part(part.slot, part.base + _scale_base(copy)))
         return
     given = amax.get(copy.tensor, ())
     for piece in pieces(copy, [group for group, _ in given]):
-        yield _quantize(copy, piece, x, out, part.slot, scale_base, given)
+        yield _quantize(copy, piece, x, out, part, scale_base, given)
 
 
 def _quantize(
@@ -122,7 +221,7 @@ def _quantize(
     piece: Piece,
     x: Matrix,
     out: Matrix,
-    slot: int,
+    where: Part,
     scale_base: int,
     given: Sequence[tuple[AmaxGroup, torch.Tensor]],
 ) -> Job:
@@ -133,10 +232,10 @@ def _quantize(
     across = copy.scale_shape[1]
     begin = [a - b for a, b in zip(blocks[0], copy.scale_rect[0], strict=True)]
     part = Part(
-        slot,
-        index[0] * copy.shape[1] + index[1],
+        where.slot,
+        where.base + index[0] * copy.shape[1] + index[1],
         copy.shape[1],
-        _scale_base(copy) + 4 * (begin[0] * across + begin[1]),
+        where.base + _scale_base(copy) + 4 * (begin[0] * across + begin[1]),
         4 * across,
     )
     scales = joint = None
@@ -165,13 +264,14 @@ def _inner(whole: Matrix, index: Sequence[int], shape: Sequence[int]) -> Matrix:
     return replace(whole, address=whole.address + first, rows=shape[0], cols=shape[1])
 
 
-def _planes(copy: Copy, slot: int) -> Iterator[tuple[tuple[int, ...], Part]]:
-    """Yield the start of every 2-D plane of a copy, and its place in the copy's digest."""
+def _planes(copy: Copy, where: Part) -> Iterator[tuple[tuple[int, ...], Part]]:
+    """Yield the start of every 2-D plane of a copy, and its place in a digest that begins at `where`."""
     lead = copy.shape[:-2]
     zeros = (0,) * (len(copy.shape) - len(lead))
     rows, cols = _two_dims(copy.shape)
     for number, index in enumerate(product(*map(range, lead))):
-        yield (*index, *zeros), Part(slot, number * rows * cols * ITEMSIZE[copy.dtype])
+        start = where.base + number * rows * cols * ITEMSIZE[copy.dtype]
+        yield (*index, *zeros), Part(where.slot, start)
 
 
 def _two_dims(shape: Sequence[int]) -> tuple[int, int]:

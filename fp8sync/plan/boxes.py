@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Rect",
     "block_shape",
+    "contiguous",
     "misaligned_dim",
     "overlap",
     "overlapping",
@@ -24,6 +25,11 @@ __all__ = [
 
 Rect = tuple[tuple[int, ...], tuple[int, ...]]
 """(start, shape), both in elements."""
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides, in elements, of a row-major tensor without gaps."""
+    return tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
 
 
 def volume(rect: Rect) -> int:

@@ -7,6 +7,7 @@ blockwise copies its scale_inv as float32; each begins at a multiple of 16 bytes
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -16,16 +17,16 @@ from fp8sync.plan.copy import carried_blocks
 from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from fp8sync.plan.copy import Copy
 
-__all__ = ["ALIGN", "DEFAULT_BUCKET_BYTES", "Bucket", "Part", "fill_buckets"]
+__all__ = ["ALIGN", "DEFAULT_BUCKET_BYTES", "Bucket", "Part", "fill_buckets", "in_turns"]
 
 ALIGN = 16
 """Every part begins at a multiple of this many bytes, so that kernels move 16 bytes a thread."""
 
-DEFAULT_BUCKET_BYTES = 64 << 20
+DEFAULT_BUCKET_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,14 @@ class Part:
     copy: Copy
     offset: int
     scale_offset: int
+
+    @property
+    def padding(self) -> list[tuple[int, int]]:
+        """(start, end) of the bytes that follow the elements and the scales up to the next part."""
+        ends = [self.offset + self.copy.weight_bytes]
+        if self.scale_offset >= 0:
+            ends.append(self.scale_offset + self.copy.scale_bytes)
+        return [(end, _aligned(end)) for end in ends if end % ALIGN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +89,19 @@ def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTE
         used += size
     close()
     return buckets
+
+
+def in_turns(buckets: Iterable[Bucket]) -> list[list[Bucket]]:
+    """Return the first buckets of every route (source and destination), then the second, and so on."""
+    sent: Counter[tuple[int, int]] = Counter()
+    turns: list[list[Bucket]] = []
+    for bucket in buckets:
+        route = bucket.source_rank, bucket.destination_rank
+        if sent[route] == len(turns):
+            turns.append([])
+        turns[sent[route]].append(bucket)
+        sent[route] += 1
+    return turns
 
 
 def _strips(copies: Sequence[Copy], bucket_bytes: int) -> Iterator[Copy]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo, canonical_json
 from fp8sync.plan.amax import AmaxGroup, CutBlocks, amax_groups, cut_blocks
-from fp8sync.plan.boxes import block_shape, misaligned_dim, span
+from fp8sync.plan.boxes import block_shape, contiguous, misaligned_dim, span
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.formats import MISC, agree_on_tensors
 from fp8sync.plan.route import Router, first_senders, sender
@@ -215,20 +215,12 @@ def _wanted(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[B
 
 
 def _misc_box(info: TensorInfo, *, scales: bool) -> Box:
-    at = Placement(MISC + info.name, 0, _contiguous(info.shape))
+    at = Placement(MISC + info.name, 0, contiguous(info.shape))
     scale_at = None
     if scales:
-        strides = _contiguous(block_shape(info.shape))
+        strides = contiguous(block_shape(info.shape))
         scale_at = Placement(f"{MISC}{info.name}_scale_inv", 0, strides)
     return Box(info.name, (0,) * len(info.shape), info.shape, at, scale_at)
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
 
 
 def _copy(

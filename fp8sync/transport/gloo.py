@@ -16,13 +16,17 @@ from fp8sync.errors import EngineLost, TransferTimeout
 from fp8sync.transport.rendezvous import own_host, reach
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
+    from fp8sync.transport.group import Message
     from fp8sync.transport.invitation import Choice
 
 dist: Any = torch.distributed  # its classes of stores and groups are not in its stubs
 
 __all__ = ["GlooGroup"]
+
+Pending = tuple[Any, int, str]
+"""torch's handle of one message, its peer, and what the peer has to do."""
 
 
 class GlooGroup:
@@ -96,6 +100,24 @@ class GlooGroup:
         self._wait(lambda: self._group.allreduce([host], options), everyone, "join in a maximum")
         if host is not values:
             values.copy_(host)
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> list[Pending]:
+        """See `Group`; messages of this process's memory."""
+        begun = [(self._group.send([m], to, 0), to, "take a bucket") for m, to in sends]
+        return begun + [(self._group.recv([m], a, 0), a, "send a bucket") for m, a in receives]
+
+    def fence(self, ticket: list[Pending]) -> None:
+        """See `Group`; there is no stream to hold back."""
+        for work, peer, what in ticket:
+            self._wait(lambda work=work: work, self._name(peer), what)  # type: ignore[misc]
+        ticket.clear()
+
+    def wait(self, ticket: list[Pending], peers: Sequence[int], verb: str) -> None:  # noqa: ARG002
+        """See `Group`."""
+        self.fence(ticket)
+
+    def close(self) -> None:
+        """The group ends with the last reference to it."""
 
     def _name(self, rank: int) -> str:
         return self._names.get(rank, f"rank {rank}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.transport.nccl import new_unique_id
 from fp8sync.transport.rendezvous import Rendezvous
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class Invitation:
         timeout_s: how long a member waits for another.
         peers: name of every other member, by (role, rank).
         places: what each worker said of its staging memory, by engine rank.
+        bucket_bytes: payload of a message.
     """
 
     def __init__(
@@ -37,26 +39,28 @@ class Invitation:
         timeout_s: float,
         peers: Mapping[tuple[str, int], str],
         places: Mapping[int, Mapping[str, Any]],
+        bucket_bytes: int,
     ) -> None:
         names = {("trainer", 0): "trainer rank 0", **peers}
         order = sorted(names, key=lambda member: (member[0] != "trainer", member[1]))
         self._numbers = {member: number for number, member in enumerate(order)}
-        self._common: Choice = {"type": "transport", "kind": kind}
-        self._places = [list(item) for item in places.items()]
-        self._rendezvous: Rendezvous | None = None
-        if kind == "ipc":
-            return
-        self._rendezvous = Rendezvous(host, timeout_s)
         workers = [[rank, n] for (role, rank), n in self._numbers.items() if role == "engine"]
-        self._common |= {
-            "host": self._rendezvous.host,
-            "port": self._rendezvous.port,
+        self._common: Choice = {
+            "type": "transport",
+            "kind": kind,
+            "bucket_bytes": bucket_bytes,
             "members": workers,
             "names": [names[member] for member in order],
         }
+        self._places = [list(item) for item in places.items()]
+        self._rendezvous: Rendezvous | None = None
+        if kind == "gloo":
+            self._rendezvous = Rendezvous(host, timeout_s)
+            self._common |= {"host": self._rendezvous.host, "port": self._rendezvous.port}
+        if kind == "nccl":
+            self._common["unique_id"] = new_unique_id()
 
     def to(self, role: str, rank: int) -> Choice:
         """Return the message for one member."""
-        if self._rendezvous is not None:
-            return {**self._common, "rank": self._numbers[role, rank]}
-        return {**self._common, "places": self._places} if role == "trainer" else self._common
+        own = {**self._common, "rank": self._numbers[role, rank]}
+        return {**own, "places": self._places} if own["kind"] == "ipc" else own

@@ -185,7 +185,7 @@ def test_bandwidths_say_how_long() -> None:
     assert forecast(moved, together).seconds == pytest.approx(10 / 100)
     assert forecast(moved, together).rank == "trainer 0"
     slow = Bandwidths(2, 1e9, 1e9, 1000.0)
-    assert forecast(moved, slow).seconds == pytest.approx(150 * 1e-3)  # 150 buckets of 64 MiB
+    assert forecast(moved, slow).seconds == pytest.approx(38 * 1e-3)  # 38 buckets of 256 MiB
 
 
 @pytest.mark.parametrize(("dp", "engines"), [(2, 1), (3, 1), (4, 2), (8, 1), (8, 16), (5, 7)])

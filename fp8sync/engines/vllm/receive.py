@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.errors import CorruptBucket, Fp8SyncError
 from fp8sync.payload import Storages, unpack
 from fp8sync.plan import Bucket, fill_buckets
@@ -49,7 +50,6 @@ class Intake:
         staging: this worker's staging memory.
         plan: the agreed plan, of this worker at least.
         rank: this worker among the engine's.
-        bucket_bytes: payload of a message.
         device: where the model lives.
     """
 
@@ -57,7 +57,6 @@ class Intake:
     staging: Staging
     plan: Plan
     rank: int
-    bucket_bytes: int
     device: torch.device
 
 
@@ -85,7 +84,7 @@ class BucketReceiver:
     def __init__(self, choice: Choice, intake: Intake) -> None:
         self._rank, self._device = intake.rank, intake.device
         self._group = GlooGroup.join(choice, intake.channel.timeout_s)
-        self._buckets = fill_buckets(intake.plan.to_rank(intake.rank), intake.bucket_bytes)
+        self._buckets = fill_buckets(intake.plan.to_rank(intake.rank), choice["bucket_bytes"])
         self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
         size = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
@@ -132,6 +131,7 @@ class BucketReceiver:
 
 _WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {
     "ipc": StagingReceiver,
+    "nccl": GroupReceiver.open,
     "gloo": BucketReceiver,
 }
 

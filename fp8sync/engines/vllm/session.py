@@ -160,7 +160,7 @@ class WorkerSession:
         plan = build_plan(source, layout.manifest, exchange_amax=True)
         self._compare(plan)
         self._staging.lay_out(layout.storages)
-        self._receiver = self._open_transport(plan, message["bucket_bytes"])
+        self._receiver = self._open_transport(plan)
         self._layout, self._direct_modules = layout, direct
         live = LiveWeights(self._model, layout, direct, self._device, self._dtype)
         self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
@@ -177,7 +177,7 @@ class WorkerSession:
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
 
-    def _open_transport(self, plan: Plan, bucket_bytes: int) -> Receiver:
+    def _open_transport(self, plan: Plan) -> Receiver:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
         place["gpu"] = gpu_id(self._device)
         if self._device.type == "cuda":
@@ -190,7 +190,7 @@ class WorkerSession:
         choice = self._channel.receive("transport")
         return open_receiver(
             choice,
-            Intake(self._channel, self._staging, plan, self._rank, bucket_bytes, self._device),
+            Intake(self._channel, self._staging, plan, self._rank, self._device),
         )
 
     def _receive(self, version: int) -> None:

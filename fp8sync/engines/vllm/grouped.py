@@ -1,0 +1,128 @@
+"""Buckets that arrive turn by turn, from all trainer ranks at once, on the engine's GPU.
+
+In a thread and on a stream of its own. While one turn arrives, one launch unpacks the last into staging
+memory and digests it. Headers and digests are compared at the end: staged bytes are not live ones.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8sync.errors import CorruptBucket, Fp8SyncError
+from fp8sync.grouped import AHEAD, lay_out
+from fp8sync.plan import fill_buckets, in_turns
+from fp8sync.tables import unpack_table
+from fp8sync.transport.nccl import NcclGroup
+from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync_kernels import run_table
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from fp8sync.engines.vllm.receive import Intake
+    from fp8sync.grouped import Turn
+    from fp8sync.payload import Storages
+    from fp8sync.transport import Choice
+    from fp8sync.transport.group import Group, Ticket
+
+__all__ = ["GroupReceiver"]
+
+
+class GroupReceiver:
+    """One worker's way in.
+
+    Args:
+        intake: what to receive.
+        group: the transport; trainer ranks have their own ranks as numbers.
+        bucket_bytes: payload of a message.
+    """
+
+    def __init__(self, intake: Intake, group: Group, bucket_bytes: int) -> None:
+        self._rank, self._device, self._group = intake.rank, intake.device, group
+        buckets = fill_buckets(intake.plan.to_rank(intake.rank), bucket_bytes)
+        self._turns = lay_out(in_turns(buckets), self._device)
+        self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
+        self._headers = torch.zeros(len(buckets), HEADER_BYTES, dtype=torch.uint8).to(self._device)
+        slots = max((p.slots.stop for turn in self._turns for p in turn.buckets), default=1)
+        self._digests = torch.zeros(slots, dtype=torch.int64, device=self._device)
+        self._pointers: dict[str, int] = {}
+
+    @classmethod
+    def open(cls, choice: Choice, intake: Intake) -> GroupReceiver:
+        """Join the communicator of an invitation."""
+        group = NcclGroup.join(choice, intake.device, intake.channel.timeout_s)
+        return cls(intake, group, choice["bucket_bytes"])
+
+    def receive(self, version: int, staged: Storages) -> None:
+        """Take every turn off the wire and unpack it, then verify all headers and digests."""
+        self._prepare(staged)
+        with self._stream():
+            self._digests.zero_()
+            self._take()
+            headers, digests = self._headers.cpu(), self._digests.cpu()
+        placed = [p for turn in self._turns for p in turn.buckets]
+        faults: list[str] = []
+        for row, place in zip(headers, placed, strict=True):
+            bucket, found = place.bucket, Header.unpack(bytes(row.tolist()))
+            if found.flags & ABORT:
+                raise Fp8SyncError(f"trainer rank {bucket.source_rank} stopped sending")
+            expected = Header(
+                index=bucket.index,
+                version=version,
+                payload_bytes=bucket.nbytes,
+                digest=int(digests[place.slots].sum()) % (1 << 64),
+                plan=self._plan,
+                parts=len(bucket.parts),
+            )
+            try:
+                found.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
+            except CorruptBucket as error:
+                faults += error.violations
+        if faults:
+            raise CorruptBucket("a bucket is not the one that the plan expects", faults)
+
+    def close(self) -> None:
+        """Leave the group; a `receive` under way ends with an error."""
+        self._group.close()
+
+    def _take(self) -> None:
+        tickets = [self._begin(turn) for turn in self._turns[:1]]
+        row = 0
+        for number, turn in enumerate(self._turns):
+            # Begun before this turn is unpacked: all that it waits for is the turn before, unpacked.
+            tickets += [self._begin(later) for later in self._turns[number + 1 : number + 2]]
+            self._group.fence(tickets[number])
+            for message in turn.messages:
+                self._headers[row].copy_(message[:HEADER_BYTES])
+                row += 1
+            if turn.table is not None:
+                run_table(turn.table, self._digests, None)
+            if number >= AHEAD:
+                self._wait(number - AHEAD, tickets)
+        for number in range(max(len(tickets) - AHEAD, 0), len(tickets)):
+            self._wait(number, tickets)
+
+    def _begin(self, turn: Turn) -> Ticket:
+        sources = [placed.bucket.source_rank for placed in turn.buckets]
+        return self._group.exchange([], list(zip(turn.messages, sources, strict=True)))
+
+    def _wait(self, number: int, tickets: list[Ticket]) -> None:
+        sources = [placed.bucket.source_rank for placed in self._turns[number].buckets]
+        self._group.wait(tickets[number], sources, "send a bucket")
+
+    def _prepare(self, staged: Storages) -> None:
+        """Build the tables, unless the staging memory still lies where it lay."""
+        pointers = {name: t.data_ptr() for name, t in staged.items()}
+        if pointers != self._pointers:
+            for turn in self._turns:
+                turn.table = unpack_table(turn.buckets, pointers.__getitem__, self._device)
+            self._pointers = pointers
+
+    def _stream(self) -> AbstractContextManager[object]:
+        if self._device.type != "cuda":
+            return nullcontext()
+        torch.cuda.set_device(self._device)  # of this thread
+        return torch.cuda.stream(torch.cuda.Stream(self._device))
