@@ -1,4 +1,4 @@
-"""The command line: what a refit will move, without a GPU or an engine; and checkpoints."""
+"""The command line: what a refit will move, on paper; proof on a real engine; checkpoints."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fp8sync import doctor
 from fp8sync.errors import Fp8SyncError
 from fp8sync.layouts import geometry
 from fp8sync.layouts.parse import parse_engine, parse_model, parse_settings, parse_trainer
@@ -18,6 +19,7 @@ from fp8sync.plan.forecast import Bandwidths, forecast, report
 from fp8sync.plan.spread import side_of
 from fp8sync.plan.traffic import Traffic, traffic
 from fp8sync.recipe import Formula, Recipe
+from fp8sync.verify import command
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -85,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--shard-bytes", type=int, default=5_000_000_000)
     export.set_defaults(run=_export)
+    command.add_parser(commands)
+    doctor.add_parser(commands)
     return parser
 
 

@@ -81,12 +81,15 @@ def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Pa
 
 
 def write_checkpoint(
-    model: torch.nn.Module, folder: Path, formula: str, *, fp8: bool = FP8
+    model: torch.nn.Module, folder: Path, formula: str | None, *, fp8: bool = FP8
 ) -> Path:
-    """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16."""
+    """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16.
+
+    Without a formula nothing is quantized.
+    """
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in hf_tensors(model):
-        if not name.endswith("_proj.weight"):
+        if formula is None or not name.endswith("_proj.weight"):
             tensors[name] = weight.clone()
             continue
         q = quantize_blockwise(weight, formula)

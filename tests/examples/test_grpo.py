@@ -9,12 +9,12 @@ from scripts.examples.grpo.task import ANSWER_BYTES, PROMPT_BYTES, Problem, draw
 
 
 def test_only_the_right_sum_is_rewarded():
-    problem = Problem(7, 15)
+    problem = Problem(7, 8)
 
-    assert bytes(problem.prompt) == b" 7+15="
-    assert problem.reward(list(b"22.")) == 1.0
-    assert problem.reward(list(b"23.")) == 0.0
-    assert problem.reward(list(b"22 ")) == 0.0
+    assert bytes(problem.prompt) == b"7+8="
+    assert problem.reward(list(b"15.")) == 1.0
+    assert problem.reward(list(b"16.")) == 0.0
+    assert problem.reward(list(b"15 ")) == 0.0
 
 
 def test_all_problems_have_one_length():

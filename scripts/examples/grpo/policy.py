@@ -14,10 +14,12 @@ from scripts.examples.grpo.task import PROMPT_BYTES, draw
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-WARM_START_STEPS = 60
+WARM_START_LOSS = 0.6
+"""Nats per byte of an answer at which the warm start ends: well-formed answers, often wrong."""
+WARM_START_STEPS = 400
 WARM_START_ROWS = 64
 WARM_START_RATE = 1e-3
-RATE = 5e-4
+RATE = 3e-4
 CLIP_LOW, CLIP_HIGH = 0.2, 0.28
 """Of the ratio between the trainer's and the engine's probability of a token; higher above, as in DAPO."""
 
@@ -63,6 +65,8 @@ class Policy:
             rows = torch.tensor([problem.prompt + problem.answer for problem in problems])
             loss = -self._of_completions(rows).mean()
             optimizer.step(loss)
+            if loss.item() < WARM_START_LOSS:
+                break
         self._optimizer = MasterOptimizer(self.model, RATE, 5)
         return loss.item()
 

@@ -20,7 +20,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--json", type=Path, help="where to write the curves")
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""The verifiable task: sums of two numbers below 20, written out in bytes, such as `7+15=22.`"""
+"""The verifiable task: sums of two numbers below 10, written out in bytes, such as `7+8=15.`"""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-LARGEST = 19
-PROMPT_BYTES = 6
+LARGEST = 9
+PROMPT_BYTES = 4
 ANSWER_BYTES = 3
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One sum. Fields are padded with spaces, so that all prompts are equally long."""
+    """One sum. Answers are padded with a space, so that all are equally long."""
 
     left: int
     right: int
@@ -21,7 +21,7 @@ class Problem:
     @property
     def prompt(self) -> list[int]:
         """Token ids of the question: UTF-8 bytes."""
-        return list(f"{self.left:2}+{self.right:2}=".encode())
+        return list(f"{self.left}+{self.right}=".encode())
 
     @property
     def answer(self) -> list[int]:

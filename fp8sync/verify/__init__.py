@@ -1,0 +1,8 @@
+"""Proof for users: audit, divergence and a fresh load, against limits. `fp8sync verify` runs it."""
+
+from __future__ import annotations
+
+from fp8sync.verify.agreement import Agreement, compare
+from fp8sync.verify.limits import LIMITS, Limit, exceeded
+
+__all__ = ["LIMITS", "Agreement", "Limit", "compare", "exceeded"]

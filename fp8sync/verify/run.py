@@ -1,0 +1,206 @@
+"""The whole proof on a real engine, in the order of its steps; every trainer rank runs it.
+
+1. refit, audit: the engine holds what the trainer holds;
+2. junk, refit with it, audit: every tensor differs, so none is skipped;
+3. refit, audit: the digests are those of step 1;
+4. divergence of the two policies, on tokens that the engine drew;
+5. a fresh engine, loaded from a checkpoint of the same bytes, says exactly the same.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from fp8sync.engines.vllm import probe
+from fp8sync.link import connect
+from fp8sync.sources import as_source
+from fp8sync.trainers import rank_and_size
+from fp8sync.verify.agreement import compare
+from fp8sync.verify.checkpoint import quantize_checkpoint, write_config
+from fp8sync.verify.limits import FRESH_DIFFERENCE, exceeded
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from fp8sync.recipe import Recipe
+    from fp8sync.report import RefitReport
+
+__all__ = ["Settings", "verify"]
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to verify.
+
+    Args:
+        recipe: of the link.
+        rows: token sequences to compare on.
+        length: of each.
+        seed: of prompts and sampling.
+        engine: options of `vllm.LLM`, such as `tensor_parallel_size`.
+        saved: a BF16 checkpoint of the trainer's weights, for the fresh load; left out without one.
+    """
+
+    recipe: Recipe
+    rows: int = 8
+    length: int = 64
+    seed: int = 0
+    engine: dict[str, Any] = field(default_factory=dict)
+    saved: Path | None = None
+
+
+def verify(model: torch.nn.Module, config: Any, settings: Settings) -> Result:
+    """Start an engine on dummy weights, refit it, and look at it from all sides.
+
+    Args:
+        model: in BF16, with Hugging Face names, plain or sharded; the same again afterwards.
+        config: its transformers configuration.
+        settings: what to verify.
+
+    Returns:
+        JSON-able figures; `failures` is empty if every limit was kept.
+    """
+    rank = rank_and_size()[0]
+    names = list(as_source(model).manifest().tensors)
+    with tempfile.TemporaryDirectory(prefix="fp8sync-verify-") as folder:
+        llm = None
+        if rank == 0:
+            directory = write_config(config, names, settings.recipe, Path(folder) / "dummy")
+            options = {"load_format": "dummy", "max_model_len": settings.length + 8}
+            options |= settings.engine
+            llm = probe.start_engine(directory, config.vocab_size, **options)
+        try:
+            result, tensors, tokens, found = _prove(model, llm, config, settings)
+        finally:
+            if llm is not None:
+                probe.stop_engine(llm)
+        if rank == 0 and settings.saved is not None:
+            fresh = write_config(config, names, settings.recipe, Path(folder) / "fresh")
+            quantize_checkpoint(settings.saved, fresh, tensors, settings.recipe)
+            difference = _fresh_difference(fresh, tokens, found, config, settings)
+            result["fresh_difference"] = difference
+            if not difference <= FRESH_DIFFERENCE:
+                result["failures"].append(
+                    f"a fresh load: log-probabilities differ by {difference:.3g}, expected 0.0"
+                )
+    return result
+
+
+def _prove(
+    model: torch.nn.Module, llm: Any, config: Any, settings: Settings
+) -> tuple[Result, Any, torch.Tensor, torch.Tensor]:
+    failures: list[str] = []
+    link = connect(model, llm, settings.recipe)
+    plan = link.plan.plan
+    reports = [link.refit()]
+    snapshot = link.audit()
+    failures += [f"audit: {each}" for each in snapshot.differences]
+    with _junk(model, settings.seed):
+        reports.append(link.refit())
+    other = link.audit()
+    unread = set(snapshot.unread)
+    skipped = set(plan.tensors) - {d.tensor for d in other.differences} - unread
+    failures += [f"audit: {name} was not overwritten by junk" for name in sorted(skipped)]
+    reports.append(link.refit())
+    again = link.audit()
+    if again != snapshot:
+        failures.append("audit: other digests after junk and a second refit of the same weights")
+    failures += [f"audit after junk: {each}" for each in again.differences]
+    tokens = _tokens(llm, config, settings)
+    trainer = _log_probabilities(model, tokens)
+    found = trainer
+    result: Result = {"recipe": settings.recipe.name, "dequantized": settings.recipe.dequantize}
+    if llm is not None:
+        found = probe.log_probabilities(llm, tokens, config.vocab_size)
+        agreement = compare(found, trainer, tokens)
+        failures += [f"policies: {fault}" for fault in exceeded(agreement, settings.recipe)]
+        result["agreement"] = agreement.to_json()
+        result["transport"] = getattr(link, "transport", "")
+    result |= {
+        "tensors": len(plan.tensors),
+        "layers": {name: list(both) for name, both in snapshot.layers().items()},
+        "unread": snapshot.unread,
+        "refits": [_refit(report) for report in reports],
+        "errors": {t.name: t.error for t in reports[0].tensors if t.encoding == "blockwise"},
+        "misc": {t.name: t.reason for t in reports[0].tensors if t.route == "misc"},
+        "failures": failures,
+    }
+    link.close()
+    return result, plan.tensors, tokens, found
+
+
+@contextmanager
+def _junk(model: torch.nn.Module, seed: int) -> Iterator[None]:
+    """Other values in every parameter for the duration, different from rank to rank."""
+    generator = torch.Generator().manual_seed(1000 * (seed + 1))
+    kept = [_local(p).detach().clone() for p in model.parameters()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            local = _local(parameter)
+            noise = torch.rand(local.shape, generator=generator) - 0.5
+            local.copy_(noise + noise.sign())  # no value near a weight's, none is zero
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(model.parameters(), kept, strict=True):
+                _local(parameter).copy_(before)
+
+
+def _local(parameter: torch.Tensor) -> torch.Tensor:
+    to_local: Any = getattr(parameter.data, "to_local", None)
+    return to_local() if to_local is not None else parameter.data
+
+
+def _tokens(llm: Any, config: Any, settings: Settings) -> torch.Tensor:
+    """Random prompts, continued by the engine; the same on every rank."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    shape = (settings.rows, settings.length // 4)
+    prompts = torch.randint(config.vocab_size, shape, generator=generator)
+    tokens = torch.zeros(settings.rows, settings.length, dtype=torch.int64)
+    if llm is not None:
+        count = settings.length - shape[1]
+        tokens = probe.sample(llm, prompts, count, settings.seed)
+    if dist.is_initialized():
+        dist.broadcast(tokens, 0)
+    return tokens
+
+
+@torch.no_grad()
+def _log_probabilities(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    training = model.training
+    model.train(mode=False)
+    device = next(model.parameters()).device
+    logits: torch.Tensor = model(input_ids=tokens.to(device)).logits
+    model.train(training)
+    return logits[:, :-1].float().log_softmax(-1).cpu()
+
+
+def _fresh_difference(
+    directory: Path, tokens: torch.Tensor, found: torch.Tensor, config: Any, settings: Settings
+) -> float:
+    options = {"max_model_len": settings.length + 8, **settings.engine}
+    fresh = probe.start_engine(directory, config.vocab_size, **options)
+    try:
+        said = probe.log_probabilities(fresh, tokens, config.vocab_size)
+    finally:
+        probe.stop_engine(fresh)
+    return (said - found).abs().max().item()
+
+
+def _refit(report: RefitReport) -> Result:
+    return {
+        "version": report.version,
+        "bytes": report.bytes_sent,
+        "pause_s": report.pause_s,
+        "seconds": dict(report.seconds),
+    }

@@ -1,0 +1,29 @@
+from __future__ import annotations
+
+import torch
+
+from fp8sync import doctor
+from fp8sync.cli import main
+
+
+def test_it_tells_what_works_here(capsys) -> None:
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    assert torch.__version__ in said
+    assert "yes plan on paper" in said
+    assert f"{'yes' if torch.cuda.is_available() else 'no '} transport ipc" in said
+
+
+def test_a_finding_says_why_not() -> None:
+    assert str(doctor.Finding("x", "y is missing", "unused")) == "no  x: y is missing"
+    assert str(doctor.Finding("x", note="z")) == "yes x: z"
+
+
+def test_two_vllms_exclude_each_other(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.27.1")
+    assert "overwrite each other" in doctor._engine(cuda=False).why_not
+
+
+def test_versions_out_of_range_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.99.0" if name == "vllm" else "")
+    assert "0.99.0 is not one of those known: 0.24" in doctor._engine(cuda=True).why_not
