@@ -31,9 +31,9 @@ from fp8sync.sender import Sent, named_error
 from fp8sync.transport import Invitation
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from fp8sync.control import Channel, Listener
+    from fp8sync.control import Channel, Listener, Message
     from fp8sync.ledger import Ledger
     from fp8sync.member import Member
     from fp8sync.payload import PartReport
@@ -60,13 +60,13 @@ class Outcome:
 
 
 class Conductor:
-    """Leads one engine's workers and the trainer's other ranks.
+    """Leads the workers of all engines and the trainer's other ranks.
 
     Args:
         member: this rank.
         recipe: what the engine is to hold.
         trainers: ranks of the trainer, this one included.
-        workers: workers of the engine.
+        engines: workers of each engine; engine ranks are numbered through.
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait.
         transport: `auto` or a name (`outgoing`).
@@ -77,13 +77,15 @@ class Conductor:
         member: Member,
         recipe: Recipe,
         trainers: int,
-        workers: int,
+        engines: Sequence[int],
         bucket_bytes: int,
         timeout_s: float,
         transport: str,
     ) -> None:
         self._member, self._recipe = member, recipe
-        self._counts = {"trainer": trainers - 1, "engine": workers}
+        self._expected = {("trainer", rank) for rank in range(1, trainers)}
+        self._expected |= {("engine", rank) for rank in range(sum(engines))}
+        self._engine_of = [number for number, workers in enumerate(engines) for _ in range(workers)]
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._channels: dict[tuple[str, int], Channel] = {}
         self._seats: list[Seat] = []
@@ -137,16 +139,17 @@ class Conductor:
         """
         began = time.perf_counter()
         sent = [self._member.send(version)]
-        sent += [Sent.from_json(c.receive("sent")) for c in self._each("trainer")]
+        said, lost = self._hear("trainer", "sent")
+        sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
-        self._faults = _failures(sent) or _nonfinite(sent)
+        self._faults = lost + _failures(sent) or _nonfinite(sent)
         if self.transport == "ipc":
+            failed = lost or any(s.error is not None for s in sent)
             for (role, rank), channel in sorted(self._channels.items()):
                 if role == "engine":
-                    failed = any(s.error is not None for s in sent)
                     written = {str(s.rank): s.digests.get(rank) for s in sent}
                     digests = None if failed else written
-                    channel.send({"type": "written", "digests": digests})
+                    channel.try_send({"type": "written", "digests": digests})
         refused = self._votes()
         self._faults = self._faults or refused
         self._sent = sent
@@ -155,6 +158,11 @@ class Conductor:
             "send": max(s.send_s for s in sent),
             "verify": time.perf_counter() - began - sent_s,
         }
+
+    def abandon(self, error: BaseException) -> None:
+        """Tell the trainer's other ranks why a version will not be decided."""
+        told = error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
+        self._spread("trainer", {"type": "error", "error": told.to_wire()})
 
     def commit(self) -> Outcome:
         """Lead the two-phase commit; the workers are in `finish_weight_update` meanwhile.
@@ -165,23 +173,21 @@ class Conductor:
         """
         began = time.perf_counter()
         self.decided = False
-        faults = self._faults
-        self._tell("engine", {"type": "prepare", "go": not faults})
+        self._spread("engine", {"type": "prepare", "go": not self._faults})
         prepared = self._votes()
-        faults = faults or prepared
+        faults = self._faults or prepared
         prepare_s = time.perf_counter() - began
-        self._tell("engine", {"type": "decision", "commit": not faults})
+        self.decided = not faults
+        self._spread("engine", {"type": "decision", "commit": self.decided})
+        done: list[Message] = []
+        if self.decided:
+            done, lost = self._hear("engine", "committed")
+            faults = _broken(done, lost)
         error = faults[0].to_wire() if faults else None
-        self._tell("trainer", {"type": "outcome", "error": error})
+        self._spread("trainer", {"type": "outcome", "error": error})
         if faults:
             raise faults[0]
-        self.decided = True
-        done = [(c.peer, c.receive("committed")) for c in self._each("engine")]
-        broken = [f"{peer}: {said['failure']}" for peer, said in done if said["failure"]]
-        if broken:
-            text = "installing failed after the decision: refit again before the engine is used"
-            raise InstallFailed(text, broken)
-        commits = [float(said["commit_s"]) for _, said in done]
+        commits = [float(said["commit_s"]) for said in done]
         seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
         parts = tuple(part for share in self._sent for part in share.parts)
         return Outcome(self.plan, parts, sum(s.bytes for s in self._sent), seconds)
@@ -215,14 +221,15 @@ class Conductor:
             channel.receive("ready")
 
     def _accept_all(self, listener: Listener) -> None:
-        expected = sum(self._counts.values())
-        for number in range(expected):
-            channel = listener.accept(f"peer {number + 1} of {expected}")
+        for number in range(len(self._expected)):
+            channel = listener.accept(f"peer {number + 1} of {len(self._expected)}")
             joined = channel.receive("join")
             role, rank = str(joined["role"]), int(joined["rank"])
             channel.peer = f"{role} rank {rank}"
-            if role not in self._counts or (role, rank) in self._channels:
+            if (role, rank) not in self._expected or (role, rank) in self._channels:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
+            if role == "engine":
+                channel.peer += self._of_engine(rank)
             self._channels[role, rank] = channel
 
     def _each(self, role: str) -> list[Channel]:
@@ -270,9 +277,46 @@ class Conductor:
         self._member.open(invited, self._bucket_bytes, self._timeout_s, team, host)
         self.transport, self.transport_reason = kind, reason
 
+    def _of_engine(self, rank: int) -> str:
+        several = self._engine_of[-1] > 0
+        return f" of engine {self._engine_of[rank]}" if several else ""
+
+    def _spread(self, role: str, message: Message) -> None:
+        """Tell everyone who can be reached; who cannot is noticed when it does not answer."""
+        for channel in self._each(role):
+            channel.try_send(message)
+
+    def _hear(self, role: str, kind: str) -> tuple[list[Message], list[Fp8SyncError]]:
+        """Take a message of everyone who can be heard; who cannot is hung up on."""
+        said: list[Message] = []
+        lost: list[Fp8SyncError] = []
+        for channel in self._each(role):
+            try:
+                said.append({"peer": channel.peer, **channel.receive(kind)})
+            except Fp8SyncError as error:  # noqa: PERF203  (all are heard)
+                channel.close()
+                lost.append(error)
+        return said, lost
+
     def _votes(self) -> list[Fp8SyncError]:
-        votes = [channel.receive("vote")["error"] for channel in self._each("engine")]
-        return [from_wire(v) for v in votes if v is not None]
+        """Return the errors of workers that are lost, then those that workers report."""
+        votes, faults = self._hear("engine", "vote")
+        for vote in votes:
+            if vote["error"] is not None:
+                error = from_wire(vote["error"])
+                where = f"{vote['peer']}: " if self._engine_of[-1] else ""
+                faults.append(type(error)(where + error.summary, error.violations))
+        return faults
+
+
+def _broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
+    """What went wrong after the decision to install."""
+    text = "installing failed after the decision: refit again before the engine is used"
+    broken = [f"{said['peer']}: {said['failure']}" for said in done if said["failure"]]
+    broken += [str(error) for error in lost]
+    if not broken:
+        return []
+    return [(type(lost[0]) if lost else InstallFailed)(text, broken)]
 
 
 def _failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:

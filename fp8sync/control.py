@@ -16,7 +16,7 @@ from typing import Any
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
 
-__all__ = ["Channel", "Listener"]
+__all__ = ["Channel", "Listener", "Message"]
 
 _LENGTH = struct.Struct("<I")
 _MAX_BYTES = 1 << 30

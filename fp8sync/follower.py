@@ -43,8 +43,8 @@ class Follower:
             self._channel.try_send({"type": "error", "error": told.to_wire()})
             raise
 
-    def transfer(self) -> Sent:
-        """Send this rank's share and wait for the outcome.
+    def transfer(self) -> tuple[int, Sent]:
+        """Send this rank's share and wait for the outcome; returns the version with it.
 
         Raises:
             Fp8SyncError: what stopped the refit, on whichever rank.
@@ -55,7 +55,7 @@ class Follower:
         error = self._channel.receive("outcome")["error"]
         if error is not None:
             raise from_wire(error)
-        return sent
+        return version, sent
 
     def audit(self) -> AuditReport:
         """Show what this rank holds, and return what rank 0 found."""

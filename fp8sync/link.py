@@ -15,19 +15,20 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.conductor import Conductor
 from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm import as_engine
-from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
 from fp8sync.follower import Follower
 from fp8sync.member import Member
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sources import LiveSource, as_source
-from fp8sync.trainers import announce, rank_and_size
+from fp8sync.trainers import Opening, hear, rank_and_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -93,8 +94,9 @@ def connect(
     """
     wanted = Recipe.of(recipe)
     if rank_and_size()[0] > 0:
-        return FollowerLink(model, wanted)
-    return Link(model, engine, wanted, timeout_s, host, bucket_bytes, transport)
+        return FollowerLink(model, wanted, timeout_s)
+    with Opening() as opening:
+        return Link(model, engine, wanted, timeout_s, host, bucket_bytes, transport, opening)
 
 
 class Link:
@@ -109,6 +111,7 @@ class Link:
         host: str,
         bucket_bytes: int,
         transport: str,
+        opening: Opening,
     ) -> None:
         self._transport = transport
         self._model = model
@@ -122,7 +125,7 @@ class Link:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None
         with self._engine.exclusive():
-            self._connect()
+            self._connect(opening)
 
     @property
     def plan(self) -> LinkPlan:
@@ -149,12 +152,14 @@ class Link:
             lost, or fails, after all had agreed to install leaves the others with the new ones: then
             refit again before the engine is used.
         """
-        with self._engine.exclusive():
+        with Opening() as opening, self._engine.exclusive():
             if self._closed:
                 raise Fp8SyncError("this link was closed; connect again")
             if self._conductor is None or not self._engine.follows(self._conductor):
                 self._disconnect()
-                self._connect()
+                self._connect(opening)
+            else:
+                opening.say({})
             try:
                 return self._refit(self._connected())
             except (TransferTimeout, EngineLost):
@@ -195,7 +200,7 @@ class Link:
             raise EngineLost("the link is down; the next refit() connects again")
         return self._conductor
 
-    def _connect(self) -> None:
+    def _connect(self, opening: Opening) -> None:
         token = secrets.token_hex(16)
         listener = Listener(token, self._host, self._timeout_s)
         info = {
@@ -205,15 +210,15 @@ class Link:
             "timeout_s": self._timeout_s,
         }
         try:
-            announce(info)
-            source = LiveSource(as_source(self._model))
+            opening.say({"open": info})
+            source = LiveSource(partial(as_source, self._model))
             source.prepare()
             trainers, workers = rank_and_size()[1], self._engine.workers
             conductor = Conductor(
                 Member(source, 0),
                 self.recipe,
                 trainers,
-                workers,
+                [workers],
                 self._bucket_bytes,
                 self._timeout_s,
                 self._transport,
@@ -236,7 +241,8 @@ class Link:
             conductor.open(version)
             self._engine.start()
             conductor.send(version)
-        except BaseException:
+        except BaseException as error:
+            conductor.abandon(error)
             self._disconnect()
             self._close_update(version)
             raise
@@ -301,12 +307,13 @@ def _error_of(task: Future[Any], timeout_s: float) -> BaseException | None:
 class FollowerLink:
     """The link as trainer ranks other than 0 hold it; made by `connect`."""
 
-    def __init__(self, model: Any, recipe: Recipe) -> None:
+    def __init__(self, model: Any, recipe: Recipe, timeout_s: float) -> None:
         self._model = model
         self.recipe = recipe
         self.version = 0
+        self._timeout_s = timeout_s
         self._follower: Follower | None = None
-        self._connect()
+        self._join(self._invited())
 
     @property
     def plan(self) -> LinkPlan:
@@ -318,16 +325,17 @@ class FollowerLink:
 
         The report's bytes, seconds and tensors are this rank's share alone.
         """
-        if self._follower is None:
-            self._connect()
+        said = self._heard()
+        if "open" in said:
+            self._join(said["open"])
         began = time.perf_counter()
         follower = self._connected()
         try:
-            sent = follower.transfer()
+            version, sent = follower.transfer()
         except (TransferTimeout, EngineLost):
             self.close()
             raise
-        self.version += 1
+        self.version = version
         seconds = {
             "quantize": sent.quantize_s,
             "send": sent.send_s,
@@ -351,10 +359,23 @@ class FollowerLink:
             raise EngineLost("the link is down; the next refit() connects again")
         return self._follower
 
-    def _connect(self) -> None:
-        info = announce(None)
+    def _heard(self) -> dict[str, Any]:
+        said = hear(self._timeout_s)
+        if "error" in said:
+            raise from_wire(said["error"])
+        return said
+
+    def _invited(self) -> dict[str, Any]:
+        """Wait for a link to be opened; a refit of another one, which this rank missed, is passed over."""
+        while "open" not in (said := self._heard()):
+            pass
+        return said["open"]
+
+    def _join(self, info: dict[str, Any]) -> None:
+        self.close()
         channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
-        follower = Follower(channel, Member(LiveSource(as_source(self._model)), rank_and_size()[0]))
+        source = LiveSource(partial(as_source, self._model))
+        follower = Follower(channel, Member(source, rank_and_size()[0]))
         try:
             follower.agree()
         except BaseException:

@@ -1,20 +1,31 @@
-"""The trainer's own ranks: who we are, how rank 0 tells the others where the link listens, and teams."""
+"""The trainer's own ranks: who we are, what rank 0 tells the others, and teams of ranks.
+
+What is told goes through the store of torch.distributed's default group: plain JSON of any length, every
+wait bounded, and no collective that a rank which failed could leave others waiting in.
+"""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_default_store
 
+from fp8sync.errors import Fp8SyncError, TransferTimeout
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.rendezvous import own_host
 
-__all__ = ["announce", "join_team", "rank_and_size"]
+if TYPE_CHECKING:
+    from types import TracebackType
 
-_ROOM = 512
+__all__ = ["Opening", "hear", "join_team", "rank_and_size"]
+
+_TURN = "fp8sync/turn"
+_HEARD = "fp8sync/heard"
+_KEPT = 4
+"""Announcements that stay in the store."""
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -24,19 +35,57 @@ def rank_and_size() -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def announce(info: dict[str, Any] | None) -> dict[str, Any]:
-    """Give rank 0's `info` to every rank of the default group, as JSON in one uint8 broadcast."""
-    rank, size = rank_and_size()
-    if size == 1:
-        return info or {}
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    room = torch.zeros(_ROOM, dtype=torch.uint8)
-    if rank == 0:
-        data = json.dumps(info).encode()
-        room[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    room = room.to(device)
-    dist.broadcast(room, src=0)
-    return json.loads(bytes(room.tolist()).rstrip(b"\0"))
+class Opening:
+    """Trainer rank 0's word to the other ranks, once per call that all ranks make.
+
+    An error that comes before anything was said is what the others are told.
+    """
+
+    def __init__(self) -> None:
+        self._said = False
+
+    def __enter__(self) -> Opening:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is not None and not self._said:
+            ours = isinstance(error, Fp8SyncError)
+            told = error if ours else Fp8SyncError(f"trainer rank 0 failed: {error!r}")
+            self.say({"error": told.to_wire()})
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Tell all other ranks, which wait in `hear` or will."""
+        self._said = True
+        if rank_and_size()[1] == 1:
+            return
+        store = _get_default_store()
+        turn = store.add(_TURN, 1)
+        store.set(f"{_TURN}/{turn}", json.dumps(message))
+        if turn > _KEPT:
+            store.delete_key(f"{_TURN}/{turn - _KEPT}")
+
+
+def hear(timeout_s: float) -> dict[str, Any]:
+    """Wait for what trainer rank 0 says; what it has said before its latest word is passed over.
+
+    Raises:
+        TransferTimeout: nothing new within the timeout.
+    """
+    store, own = _get_default_store(), f"{_HEARD}/{rank_and_size()[0]}"
+    heard = store.add(own, 0)
+    turn = max(heard + 1, store.add(_TURN, 0))
+    try:
+        store.wait([f"{_TURN}/{turn}"], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        text = f"trainer rank 0 made no call to connect or refit within {timeout_s:g} s"
+        raise TransferTimeout(text) from error
+    store.add(own, turn - heard)
+    return json.loads(store.get(f"{_TURN}/{turn}"))
 
 
 def join_team(

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fp8sync.errors import Fp8SyncError
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fp8sync.manifest import Manifest
     from fp8sync.payload import Storages
     from fp8sync.sources import Source
@@ -16,11 +20,12 @@ class LiveSource:
     """Reads a source between `prepare` and `release`; a source with a `prepare` may be read only once.
 
     Args:
-        source: this rank's.
+        make: returns this rank's source; called in the first `prepare`.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._source = source
+    def __init__(self, make: Callable[[], Source]) -> None:
+        self._make = make
+        self._source: Source | None = None
         self._read: Storages | None = None
         self._failure: Exception | None = None
 
@@ -31,8 +36,9 @@ class LiveSource:
         """
         self.release()
         self._failure = None
-        prepare = getattr(self._source, "prepare", None)
         try:
+            self._source = self._source or self._make()
+            prepare = getattr(self._source, "prepare", None)
             if prepare is not None:
                 prepare()
         except Exception as error:  # noqa: BLE001
@@ -40,20 +46,22 @@ class LiveSource:
 
     def manifest(self) -> Manifest:
         """Return this rank's boxes."""
-        self._raise()
-        return self._source.manifest()
+        return self._prepared().manifest()
 
     def storages(self) -> Storages:
         """Return the live storages, as they were when first asked for since `prepare`."""
-        self._raise()
+        source = self._prepared()
         if self._read is None:
-            self._read = self._source.storages()
+            self._read = source.storages()
         return self._read
 
     def release(self) -> None:
         """Let go of the storages, which the trainer may want to free."""
         self._read = None
 
-    def _raise(self) -> None:
+    def _prepared(self) -> Source:
         if self._failure is not None:
             raise self._failure
+        if self._source is None:
+            raise Fp8SyncError("the source was not prepared")
+        return self._source

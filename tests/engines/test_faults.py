@@ -178,15 +178,15 @@ def test_trainer_lost_before_the_decision(
 ) -> None:
     """Every worker has prepared and voted; the trainer hangs up instead of deciding."""
     conductor: Any = link._conductor
-    tell = conductor._tell
+    spread = conductor._spread
 
     def hang_up(role: str, message: dict[str, Any]) -> None:
         if message["type"] == "decision":
             conductor.close()
             raise fp8sync.EngineLost("hung up")
-        tell(role, message)
+        spread(role, message)
 
-    monkeypatch.setattr(conductor, "_tell", hang_up)
+    monkeypatch.setattr(conductor, "_spread", hang_up)
     with pytest.raises(fp8sync.EngineLost, match="hung up"):
         link.refit()
 

@@ -49,6 +49,8 @@ def test_trainer_of_two_ranks_engine_of_two_workers(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
     assert ranks[0]["difference"] == 0.0
     assert all(rank["sent"]["bytes"] > 0 for rank in ranks)
+    assert [rank["version"] for rank in ranks] == [2, 2]
+    assert all("cannot refit a object" in rank["refused"] for rank in ranks)
     # NaN was on rank 1 alone: the engine kept its weights, and both ranks were told.
     assert all("(trainer rank 1): expected finite values" in rank["error"] for rank in ranks)
     assert all("(trainer rank 0)" not in rank["error"] for rank in ranks)

@@ -29,8 +29,10 @@ def main(folder: Path, tensor_parallel: int) -> None:
         options = {"multiprocess": True, "tensor_parallel_size": tensor_parallel}
         llm = without_torchrun(lambda: world.start_engine(config, load_format="dummy", **options))
     dist.barrier()
-    for model in models:
+    # Two links take turns on one engine: each finds that the other has been there, and joins anew.
+    for model in (*models, *models):
         report = fp8sync.refit(model, llm, world.recipe("blockwise-pow2"))
+    result["version"] = report.version
     if rank == 0:
         checkpoint = world.write_checkpoint(models[-1], folder / "fresh", "pow2")
         fresh = without_torchrun(lambda: world.start_engine(checkpoint, **options))
@@ -47,6 +49,10 @@ def main(folder: Path, tensor_parallel: int) -> None:
         fp8sync.refit(models[1], llm, world.recipe("blockwise-pow2"))
     except fp8sync.NonFiniteWeight as error:
         result["error"] = str(error)
+    try:
+        fp8sync.refit(models[0], object(), world.recipe("blockwise-pow2"))
+    except fp8sync.UnsupportedLayout as error:  # rank 0's, before it could open a link
+        result["refused"] = str(error)
     if llm:
         result["kept"] = (world.logprobs(llm) - before).abs().max().item()
         world.stop_engine(llm)

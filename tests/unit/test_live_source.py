@@ -32,7 +32,7 @@ class Late:
 
 
 def test_storages_are_read_once_for_each_prepare() -> None:
-    live = LiveSource(Late())
+    live = LiveSource(Late)
     for step in (1.0, 2.0):
         live.prepare()
         assert live.storages()["w"].tolist() == [step, step]
@@ -44,7 +44,7 @@ def test_storages_are_read_once_for_each_prepare() -> None:
 
 def test_what_stops_prepare_is_raised_by_the_next_reader_until_it_succeeds() -> None:
     source = Late()
-    live = LiveSource(source)
+    live = LiveSource(lambda: source)
     source.error = UnsupportedLayout("no gather")
     live.prepare()
     for read in (live.manifest, live.storages):
