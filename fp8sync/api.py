@@ -9,14 +9,21 @@ from fp8sync.link import FollowerLink, Link, connect
 from fp8sync.recipe import Recipe
 
 if TYPE_CHECKING:
+    from fp8sync.engines.vllm import InFlight
     from fp8sync.report import RefitReport
 
 __all__ = ["close_links", "refit"]
 
-_links: dict[tuple[int, int], tuple[Link | FollowerLink, Any, Any]] = {}
+_links: dict[tuple[int, int | str], tuple[Link | FollowerLink, Any, Any]] = {}
 
 
-def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitReport:
+def refit(
+    model: Any,
+    engine: Any,
+    recipe: str | Recipe = "blockwise",
+    *,
+    in_flight: InFlight = "wait",
+) -> RefitReport:
     """Put a model's weights, as they are now, into a live engine.
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
@@ -24,8 +31,10 @@ def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitR
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
-        engine: a `vllm.LLM` made with `weight_transfer_config={"backend": "fp8sync"}`.
+        engine: a `vllm.LLM`, an `AsyncLLM` or the URL of a `vllm serve`, made with
+            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`.
         recipe: `blockwise`, `blockwise-pow2`, `blockwise-fp32`, `bf16`, or a `fp8sync.Recipe`.
+        in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
 
     Returns:
         What was done: version, bytes, seconds per stage, route and error per tensor.
@@ -37,7 +46,7 @@ def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitR
         >>> report = fp8sync.refit(model, llm, recipe="blockwise")  # doctest: +SKIP
     """
     wanted = Recipe.of(recipe)
-    key = id(model), id(engine)
+    key = id(model), engine if isinstance(engine, str) else id(engine)
     known = _links.get(key)
     if known is not None and known[0].recipe != wanted:
         del _links[key]
@@ -47,7 +56,7 @@ def refit(model: Any, engine: Any, recipe: str | Recipe = "blockwise") -> RefitR
         # The key's objects are kept with the link, so that an id is not used again meanwhile.
         known = connect(model, engine, wanted), model, engine
         _links[key] = known
-    return known[0].refit()
+    return known[0].refit(in_flight)
 
 
 @atexit.register

@@ -26,7 +26,7 @@ from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Seat, choose_transport, message_bytes
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
-from fp8sync.report import LazyTensorReports, RefitReport
+from fp8sync.report import LazyTensorReports
 from fp8sync.sender import Sent, named_error
 from fp8sync.transport import Invitation
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from fp8sync.control import Channel, Listener, Message
     from fp8sync.ledger import Ledger
     from fp8sync.member import Member
-    from fp8sync.payload import PartReport
     from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
 
@@ -47,16 +46,9 @@ __all__ = ["Conductor", "Outcome"]
 class Outcome:
     """A committed transfer, before it becomes a report."""
 
-    plan: Plan
-    parts: tuple[PartReport, ...]
+    tensors: LazyTensorReports
     bytes_sent: int
     seconds: dict[str, float]
-
-    def report(self, version: int, pause_s: float, total_s: float) -> RefitReport:
-        """Return the report, with what the caller measured."""
-        seconds = {**self.seconds, "total": total_s}
-        tensors = LazyTensorReports(self.plan, self.parts)
-        return RefitReport(version, self.bytes_sent, seconds, pause_s, tensors)
 
 
 class Conductor:
@@ -90,7 +82,7 @@ class Conductor:
         self._channels: dict[tuple[str, int], Channel] = {}
         self._seats: list[Seat] = []
         self._wanted, self.transport, self.transport_reason = transport, "", ""
-        self._faults: list[Fp8SyncError] = []
+        self.faults: list[Fp8SyncError] = []
         self.decided = False
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = {}
@@ -142,7 +134,7 @@ class Conductor:
         said, lost = self._hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
-        self._faults = lost + _failures(sent) or _nonfinite(sent)
+        self.faults = lost + _failures(sent) or _nonfinite(sent)
         if self.transport == "ipc":
             failed = lost or any(s.error is not None for s in sent)
             for (role, rank), channel in sorted(self._channels.items()):
@@ -151,7 +143,7 @@ class Conductor:
                     digests = None if failed else written
                     channel.try_send({"type": "written", "digests": digests})
         refused = self._votes()
-        self._faults = self._faults or refused
+        self.faults = self.faults or refused
         self._sent = sent
         self._seconds = {
             "quantize": max(s.quantize_s for s in sent),
@@ -164,6 +156,10 @@ class Conductor:
         told = error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
         self._spread("trainer", {"type": "error", "error": told.to_wire()})
 
+    def refuse(self, error: Fp8SyncError) -> None:
+        """Let `commit` fail with `error`, so that all hear of it."""
+        self.faults.append(error)
+
     def commit(self) -> Outcome:
         """Lead the two-phase commit; the workers are in `finish_weight_update` meanwhile.
 
@@ -173,9 +169,9 @@ class Conductor:
         """
         began = time.perf_counter()
         self.decided = False
-        self._spread("engine", {"type": "prepare", "go": not self._faults})
+        self._spread("engine", {"type": "prepare", "go": not self.faults})
         prepared = self._votes()
-        faults = self._faults or prepared
+        faults = self.faults or prepared
         prepare_s = time.perf_counter() - began
         self.decided = not faults
         self._spread("engine", {"type": "decision", "commit": self.decided})
@@ -190,7 +186,8 @@ class Conductor:
         commits = [float(said["commit_s"]) for said in done]
         seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
         parts = tuple(part for share in self._sent for part in share.parts)
-        return Outcome(self.plan, parts, sum(s.bytes for s in self._sent), seconds)
+        tensors = LazyTensorReports(self.plan, parts)
+        return Outcome(tensors, sum(s.bytes for s in self._sent), seconds)
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""

@@ -1,10 +1,10 @@
 """The story of a refit, on one page, as the trainer tells it.
 
-The workers receive in threads of their own from `start` on, so the engine can go on generating until
-`update`. vLLM's calls block; where a worker needs an answer meanwhile, a second thread gives it.
+The workers receive in threads of their own from `start` on, so the engine generates on until it is paused. vLLM's calls block; where a worker needs an
+answer meanwhile, a second thread gives it.
 
-    caller      init              start   send: quantize, write    update, finish       reset caches
-    2nd thread  manifests, plan,                                   two-phase commit
+    caller      init              start   send: quantize, write    pause  finish  reset caches  resume
+    2nd thread  manifests, plan,                                          two-phase commit
                 digests, transport
 """
 
@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.conductor import Conductor
 from fp8sync.control import Channel, Listener
-from fp8sync.engines.vllm import as_engine
+from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
 from fp8sync.follower import Follower
 from fp8sync.member import Member
@@ -28,12 +27,13 @@ from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sources import LiveSource, as_source
+from fp8sync.together import together
 from fp8sync.trainers import Opening, hear, rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from fp8sync.audit import AuditReport
+    from fp8sync.conductor import Outcome
+    from fp8sync.engines.vllm import InFlight
 
 __all__ = ["FollowerLink", "Link", "LinkPlan", "connect"]
 
@@ -68,7 +68,8 @@ def connect(
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
-        engine: a `vllm.LLM` made with `weight_transfer_config={"backend": "fp8sync"}`.
+        engine: a `vllm.LLM`, an `AsyncLLM` or the URL of a `vllm serve`, made with
+            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`.
         recipe: name or `Recipe`.
         timeout_s: limit of every single wait for a peer.
         host: address that the rendezvous binds; loopback unless told otherwise.
@@ -116,6 +117,7 @@ class Link:
         self._transport = transport
         self._model = model
         self._engine = as_engine(engine)
+        self._engine.check_host(host)
         # A call holds at most: waits for two messages, and vLLM's own work.
         self._engine.timeout_s = 3 * timeout_s
         self.recipe = recipe
@@ -138,13 +140,19 @@ class Link:
         conductor = self._connected()
         return f"{conductor.transport}: {conductor.transport_reason}"
 
-    def refit(self) -> RefitReport:
+    def refit(self, in_flight: InFlight = "wait") -> RefitReport:
         """Move the model's weights, as they are now, into the engine.
+
+        Args:
+            in_flight: requests that the engine works on when the bytes are there: `wait` until they
+                end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
+                are recomputed and go on with the new weights. New requests queue up meanwhile.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
         Raises:
+            ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
             RefitInProgress: the engine is already being refitted or connected.
@@ -152,6 +160,7 @@ class Link:
             lost, or fails, after all had agreed to install leaves the others with the new ones: then
             refit again before the engine is used.
         """
+        check_in_flight(in_flight)
         with Opening() as opening, self._engine.exclusive():
             if self._closed:
                 raise Fp8SyncError("this link was closed; connect again")
@@ -161,7 +170,7 @@ class Link:
             else:
                 opening.say({})
             try:
-                return self._refit(self._connected())
+                return self._refit(self._connected(), in_flight)
             except (TransferTimeout, EngineLost):
                 self._disconnect()  # a peer that was late may still be writing: begin anew next time
                 raise
@@ -184,7 +193,8 @@ class Link:
                 conductor.open(self.version, audit=True)
                 self._engine.start()
                 task = self._threads.submit(conductor.audit)
-                return self._together(task, lambda: self._install(self.version), conductor.close)
+                self._engine.update(self.version)
+                return together(task, self._engine.finish, conductor.close, self._timeout_s)
             except (TransferTimeout, EngineLost):
                 self._disconnect()
                 raise
@@ -225,7 +235,9 @@ class Link:
             )
             task = self._threads.submit(conductor.agree, listener)
             try:
-                self._together(task, lambda: self._engine.initialize(info), listener.close)
+                together(
+                    task, lambda: self._engine.initialize(info), listener.close, self._timeout_s
+                )
             except BaseException:
                 conductor.close()
                 raise
@@ -234,35 +246,48 @@ class Link:
         self._conductor = conductor
         self._engine.claim(conductor)
 
-    def _refit(self, conductor: Conductor) -> RefitReport:
+    def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version = self.version + 1
         began = time.perf_counter()
         try:
             conductor.open(version)
             self._engine.start()
             conductor.send(version)
+            self._engine.update(version)
         except BaseException as error:
             conductor.abandon(error)
             self._disconnect()
             self._close_update(version)
             raise
+        if conductor.faults:  # no reason to disturb the engine; raises what went wrong
+            self._commit(conductor)
+        arrived = time.perf_counter()
+        try:
+            self._engine.pause(in_flight)
+        except Fp8SyncError as error:  # requests that do not end, say: every worker is told
+            conductor.refuse(error)
         stopped = time.perf_counter()
+        with self._engine.resuming():
+            outcome = self._commit(conductor)
+            self._engine.reset_caches(in_flight)
+            labelled = self._engine.label(str(version))
+        ended = time.perf_counter()
+        self.version = version
+        seconds = {**outcome.seconds, "drain": stopped - arrived, "total": ended - began}
+        label = str(version) if labelled else None
+        return RefitReport(
+            version, outcome.bytes_sent, seconds, ended - stopped, outcome.tensors, label
+        )
+
+    def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)
         try:
-            outcome = self._together(task, lambda: self._install(version), conductor.close)
+            return together(task, self._engine.finish, conductor.close, self._timeout_s)
         except BaseException:
             if conductor.decided:  # some workers may hold the new weights
                 with suppress(Exception):
-                    self._engine.reset_caches()
+                    self._engine.reset_caches("keep")
             raise
-        pause_s = time.perf_counter() - stopped
-        self.version = version
-        self._engine.reset_caches()
-        return outcome.report(version, pause_s, time.perf_counter() - began)
-
-    def _install(self, version: int) -> None:
-        self._engine.update(version)
-        self._engine.finish()
 
     def _close_update(self, version: int) -> None:
         """End vLLM's update on every worker that opened one and is still there."""
@@ -270,38 +295,10 @@ class Link:
             with suppress(Exception):
                 call()
 
-    def _together(
-        self, task: Future[T], calls: Callable[[], None], interrupt: Callable[[], None]
-    ) -> T:
-        """Run vLLM's calls here while the conductor works; the conductor's error says more."""
-        try:
-            calls()
-        except BaseException as error:
-            if not task.done():
-                interrupt()
-            told = _error_of(task, self._timeout_s)
-            if isinstance(error, EngineLost) or not isinstance(told, Fp8SyncError):
-                raise
-            raise told from error
-        told = _error_of(task, self._timeout_s)
-        if told is not None:
-            if not task.done():
-                interrupt()
-            raise told
-        return task.result()
-
     def _disconnect(self) -> None:
         if self._conductor is not None:
             self._conductor.close()
             self._conductor = None
-
-
-def _error_of(task: Future[Any], timeout_s: float) -> BaseException | None:
-    """Return what a thread's task raised, or that it did not end in time."""
-    try:
-        return task.exception(timeout_s)
-    except FutureTimeout:
-        return TransferTimeout(f"the conductor was not done within {timeout_s:g} s")
 
 
 class FollowerLink:
@@ -320,11 +317,13 @@ class FollowerLink:
         """The plan that all ranks agreed on."""
         return LinkPlan(self._connected().plan)
 
-    def refit(self) -> RefitReport:
+    def refit(self, in_flight: InFlight = "wait") -> RefitReport:
         """Send this rank's share of a version. Returns, or raises, what rank 0 learned.
 
+        Rank 0 decides about requests in flight; `in_flight` is checked and otherwise ignored here.
         The report's bytes, seconds and tensors are this rank's share alone.
         """
+        check_in_flight(in_flight)
         said = self._heard()
         if "open" in said:
             self._join(said["open"])

@@ -53,10 +53,13 @@ class RefitReport:
         version: 1 for a link's first refit.
         bytes_sent: payload and headers, to all workers together.
         seconds: wall seconds per stage: `quantize` and `send` (of the slowest trainer rank), `verify`
-            (until every worker had compared digests), `prepare`, `commit` and `total`.
-        pause_s: how long the engine could not generate: vLLM's `update_weights` and
-            `finish_weight_update`, as the caller sees them.
+            (until every worker had compared digests), `drain` (until requests in flight had ended or were
+            frozen), `prepare`, `commit` and `total`.
+        pause_s: how long the engine stood still, as the caller measured it: from its answer to `pause`
+            to its answer to `resume`, with installing and resetting of caches between them.
         tensors: one entry per tensor of the plan.
+        weight_version: what the engine calls its weights from now on (vLLM keeps such a label from 0.27
+            on; later versions put it on every output), None where it cannot tell.
     """
 
     version: int
@@ -64,6 +67,7 @@ class RefitReport:
     seconds: Mapping[str, float]
     pause_s: float
     tensors: Sequence[TensorReport] = field(repr=False)
+    weight_version: str | None = None
 
 
 class LazyTensorReports(Sequence[TensorReport]):

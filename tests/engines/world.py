@@ -129,8 +129,12 @@ def start_engine(
 
     envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
+    return LLM(**settings(folder, load_format=load_format) | options)
 
-    settings = {
+
+def settings(folder: Path, *, load_format: str = "auto") -> dict[str, Any]:
+    """How every engine of these tests is made."""
+    return {
         "model": str(folder),
         "skip_tokenizer_init": True,
         "enforce_eager": True,
@@ -143,7 +147,6 @@ def start_engine(
         "load_format": load_format,
         "weight_transfer_config": {"backend": "fp8sync"},
     }
-    return LLM(**settings | options)
 
 
 def stop_engine(llm: Any) -> None:
@@ -171,7 +174,12 @@ def logprobs(llm: Any, prompt: list[int] = PROMPT) -> torch.Tensor:
 
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=256, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-    rows = [[row[token].logprob for token in range(256)] for row in output.prompt_logprobs[1:]]
+    return rows_of(output.prompt_logprobs)
+
+
+def rows_of(prompt_logprobs: Any) -> torch.Tensor:
+    """vLLM's prompt log-probabilities as float64 [len - 1, 256]."""
+    rows = [[row[token].logprob for token in range(256)] for row in prompt_logprobs[1:]]
     return torch.tensor(rows, dtype=torch.float64)
 
 

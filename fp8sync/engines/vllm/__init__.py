@@ -1,8 +1,45 @@
 """vLLM as a destination: boxes traced from its loaders, weights installed by its own processing.
 
-Only `handle` is imported in the trainer; everything else runs inside vLLM's workers.
+Only the handles (`handle`, `offline`, `online`, `server`) are imported in the trainer; everything else
+runs inside vLLM's workers.
 """
 
-from fp8sync.engines.vllm.handle import LLMHandle, as_engine
+from typing import Any
 
-__all__ = ["LLMHandle", "as_engine"]
+from fp8sync.engines.vllm.handle import Handle, InFlight, check_in_flight
+from fp8sync.engines.vllm.offline import LLMHandle
+from fp8sync.engines.vllm.online import AsyncHandle
+from fp8sync.engines.vllm.server import Server
+from fp8sync.errors import UnsupportedLayout
+
+__all__ = [
+    "AsyncHandle",
+    "Handle",
+    "InFlight",
+    "LLMHandle",
+    "Server",
+    "as_engine",
+    "check_in_flight",
+]
+
+
+def as_engine(engine: Any) -> Handle:
+    """Return a handle for an engine.
+
+    Args:
+        engine: a `vllm.LLM`, an `AsyncLLM`, the URL of a server, or a handle.
+
+    Raises:
+        UnsupportedLayout: not an engine that fp8sync can drive.
+    """
+    if isinstance(engine, Handle):
+        return engine
+    if isinstance(engine, str):
+        return Server(engine)
+    if hasattr(engine, "llm_engine"):
+        return LLMHandle(engine)
+    if hasattr(engine, "pause_generation"):
+        return AsyncHandle(engine)
+    raise UnsupportedLayout(
+        f"cannot refit a {type(engine).__name__}: expected a vllm.LLM, an AsyncLLM or a server's URL"
+    )

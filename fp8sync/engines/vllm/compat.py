@@ -11,11 +11,27 @@ if TYPE_CHECKING:
 
 __all__ = [
     "holds_quantizable_weights",
+    "init_request",
     "is_attention",
     "kept_formula",
     "kernels_live_in_parameters",
+    "update_request",
     "worker_rank",
 ]
+
+
+def init_request(info: dict[str, Any]) -> Any:
+    """Return what AsyncLLM's `init_weight_transfer_engine` takes."""
+    from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+    return WeightTransferInitRequest(init_info=info)
+
+
+def update_request(info: dict[str, Any]) -> Any:
+    """Return what AsyncLLM's `update_weights` takes."""
+    from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+    return WeightTransferUpdateRequest(update_info=info)
 
 
 def worker_rank(parallel_config: Any) -> int:

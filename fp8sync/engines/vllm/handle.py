@@ -1,48 +1,61 @@
-"""A vLLM engine as the trainer holds it: its update calls, its size, its caches."""
+"""What every vLLM handle has: its update calls, a stop between two steps, and one link at a time."""
 
 from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from fp8sync.errors import EngineLost, RefitInProgress, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["LLMHandle", "as_engine"]
+__all__ = ["Handle", "InFlight", "check_backend", "check_in_flight", "in_thread", "settled"]
+
+InFlight = Literal["wait", "keep", "abort"]
+"""What becomes of requests in flight: they finish with the old weights before the commit (`wait`), they
+are frozen, recomputed and go on with the new ones (`keep`), or they end where they are (`abort`)."""
 
 _POLL_S = 0.2
-_locks: WeakKeyDictionary[Any, threading.Lock] = WeakKeyDictionary()
-_claims: WeakKeyDictionary[Any, object] = WeakKeyDictionary()
-"""Which link each engine of this process follows; its workers know only the latest."""
 
 
-class LLMHandle:
-    """`vllm.LLM`, in this process or with its usual engine process.
+class Seat:
+    """Who may talk to an engine: one link at a time, and workers know only the latest."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.link: object = None
+
+
+_of_objects: WeakKeyDictionary[Any, Seat] = WeakKeyDictionary()
+_of_servers: dict[str, Seat] = {}
+
+
+def _seat_at(engine: Any) -> Seat:
+    seats: Any = _of_servers if isinstance(engine, str) else _of_objects
+    return seats.setdefault(engine, Seat())
+
+
+class Handle(ABC):
+    """A vLLM engine as the trainer holds it.
 
     Args:
-        llm: made with `weight_transfer_config={"backend": "fp8sync"}`.
+        engine: the engine object, or the server's address.
+        workers: all of its workers.
     """
 
-    def __init__(self, llm: Any) -> None:
-        self._llm = llm
-        config = llm.llm_engine.vllm_config
-        transfer = config.weight_transfer_config
-        if transfer is None or transfer.backend != "fp8sync":
-            found = None if transfer is None else transfer.backend
-            raise UnsupportedLayout(
-                "the engine was not made for fp8sync: expected "
-                f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"
-            )
-        parallel = config.parallel_config
-        self.timeout_s = 600.0
-        self.workers = parallel.world_size * parallel.data_parallel_size
+    timeout_s = 600.0
+    """Limit of every single call."""
+
+    def __init__(self, engine: Any, workers: int) -> None:
+        self.workers = workers
+        self._seat = _seat_at(engine)
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -51,89 +64,126 @@ class LLMHandle:
         Raises:
             RefitInProgress: one is refitting or connecting.
         """
-        lock = _locks.setdefault(self._llm, threading.Lock())
-        if not lock.acquire(blocking=False):
+        if not self._seat.lock.acquire(blocking=False):
             raise RefitInProgress("the engine is already being refitted or connected")
         try:
             yield
         finally:
-            lock.release()
+            self._seat.lock.release()
 
     def claim(self, token: object) -> None:
         """Make the link that holds `token` the one that this engine follows."""
-        _claims[self._llm] = token
+        self._seat.link = token
 
     def follows(self, token: object) -> bool:
         """Whether no other link has claimed the engine since."""
-        return _claims.get(self._llm) is token
+        return self._seat.link is token
 
+    def check_host(self, host: str) -> None:  # noqa: B027  (most engines are on this host)
+        """Refuse an address for the rendezvous that the workers cannot reach."""
+
+    @abstractmethod
     def initialize(self, info: dict[str, Any]) -> None:
         """Let every worker join a link; blocks until they have agreed or refused."""
-        self._call("init_weight_transfer_engine", {"init_info": info})
 
+    @abstractmethod
     def start(self) -> None:
         """Open a version on every worker."""
-        self._call("start_weight_update")
 
+    @abstractmethod
     def update(self, version: int) -> None:
         """Block until every worker has received the version, or failed to."""
-        self._call("update_weights", {"update_info": {"version": version}})
 
+    @abstractmethod
     def finish(self) -> None:
         """Let every worker install or abandon the version."""
-        self._call("finish_weight_update")
 
-    def reset_caches(self) -> None:
+    @abstractmethod
+    def pause(self, in_flight: InFlight) -> None:
+        """Stop scheduling; on return nothing is computed.
+
+        Raises:
+            TransferTimeout: requests in flight did not end in time (`wait`).
+        """
+
+    @abstractmethod
+    def resume(self) -> None:
+        """Go on scheduling."""
+
+    @contextmanager
+    def resuming(self) -> Iterator[None]:
+        """Go on scheduling afterwards, whatever happens."""
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.resume()
+            raise
+        self.resume()
+
+    @abstractmethod
+    def reset_caches(self, in_flight: InFlight) -> None:
         """Forget prefixes computed with the old weights; they live in the scheduler."""
-        self._call("reset_prefix_cache")
 
-    def _call(self, method: str, *args: Any) -> None:
-        call = getattr(self._llm, method)
-        core = self._llm.llm_engine.engine_core
-        resources = getattr(core, "resources", None)
-        if resources is None:  # the engine lives in this process
-            call(*args)
-            return
-        # A call that was under way when the engine process died is never answered: wait beside it.
-        answer: Future[Any] = Future()
-        threading.Thread(target=_settle, args=(answer, call, args), daemon=True).start()
-        deadline = time.monotonic() + self.timeout_s
-        while True:
-            try:
-                answer.result(_POLL_S)
-            except FutureTimeout:  # noqa: PERF203  (it waits)
-                if resources.engine_dead:
-                    raise EngineLost(f"the vLLM engine died during {method}") from None
-                if time.monotonic() > deadline:
-                    text = f"the vLLM engine did not answer {method} within {self.timeout_s:g} s"
-                    raise TransferTimeout(text) from None
-            except Exception as error:
-                if type(error).__name__ == "EngineDeadError":
-                    raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
-                raise
-            else:
-                return
+    @abstractmethod
+    def label(self, version: str) -> bool:
+        """Name the engine's weights; False where vLLM keeps no such label (before 0.27)."""
 
 
-def _settle(answer: Future[Any], call: Any, args: tuple[Any, ...]) -> None:
+def check_backend(config: Any) -> None:
+    """Raise UnsupportedLayout for a vLLM config without this backend."""
+    transfer = config.weight_transfer_config
+    if transfer is None or transfer.backend != "fp8sync":
+        found = None if transfer is None else transfer.backend
+        raise UnsupportedLayout(
+            "the engine was not made for fp8sync: expected "
+            f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"
+        )
+
+
+def check_in_flight(mode: str) -> None:
+    """Raise ValueError for an unknown mode."""
+    if mode not in get_args(InFlight):
+        known = ", ".join(get_args(InFlight))
+        raise ValueError(f"unknown in_flight {mode!r}; known: {known}")
+
+
+def in_thread(call: Callable[[], Any]) -> Future[Any]:
+    """Run a call that may never return in a thread that ends with this process."""
+    answer: Future[Any] = Future()
+    threading.Thread(target=_settle, args=(answer, call), daemon=True).start()
+    return answer
+
+
+def _settle(answer: Future[Any], call: Callable[[], Any]) -> None:
     try:
-        answer.set_result(call(*args))
+        answer.set_result(call())
     # Raised again by the waiting thread.
     except BaseException as error:  # noqa: BLE001
         answer.set_exception(error)
 
 
-def as_engine(engine: Any) -> LLMHandle:
-    """Return a handle for an engine.
+def settled(answer: Future[Any], method: str, timeout_s: float, is_dead: Callable[[], bool]) -> Any:
+    """Wait for a call to an engine in another process.
 
-    Args:
-        engine: a `vllm.LLM`, or a handle.
+    A call that was under way when the engine died is never answered, so its death is watched, too.
 
     Raises:
-        UnsupportedLayout: not an engine that fp8sync can drive.
+        EngineLost: the engine died.
+        TransferTimeout: it did not answer in time.
     """
-    if isinstance(engine, LLMHandle):
-        return engine
-    if type(engine).__name__ == "LLM" and hasattr(engine, "llm_engine"):
-        return LLMHandle(engine)
-    raise UnsupportedLayout(f"cannot refit a {type(engine).__name__}: expected a vllm.LLM")
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return answer.result(min(_POLL_S, timeout_s))
+        except FutureTimeout:  # noqa: PERF203  (it waits)
+            if is_dead():
+                raise EngineLost(f"the vLLM engine died during {method}") from None
+            if time.monotonic() > deadline:
+                answer.cancel()
+                text = f"the vLLM engine did not answer {method} within {timeout_s:g} s"
+                raise TransferTimeout(text) from None
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
+            raise

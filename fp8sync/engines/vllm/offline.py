@@ -1,0 +1,77 @@
+"""`vllm.LLM`: synchronous, in this process or with its usual engine process."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from fp8sync.engines.vllm.handle import Handle, check_backend, in_thread, settled
+from fp8sync.errors import Fp8SyncError
+
+if TYPE_CHECKING:
+    from fp8sync.engines.vllm.handle import InFlight
+
+__all__ = ["LLMHandle"]
+
+
+class LLMHandle(Handle):
+    """A `vllm.LLM`. It generates only inside its own calls, so nothing has to be paused.
+
+    Args:
+        llm: made with `weight_transfer_config={"backend": "fp8sync"}`.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        config = llm.llm_engine.vllm_config
+        check_backend(config)
+        parallel = config.parallel_config
+        super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
+        self._llm = llm
+
+    def initialize(self, info: dict[str, Any]) -> None:
+        self._call("init_weight_transfer_engine", {"init_info": info})
+
+    def start(self) -> None:
+        self._call("start_weight_update")
+
+    def update(self, version: int) -> None:
+        self._call("update_weights", {"update_info": {"version": version}})
+
+    def finish(self) -> None:
+        self._call("finish_weight_update")
+
+    def pause(self, in_flight: InFlight) -> None:
+        """Treat requests that were added but not stepped to their end.
+
+        Raises:
+            Fp8SyncError: `wait`: only the caller can step them.
+        """
+        engine = self._llm.llm_engine
+        count = engine.get_num_unfinished_requests()
+        if count and in_flight == "wait":
+            raise Fp8SyncError(
+                f"{count} requests are in flight in an LLM that nobody steps now: step them to "
+                "their end before the refit, or choose in_flight='keep' or 'abort'"
+            )
+        if count and in_flight == "abort":
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def resume(self) -> None:
+        pass
+
+    def reset_caches(self, in_flight: InFlight) -> None:
+        self._call("reset_prefix_cache", in_flight == "keep")
+
+    def label(self, version: str) -> bool:
+        known = hasattr(self._llm, "update_weight_version")
+        if known:
+            self._call("update_weight_version", version)
+        return known
+
+    def _call(self, method: str, *args: Any) -> None:
+        call = getattr(self._llm, method)
+        resources = getattr(self._llm.llm_engine.engine_core, "resources", None)
+        if resources is None:  # the engine lives in this process
+            call(*args)
+            return
+        answer = in_thread(lambda: call(*args))
+        settled(answer, method, self.timeout_s, lambda: resources.engine_dead)

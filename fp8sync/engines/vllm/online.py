@@ -1,0 +1,97 @@
+"""`AsyncLLM`: it generates in an event loop while its workers receive."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.handle import Handle, check_backend, settled
+from fp8sync.errors import Fp8SyncError
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Iterator
+
+    from fp8sync.engines.vllm.handle import InFlight
+
+__all__ = ["AsyncHandle"]
+
+
+class AsyncHandle(Handle):
+    """A `vllm.v1.engine.async_llm.AsyncLLM`, driven from a thread other than its event loop's.
+
+    Args:
+        engine: made with `weight_transfer_config={"backend": "fp8sync"}`.
+        loop: the event loop that it runs in; found by itself once the engine has one.
+
+    Raises:
+        Fp8SyncError: the engine runs in no event loop yet.
+
+    Example:
+        >>> await asyncio.to_thread(fp8sync.refit, model, engine)  # doctest: +SKIP
+    """
+
+    def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        config = engine.vllm_config
+        check_backend(config)
+        super().__init__(engine, config.parallel_config.world_size_across_dp)
+        self._engine = engine
+        handler = engine.output_handler
+        if loop is None and handler is None:
+            raise Fp8SyncError(
+                "this AsyncLLM runs in no event loop yet: make it inside its loop, or pass "
+                "fp8sync.engines.vllm.AsyncHandle(engine, loop)"
+            )
+        self._loop = loop or handler.get_loop()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """As for every engine, and never from the event loop, which would wait for itself."""
+        if _runs_here(self._loop):
+            raise Fp8SyncError(
+                "called from the engine's own event loop: "
+                "use `await asyncio.to_thread(fp8sync.refit, model, engine)`"
+            )
+        with super().exclusive():
+            yield
+
+    def initialize(self, info: dict[str, Any]) -> None:
+        request = compat.init_request(info)
+        self._call("init_weight_transfer_engine", request)
+
+    def start(self) -> None:
+        self._call("start_weight_update")
+
+    def update(self, version: int) -> None:
+        self._call("update_weights", compat.update_request({"version": version}))
+
+    def finish(self) -> None:
+        self._call("finish_weight_update")
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._call("pause_generation", mode=in_flight)
+
+    def resume(self) -> None:
+        self._call("resume_generation")
+
+    def reset_caches(self, in_flight: InFlight) -> None:
+        self._call("reset_prefix_cache", in_flight == "keep")
+
+    def label(self, version: str) -> bool:
+        known = hasattr(self._engine, "update_weight_version")
+        if known:
+            self._call("update_weight_version", version)
+        return known
+
+    def _call(self, method: str, *args: Any, **options: Any) -> None:
+        call: Coroutine[Any, Any, Any] = getattr(self._engine, method)(*args, **options)
+        answer = asyncio.run_coroutine_threadsafe(call, self._loop)
+        settled(answer, method, self.timeout_s, lambda: self._engine.errored)
+
+
+def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
+    try:
+        return asyncio.get_running_loop() is loop
+    except RuntimeError:
+        return False

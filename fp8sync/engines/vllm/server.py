@@ -1,0 +1,149 @@
+"""`vllm serve`, over the HTTP routes that it has with VLLM_SERVER_DEV_MODE=1."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import time
+from contextlib import closing
+from http import HTTPStatus
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode, urlsplit
+
+from fp8sync.engines.vllm.handle import Handle, in_thread, settled
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from fp8sync.engines.vllm.handle import InFlight
+
+__all__ = ["Server"]
+
+_ASK_S = 30.0
+_HEALTH_S = 2.0
+"""How often a server that has not answered yet is asked whether it lives."""
+
+
+class Server(Handle):
+    """A server started with `--weight-transfer-config '{"backend": "fp8sync"}'`.
+
+    Whoever reaches these routes can change the weights: keep them on loopback or behind a proxy.
+
+    Args:
+        url: `http://host:port`, or https.
+        headers: sent with every call, for a proxy in front of the server.
+
+    Raises:
+        EngineLost: nobody answers there.
+        UnsupportedLayout: the server has no weight-transfer routes.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or parts.hostname is None:
+            raise ValueError(f"expected http://host:port, found {url!r}")
+        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._parts, self._headers = parts, dict(headers or {})
+        self.timeout_s = _ASK_S
+        self._seen = 0.0
+        status, body = self._ask("GET", "/get_world_size")
+        if status == HTTPStatus.NOT_FOUND:
+            raise UnsupportedLayout(
+                f"{self.url} has no weight-transfer routes: start it with VLLM_SERVER_DEV_MODE=1"
+            )
+        super().__init__(self.url, int(self._good("/get_world_size", status, body)["world_size"]))
+
+    def check_host(self, host: str) -> None:
+        """A server elsewhere cannot reach a rendezvous on this host's loopback."""
+        if _is_loopback(host) and not _is_loopback(self._parts.hostname or ""):
+            raise UnsupportedLayout(
+                f"the rendezvous binds {host}, which {self.url} cannot reach: "
+                "pass connect(host=...) with an address of this host"
+            )
+
+    def initialize(self, info: dict[str, Any]) -> None:
+        self._post("/init_weight_transfer_engine", {"init_info": info})
+
+    def start(self) -> None:
+        self._post("/start_weight_update")
+
+    def update(self, version: int) -> None:
+        self._post("/update_weights", {"update_info": {"version": version}})
+
+    def finish(self) -> None:
+        self._post("/finish_weight_update")
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._post("/pause", mode=in_flight)
+
+    def resume(self) -> None:
+        self._post("/resume")
+
+    def reset_caches(self, in_flight: InFlight) -> None:
+        recompute = str(in_flight == "keep").lower()
+        self._post("/reset_prefix_cache", reset_running_requests=recompute)
+
+    def label(self, version: str) -> bool:
+        path = "/update_weight_version"
+        status, body = self._ask("POST", path, {"new_version": version})
+        if status == HTTPStatus.NOT_FOUND:
+            return False
+        self._good(path, status, body)
+        return True
+
+    def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> None:
+        target = f"{path}?{urlencode(query)}" if query else path
+        answer = in_thread(lambda: self._ask("POST", target, body))
+        # A server whose engine has died may leave a call unanswered for ever.
+        self._good(path, *settled(answer, path, self.timeout_s, self._is_dead))
+
+    def _is_dead(self) -> bool:
+        if time.monotonic() - self._seen < _HEALTH_S:
+            return False
+        try:
+            status, _ = self._ask("GET", "/health", timeout_s=_HEALTH_S)
+        except TransferTimeout:
+            return False  # busy
+        except EngineLost:
+            return True
+        self._seen = time.monotonic()
+        return status != HTTPStatus.OK
+
+    def _good(self, path: str, status: int, body: bytes) -> dict[str, Any]:
+        if status == HTTPStatus.OK:
+            return json.loads(body) if body else {}
+        self._seen = 0.0
+        if self._is_dead():
+            raise EngineLost(f"the engine of {self.url} died during {path}")
+        text = body.decode(errors="replace").strip()[:500]
+        raise Fp8SyncError(f"{self.url}{path} answered {status}: {text}")
+
+    def _ask(
+        self, method: str, target: str, body: Any = None, timeout_s: float | None = None
+    ) -> tuple[int, bytes]:
+        parts, limit_s = self._parts, timeout_s or self.timeout_s
+        secure = parts.scheme == "https"
+        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
+        headers = {"Content-Type": "application/json", **self._headers}
+        data = None if body is None else json.dumps(body).encode()
+        with closing(connect(parts.hostname or "", parts.port, timeout=limit_s)) as connection:
+            try:
+                connection.request(method, parts.path.rstrip("/") + target, data, headers)
+                answer = connection.getresponse()
+                return answer.status, answer.read()
+            except TimeoutError as error:
+                text = f"{self.url} did not answer {target} within {limit_s:g} s"
+                raise TransferTimeout(text) from error
+            except (OSError, http.client.HTTPException) as error:
+                raise EngineLost(f"{self.url} is gone during {target}: {error}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

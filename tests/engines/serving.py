@@ -1,0 +1,111 @@
+"""Engines that generate while they are refitted: greedy streams through a refit, and a judge of them."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import TYPE_CHECKING, Any
+
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    import torch
+
+    import fp8sync
+
+PROMPTS = [[(i * step + 11) % 256 for i in range(24)] for step in (37, 53, 71, 89)]
+TOKENS = 160
+Sample = tuple[list[int], str]
+"""Tokens and finish reason of one stream."""
+
+
+def models() -> list[torch.nn.Module]:
+    """Two models that write long enough for a refit to find them at it."""
+    return [world.tiny_model("dense", seed, max_position_embeddings=512) for seed in (1, 2)]
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """An engine on dummy weights with room for the streams."""
+    return world.settings(folder, load_format="dummy") | {"max_model_len": 512}
+
+
+class LoopThread:
+    """An event loop in a thread of its own, as a rollout server has one."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, coroutine: Any, timeout_s: float = 240.0) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(10)
+
+
+async def refit_under_load(
+    stream: Callable[[list[int], int], Any], refit: Callable[[], fp8sync.RefitReport]
+) -> tuple[list[list[Sample]], fp8sync.RefitReport]:
+    """Keep one stream per prompt running, one after the other, until a refit has ended.
+
+    Args:
+        stream: (prompt, tokens) -> (all tokens, finish reason).
+        refit: blocks.
+
+    Returns:
+        What each prompt's streams became, and the refit's report.
+    """
+    ended = asyncio.Event()
+    found: list[list[Sample]] = [[] for _ in PROMPTS]
+
+    async def busy(prompt: list[int], samples: list[Sample]) -> None:
+        while not ended.is_set():
+            samples.append(await stream(prompt, TOKENS))
+
+    tasks = [asyncio.ensure_future(busy(*item)) for item in zip(PROMPTS, found, strict=True)]
+    try:
+        await asyncio.sleep(0.1)
+        report = await asyncio.to_thread(refit)
+    finally:
+        ended.set()
+        await asyncio.wait_for(asyncio.gather(*tasks), 120)
+    return found, report
+
+
+def judge(
+    mode: str,
+    found: list[list[Sample]],
+    old: list[list[int]],
+    new: list[list[int]],
+    new_after: Callable[[list[int], int], list[int]],
+) -> None:
+    """No stream is lost, and none holds what neither version would have said.
+
+    Args:
+        mode: what was asked for.
+        found: of `refit_under_load`.
+        old: the old version's own streams.
+        new: the new version's own streams.
+        new_after: (prompt and tokens so far, tokens) -> the new version's continuation.
+    """
+    mixed = aborted = 0
+    for prompt, samples, before, after in zip(PROMPTS, found, old, new, strict=True):
+        for tokens, reason in samples:
+            if reason == "abort":
+                aborted += 1
+                assert tokens == before[: len(tokens)]
+                assert len(tokens) < TOKENS
+                continue
+            assert reason == "length"
+            if tokens not in (before, after):
+                mixed += 1
+                same = next(i for i in range(TOKENS) if tokens[i] != before[i])
+                # Recomputed, not continued on old keys and values: as the new version says it afresh.
+                assert tokens[same:] == new_after([*prompt, *tokens[:same]], TOKENS - same)
+    # With all prompts busy, the refit found requests in flight.
+    assert (mixed > 0, aborted > 0) == (mode == "keep", mode == "abort")

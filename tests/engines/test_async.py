@@ -1,0 +1,173 @@
+"""An AsyncLLM that generates through a refit, in each mode for requests in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from tests.engines import serving, world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+_ids = itertools.count()
+
+
+class Engine:
+    """An AsyncLLM in a loop thread."""
+
+    def __init__(self, folder: Path) -> None:
+        self.loop = serving.LoopThread()
+        self.llm = self.loop.run(self._start(folder))
+
+    async def _start(self, folder: Path) -> Any:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        settings = serving.settings(folder)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
+
+    async def stream(self, prompt: list[int], tokens: int) -> serving.Sample:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        async for output in self.llm.generate(
+            {"prompt_token_ids": prompt}, params, f"r{next(_ids)}"
+        ):
+            (last,) = output.outputs
+        return list(last.token_ids), last.finish_reason
+
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        return self.loop.run(self.stream(prompt, tokens))[0]
+
+    def logprobs(self) -> torch.Tensor:
+        return self.loop.run(self._logprobs())
+
+    async def _logprobs(self) -> torch.Tensor:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, prompt_logprobs=256, detokenize=False)
+        prompt = {"prompt_token_ids": world.PROMPT}
+        async for output in self.llm.generate(prompt, params, f"r{next(_ids)}"):
+            last = output
+        return world.rows_of(last.prompt_logprobs)
+
+    def close(self) -> None:
+        self.llm.shutdown()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def models() -> list[torch.nn.Module]:
+    return serving.models()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    engine = Engine(world.write_config(models[0], tmp_path_factory.mktemp("engine")))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def fresh(
+    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> list[torch.Tensor]:
+    """Log-probabilities of fresh engines of both models."""
+    found = []
+    for model in models:
+        llm = world.start_engine(
+            world.write_checkpoint(model, tmp_path_factory.mktemp("fresh"), "pow2")
+        )
+        found.append(world.logprobs(llm))
+        del llm
+        world.forget_engines()
+    return found
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
+def test_requests_in_flight(
+    engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor], mode: str
+) -> None:
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    assert (engine.logprobs() - fresh[0]).abs().max().item() == 0.0
+    old = [engine.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    fp8sync.refit(models[1], engine.llm, recipe)  # both links exist; the next one reconnects
+    fp8sync.refit(models[0], engine.llm, recipe)
+    found, report = engine.loop.run(
+        serving.refit_under_load(
+            engine.stream, lambda: fp8sync.refit(models[1], engine.llm, recipe, in_flight=mode)
+        )
+    )
+    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+    # Through the prefix cache, too: nothing of the old version is left in it.
+    new = [engine.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    serving.judge(mode, found, old, new, engine.greedy)
+    engine.loop.run(engine.llm.reset_prefix_cache())
+    assert new == [engine.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    label = getattr(engine.llm, "get_weight_version", None)
+    assert report.weight_version == (engine.loop.run(label()) if label else None)
+
+
+def test_called_in_its_own_loop(engine: Engine, models: list[torch.nn.Module]) -> None:
+    """It would wait for itself for ever; refused instead."""
+
+    async def call() -> None:
+        fp8sync.connect(models[0], engine.llm, world.recipe("blockwise"))
+
+    with pytest.raises(fp8sync.Fp8SyncError, match=r"asyncio\.to_thread"):
+        engine.loop.run(call())
+
+
+def test_unknown_mode(engine: Engine, models: list[torch.nn.Module]) -> None:
+    with pytest.raises(ValueError, match="known: wait, keep, abort"):
+        fp8sync.refit(models[0], engine.llm, world.recipe("blockwise"), in_flight="drop")
+
+
+def test_requests_that_do_not_end(
+    engine: Engine,
+    models: list[torch.nn.Module],
+    fresh: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`wait` gives up in time: the old weights serve on, the requests too, and the link stays."""
+    link = fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2"))
+    link.refit()
+    with torch.no_grad():
+        kept = models[0].lm_head.weight.clone()
+        models[0].lm_head.weight.mul_(1.5)
+    handle = link._engine
+    patient_s, pause = handle.timeout_s, handle.pause
+
+    def pause_impatiently(mode: str) -> None:
+        handle.timeout_s = 1e-3
+        try:
+            pause(mode)
+        finally:
+            handle.timeout_s = patient_s
+
+    async def run() -> Any:
+        monkeypatch.setattr(handle, "pause", pause_impatiently)
+        with pytest.raises(fp8sync.TransferTimeout, match="pause_generation"):
+            await serving.refit_under_load(engine.stream, link.refit)
+        monkeypatch.undo()
+        return await asyncio.wait_for(engine.stream(serving.PROMPTS[0], 8), 60)
+
+    tokens, reason = engine.loop.run(run())
+    assert (len(tokens), reason) == (8, "length")
+    assert (engine.logprobs() - fresh[0]).abs().max().item() == 0.0
+    assert link.refit().version == 2
+    with torch.no_grad():
+        models[0].lm_head.weight.copy_(kept)
+    link.close()

@@ -1,0 +1,208 @@
+"""A real vLLM server, refitted over HTTP while it streams; and one whose engine is killed."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing, suppress
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from fp8sync.engines.vllm import Server
+from tests.engines import serving, world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+class Served:
+    """vLLM's own server in a process of its own, on a free port of the loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        options = serving.settings(folder) | {
+            "host": "127.0.0.1",
+            "port": self.port,
+            "served_model_name": "tiny",
+        }
+        options.pop("disable_log_stats")
+        # The entry point of `vllm serve`, which wheels for the processor cannot start by that name.
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+        for name, value in options.items():
+            flag = "--" + name.replace("_", "-")
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [flag] if value is True else [flag, text]
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        self._wait()
+
+    def _wait(self) -> None:
+        ends = time.monotonic() + 150
+        while time.monotonic() < ends:
+            assert self.process.poll() is None, "the server ended while it started"
+            with suppress(OSError):
+                connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+                with closing(connection):
+                    connection.request("GET", "/health")
+                    if connection.getresponse().status == 200:
+                        return
+            time.sleep(0.5)
+        raise TimeoutError("the server did not start")
+
+    def complete(self, note: Callable[[dict[str, Any]], None], **request: Any) -> None:
+        """One completion; `note` sees every chunk."""
+        body = {"model": "tiny", "temperature": 0.0, "return_token_ids": True, **request}
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        with closing(connection):
+            headers = {"Content-Type": "application/json"}
+            connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            answer = connection.getresponse()
+            assert answer.status == 200, answer.read()
+            if not body.get("stream"):
+                note(json.loads(answer.read())["choices"][0])
+                return
+            for line in answer:
+                data = line.decode().strip().removeprefix("data: ")
+                if data and data != "[DONE]":
+                    note(json.loads(data)["choices"][0])
+
+    async def stream(self, prompt: list[int], tokens: int) -> serving.Sample:
+        found: list[int] = []
+        reasons: list[str] = []
+
+        def note(choice: dict[str, Any]) -> None:
+            found.extend(choice["token_ids"] or [])
+            if choice["finish_reason"]:
+                reasons.append(choice["finish_reason"])
+
+        await asyncio.to_thread(
+            self.complete, note, prompt=prompt, max_tokens=tokens, ignore_eos=True, stream=True
+        )
+        return found, reasons[-1]
+
+    def greedy(self, prompt: list[int], tokens: int) -> list[int]:
+        found: list[int] = []
+        self.complete(
+            lambda choice: found.extend(choice["token_ids"]),
+            prompt=prompt,
+            max_tokens=tokens,
+            ignore_eos=True,
+        )
+        return found
+
+    def logprobs(self) -> torch.Tensor:
+        rows: list[torch.Tensor] = []
+
+        def note(choice: dict[str, Any]) -> None:
+            for row in choice["prompt_logprobs"][1:]:
+                values = [row[str(token)]["logprob"] for token in range(256)]
+                rows.append(torch.tensor(values, dtype=torch.float64))
+
+        self.complete(note, prompt=world.PROMPT, max_tokens=1, prompt_logprobs=256)
+        return torch.stack(rows)
+
+    def kill_engine(self) -> None:
+        """End the engine's process, which vLLM starts as a child of the server's."""
+        children = subprocess.check_output(
+            ["ps", "-o", "pid=,args=", "--ppid", str(self.process.pid)]
+        )
+        engines = [
+            line.split()[0] for line in children.decode().splitlines() if "EngineCore" in line
+        ]
+        os.kill(int(engines[0]), signal.SIGKILL)
+
+    def close(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGTERM)
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait(20)
+
+
+@pytest.fixture(scope="module")
+def models() -> list[torch.nn.Module]:
+    return serving.models()
+
+
+@pytest.fixture(scope="module")
+def fresh(models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    """Log-probabilities of a fresh engine of the second model."""
+    folder = world.write_checkpoint(models[1], tmp_path_factory.mktemp("fresh"), "pow2")
+    llm = world.start_engine(folder)
+    found = world.logprobs(llm)
+    del llm
+    world.forget_engines()
+    return found
+
+
+@pytest.fixture(scope="module")
+def served(
+    fresh: torch.Tensor, models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
+    served = Served(world.write_config(models[0], tmp_path_factory.mktemp("served")))
+    yield served
+    served.close()
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
+def test_requests_in_flight(
+    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor, mode: str
+) -> None:
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], served.url, recipe)
+    old = [served.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    link = fp8sync.connect(models[1], served.url, recipe)
+    found, report = asyncio.run(
+        serving.refit_under_load(served.stream, lambda: link.refit(in_flight=mode))
+    )
+    # The API rounds nothing: JSON holds the very doubles that vLLM computed.
+    assert (served.logprobs() - fresh).abs().max().item() == 0.0
+    new = [served.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    serving.judge(mode, found, old, new, served.greedy)
+    Server(served.url).reset_caches("wait")
+    assert new == [served.greedy(prompt, serving.TOKENS) for prompt in serving.PROMPTS]
+    assert report.weight_version in {None, "1"}
+    link.close()
+
+
+def test_server_elsewhere_needs_an_address(served: Served) -> None:
+    server = Server(served.url)
+    server.check_host("127.0.0.1")
+    server._parts = server._parts._replace(netloc="203.0.113.7:8000")
+    with pytest.raises(fp8sync.UnsupportedLayout, match=r"pass connect\(host="):
+        server.check_host("127.0.0.1")
+
+
+def test_nobody_there() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with pytest.raises(fp8sync.EngineLost, match="is gone during /get_world_size"):
+        Server(f"http://127.0.0.1:{port}")
+
+
+def test_engine_killed_behind_its_server(served: Served, models: list[torch.nn.Module]) -> None:
+    """Last of this file: the server does not live on."""
+    link = fp8sync.connect(models[0], served.url, world.recipe("blockwise-pow2"), timeout_s=20.0)
+    link.refit()
+    served.kill_engine()
+    began = time.monotonic()
+    with pytest.raises(fp8sync.EngineLost, match=r"died during|is gone"):
+        link.refit()
+    assert time.monotonic() - began < 20.0
+    link.close()
