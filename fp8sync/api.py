@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8sync.link import FollowerLink, Link, connect
 from fp8sync.recipe import Recipe
+from fp8sync.sources import as_source
 
 if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
@@ -23,6 +24,7 @@ def refit(
     recipe: str | Recipe = "blockwise",
     *,
     in_flight: InFlight = "wait",
+    bridge: Any = None,
 ) -> RefitReport:
     """Put a model's weights, as they are now, into a live engine.
 
@@ -35,6 +37,8 @@ def refit(
             `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`.
         recipe: `blockwise`, `blockwise-pow2`, `blockwise-fp32`, `bf16`, or a `fp8sync.Recipe`.
         in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
+        bridge: for a Megatron-Core model, whose list of chunks is the `model`: its
+            `megatron.bridge.AutoBridge`.
 
     Returns:
         What was done: version, bytes, seconds per stage, route and error per tensor.
@@ -54,7 +58,8 @@ def refit(
         known = None
     if known is None:
         # The key's objects are kept with the link, so that an id is not used again meanwhile.
-        known = connect(model, engine, wanted), model, engine
+        source = model if bridge is None else as_source(model, bridge)
+        known = connect(source, engine, wanted), model, engine
         _links[key] = known
     return known[0].refit(in_flight)
 

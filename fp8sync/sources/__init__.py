@@ -36,25 +36,31 @@ class Source(Protocol):
         """Return the live storages that the boxes point into, as they are now."""
 
 
-def as_source(model: Any) -> Source:
+def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
     """Return `model` itself if it is a `Source`, or a source for it.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
-            DTensor), the path of a Hugging Face directory, or a `Source`.
+            DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
+            Megatron-Core model: the list of its chunks on this rank.
+        bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model.
+        masters: its optimizer, if the FP32 masters are to be read; see `MegatronSource`.
 
     Raises:
         UnsupportedLayout: nothing here can list the boxes of such an object.
     """
+    if bridge is not None:
+        from fp8sync.sources.megatron import MegatronSource
+
+        return MegatronSource(model if isinstance(model, list) else [model], bridge, masters)
     if isinstance(model, (str, Path)):
         return CheckpointSource(model)
     if isinstance(model, torch.nn.Module):
         return _source_of(model, rank_and_size()[0])
     if callable(getattr(model, "manifest", None)) and callable(getattr(model, "storages", None)):
         return model
-    raise UnsupportedLayout(
-        f"cannot read weights from {type(model).__name__}: expected a torch.nn.Module, a directory or a Source"
-    )
+    wanted = "a torch.nn.Module, a directory, a Source, or with bridge=... Megatron-Core chunks"
+    raise UnsupportedLayout(f"cannot read weights from {type(model).__name__}: expected {wanted}")
 
 
 def _source_of(module: torch.nn.Module, rank: int) -> Source:

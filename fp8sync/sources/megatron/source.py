@@ -44,6 +44,7 @@ class MegatronSource:
         from megatron.bridge.models.conversion.utils import unwrap_model
 
         self._chunks = list(model_chunks)
+        self._bridge = bridge
         self._masters = None if masters is None else Masters(masters)
         self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
         self._complete = not self._overlapping
@@ -51,6 +52,11 @@ class MegatronSource:
         found, faults = local_parameters(unwrap_model(self._chunks), bridge)
         self._parameters, self._faults = found, faults
         self._forms: dict[str, _Form] = {}
+
+    @property
+    def config(self) -> Any:
+        """The Hugging Face config that the bridge was made from."""
+        return getattr(self._bridge.hf_pretrained, "config", self._bridge.hf_pretrained)
 
     def manifest(self) -> Manifest:
         """Return this rank's boxes; nothing is gathered, nothing is allocated.

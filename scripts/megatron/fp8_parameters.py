@@ -1,0 +1,189 @@
+"""Train a Megatron model with FP8 parameters, refit a live vLLM after each step, compare with a fresh one.
+
+    python -m scripts.megatron.fp8_parameters [--kinds dense,moe] [--steps 3]
+
+Needs two Hopper GPUs, Transformer Engine, Megatron-Bridge and vLLM. The trainer runs on GPU 1: blockwise
+FP8 parameters, AdamW in the distributed optimizer with FP32 masters. The engine runs on GPU 0, on dummy
+weights. After each step: `fp8sync.refit`, log-probabilities; `export_checkpoint` of the same step, and the
+log-probabilities of a vLLM that loads it in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fp8sync
+from fp8sync.export import export_checkpoint
+from fp8sync.recipe import Encoding
+from fp8sync.sources.megatron import MegatronSource
+from fp8sync_kernels import quantize_blockwise
+from tests.engines import world
+
+LENGTH, BATCH = 128, 4
+
+
+def main() -> None:
+    """Run all kinds; exit 1 if a difference is not 0.0."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kinds", default="dense,moe")
+    parser.add_argument("--steps", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        refitted: dict[Path, torch.Tensor] = {}
+        for kind in options.kinds.split(","):
+            refitted |= run(kind, options.steps, Path(folder) / kind)
+        bad = compare(refitted)
+    sys.exit(1 if bad else 0)
+
+
+def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
+    """Train, refit and export; log-probabilities of the live engine by exported directory."""
+    hf = world.tiny_model(kind, 1, intermediate_size=512, **wider(kind))
+    hf.save_pretrained(folder / "hf")
+    llm = world.start_engine(
+        world.write_config(hf, folder / "engine"), load_format="dummy", multiprocess=True
+    )
+    torch.cuda.set_device(1)
+    bridge, chunks, optimizer = build(folder / "hf")
+    source = MegatronSource(chunks, bridge)
+    held = source.manifest().tensors.values()
+    pairs = sum(info.encoding is Encoding.BLOCKWISE for info in held)
+    print(f"{kind}: {len(held)} tensors, {pairs} of them FP8 pairs of Transformer Engine")
+    link = fp8sync.connect(source, llm)
+    print(f"{kind}: {link.transport}")
+    found = {}
+    for step in range(1, steps + 1):
+        loss = train(chunks, optimizer, seed=step)
+        began = time.perf_counter()
+        report = link.refit()
+        seconds = time.perf_counter() - began
+        made = export_checkpoint(
+            source, folder / f"step{step}", "blockwise", config=folder / "hf", progress=False
+        )
+        found[made.folder] = world.logprobs(llm)
+        moved = max_difference(found[made.folder], found.get(folder / f"step{step - 1}"))
+        print(
+            f"{kind} step {step}: loss {loss:.3f}, refit {seconds:.3f} s, {report.bytes_sent} bytes; "
+            f"exported {made.tensors} tensors, {made.quantized} FP8; moved by {moved:.3f}; "
+            f"{of_masters(chunks)}",
+            flush=True,
+        )
+    link.close()
+    masters = fp8sync.connect(
+        MegatronSource(chunks, bridge, masters=optimizer), llm, "blockwise-pow2"
+    )
+    masters.refit()
+    again = max_difference(world.logprobs(llm), found[folder / f"step{steps}"])
+    print(f"{kind}: refitted from the FP32 masters instead: max |difference| {again}")
+    masters.close()
+    world.stop_engine(llm)
+    return found
+
+
+def wider(kind: str) -> dict[str, int]:
+    """What Transformer Engine's grouped matrix products need beyond vLLM's wants."""
+    return {"moe_intermediate_size": 256} if kind == "moe" else {}
+
+
+def build(checkpoint: Path) -> tuple[Any, list, Any]:
+    """The bridge, the chunks in DDP with FP8 parameters, and the distributed optimizer."""
+    from megatron.bridge import AutoBridge
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+    if not dist.is_initialized():
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
+        dist.init_process_group("nccl", rank=0, world_size=1, store=store)
+        parallel_state.initialize_model_parallel()
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    bridge = AutoBridge.from_hf_pretrained(str(checkpoint))
+    provider = bridge.to_megatron_provider(load_weights=True)
+    settings = {
+        "fp8": "e4m3",
+        "fp8_recipe": "blockwise",
+        "fp8_param": True,
+        "bf16": True,
+        "params_dtype": torch.bfloat16,
+        "pipeline_dtype": torch.bfloat16,
+        "gradient_accumulation_fusion": False,
+        "moe_router_padding_for_quantization": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }
+    for name, value in settings.items():
+        setattr(provider, name, value)
+    provider.finalize()
+    divided = {"use_distributed_optimizer": True}
+    ddp = DistributedDataParallelConfig(fp8_param_gather=True, grad_reduce_in_fp32=True, **divided)
+    chunks = provider.provide_distributed_model(ddp_config=ddp, wrap_with_ddp=True, bf16=True)
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-3, bf16=True, fp8_recipe="blockwise", **divided
+    )
+    return bridge, chunks, get_megatron_optimizer(config, chunks)
+
+
+def train(chunks: list, optimizer: Any, seed: int) -> float:
+    """One step on random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(256, (BATCH, LENGTH + 1), generator=generator).cuda()
+    positions = torch.arange(LENGTH, device="cuda").expand(BATCH, LENGTH)
+    (chunk,) = chunks
+    chunk.train()
+    chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
+    loss.mean().backward()
+    chunk.finish_grad_sync()
+    updated, norm, _ = optimizer.step()
+    assert updated, f"no step was made, gradient norm {norm}"
+    return loss.mean().item()
+
+
+def of_masters(chunks: list) -> str:
+    """How many of the FP8 parameters are their FP32 masters, quantized by `pow2`, to the byte."""
+    same = count = 0
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            master = getattr(parameter, "main_param", None)
+            if master is None or not hasattr(parameter, "get_metadata"):
+                continue
+            count += 1
+            codes = parameter.get_metadata()["rowwise_data"]
+            expected = quantize_blockwise(master.detach().view(parameter.shape), "pow2").weight
+            same += torch.equal(expected.view(torch.uint8), codes)
+    return f"{same} of {count} FP8 parameters are their masters by pow2"
+
+
+def compare(refitted: dict[Path, torch.Tensor]) -> int:
+    """Start a fresh vLLM on every directory, all at once; print and count the differences."""
+    command = [sys.executable, "-m", "scripts.megatron.fresh"]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
+    running = [subprocess.Popen([*command, str(folder)], env=env) for folder in refitted]
+    bad = 0
+    for process, (folder, live) in zip(running, refitted.items(), strict=True):
+        ended = process.wait(150)
+        fresh = torch.load(folder / "logprobs.pt", weights_only=True) if ended == 0 else None
+        difference = max_difference(fresh, live)
+        bad += difference != 0.0
+        name = f"{folder.parent.name} {folder.name}"
+        print(f"{name}: refitted against a fresh vLLM on its export: max |difference| {difference}")
+    return bad
+
+
+def max_difference(a: torch.Tensor | None, b: torch.Tensor | None) -> float:
+    """Largest difference; NaN if there is nothing to compare."""
+    return float("nan") if a is None or b is None else (a - b).abs().max().item()
+
+
+if __name__ == "__main__":
+    main()
