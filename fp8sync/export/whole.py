@@ -89,7 +89,7 @@ class WholeTensors:
     """
 
     def __init__(self, source: Source, band_bytes: int) -> None:
-        self._source, self._band_bytes = LiveSource(source), band_bytes
+        self._source, self._band_bytes = LiveSource(lambda: source), band_bytes
         self._rank = rank_and_size()[0]
         self._source.prepare()
         told = agree(lambda: self._source.manifest().to_json())
