@@ -65,6 +65,9 @@ class Box:
 
     `start` and `shape` are in elements of the HF tensor. `scale_at` places the rectangle of
     `weight_scale_inv` that belongs to it (index = element index // 128), where the side keeps one.
+
+    `scale_origin` is given by a source whose blocks are not the HF tensor's (a shard that was quantized
+    by itself): where the rectangle's first element lies within the block of the scale at `scale_at`.
     """
 
     tensor: str
@@ -72,17 +75,21 @@ class Box:
     shape: tuple[int, ...]
     at: Placement
     scale_at: Placement | None = None
+    scale_origin: tuple[int, ...] = ()
 
     def to_json(self) -> list[Any]:
-        """Return `[tensor, [start], [shape], at, scale_at]`."""
+        """Return `[tensor, [start], [shape], at, scale_at]`; then `[scale_origin]`, if there is one."""
         scale = self.scale_at and self.scale_at.to_json()
-        return [self.tensor, list(self.start), list(self.shape), self.at.to_json(), scale]
+        data = [self.tensor, list(self.start), list(self.shape), self.at.to_json(), scale]
+        return [*data, list(self.scale_origin)] if self.scale_origin else data
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> Box:
         """Rebuild a box from `to_json`."""
         scale = Placement.from_json(data[4]) if data[4] else None
-        return cls(data[0], tuple(data[1]), tuple(data[2]), Placement.from_json(data[3]), scale)
+        origin = tuple(data[5]) if len(data) > 5 else ()
+        at = Placement.from_json(data[3])
+        return cls(data[0], tuple(data[1]), tuple(data[2]), at, scale, origin)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Placement
 from fp8sync.plan.boxes import Rect, overlap, touched_blocks
 from fp8sync.recipe import BLOCK, Encoding
@@ -68,6 +67,8 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax
     x = view(storages, copy.source_at, copy.shape)
     out = _elements(payload, part.offset, copy.shape, copy.dtype)
     if copy.encoding is Encoding.PLAIN:
+        if copy.source_scale_at is not None:
+            x = _held_values(copy, x, storages)
         out.copy_(x)
         bad = int((~torch.isfinite(out.float())).sum()) if out.is_floating_point() else 0
         return PartReport(copy.tensor, bad)
@@ -76,8 +77,6 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax
         out.copy_(x)
         scales.copy_(view(storages, copy.source_scale_at, copy.scale_shape))
         return PartReport(copy.tensor, int((~torch.isfinite(out.float())).sum()))
-    if x.dtype == torch.float8_e4m3fn:
-        raise UnsupportedLayout(f"{copy.tensor}: an FP8 pair that has to be quantized anew")
     if copy.formula is None:
         raise ValueError(f"{copy.tensor}: a blockwise copy without a formula")
     given = _whole_amax(copy, x, amax)
@@ -128,6 +127,16 @@ def _whole_amax(copy: Copy, x: torch.Tensor, amax: Amax) -> torch.Tensor:
         if common is not None:
             _cut(own, touched[0], common).copy_(_cut(joint, group.start, common))
     return own
+
+
+def _held_values(copy: Copy, codes: torch.Tensor, storages: Storages) -> torch.Tensor:
+    """The values of a pair in blocks of the source's own, in float32."""
+    if copy.source_scale_at is None:
+        raise ValueError(f"{copy.tensor}: codes without scales")
+    origin = copy.source_origin
+    grid = [-(-(o + n) // BLOCK) for o, n in zip(origin, copy.shape, strict=True)]
+    scales = view(storages, copy.source_scale_at, grid)
+    return _dequantized(codes, scales, origin, torch.float32)
 
 
 def _origin(start: Sequence[int]) -> tuple[int, int]:

@@ -71,7 +71,8 @@ def geometry(layout: Layout, model: ModelShape) -> Side:
         key = layout.alike(tensor, model)
         if key not in known:
             pieces = layout.pieces(tensor, model)
-            known[key] = _spread(pieces, intern), any(p.box.scale_at is None for p in pieces)
+            bare = any(p.box.scale_at is None or p.box.scale_origin for p in pieces)
+            known[key] = _spread(pieces, intern), bare
         spreads[tensor.name], bare = known[key]
         if bare and infos[tensor.name].encoding is Encoding.BLOCKWISE:
             unsliced.add(tensor.name)

@@ -6,7 +6,7 @@ etp × ep × edp within each pipeline stage. Replicas differ in cp and dp (or ed
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -212,11 +212,14 @@ class TrainerLayout:
 
     def _piece(self, tensor: TensorShape, run: _Run, ranks: tuple[int, ...]) -> Piece:
         dim, start, length, storage, local, at = run
-        # Transformer Engine's blocks begin at the local storage's first row: a scale can be sliced
-        # only from there in whole blocks.
-        scales = bool(self.pairs and tensor.linear and at % BLOCK == 0)
+        scales = bool(self.pairs and tensor.linear)
         span = dim, start, length
-        return piece_of_matrix(tensor, span, storage, local, at, ranks, scales=scales)
+        piece = piece_of_matrix(tensor, span, storage, local, at, ranks, scales=scales)
+        if scales and (at - start) % BLOCK:
+            # Transformer Engine's blocks begin at the local storage's first row.
+            origin = tuple(at % BLOCK if d == dim else 0 for d in range(len(tensor.shape)))
+            return replace(piece, box=replace(piece.box, scale_origin=origin))
+        return piece
 
 
 def _query_groups(tensor: TensorShape, model: ModelShape, tp: int, number: int) -> Iterator[_Run]:
@@ -260,4 +263,4 @@ def _within(piece: Piece, dim: int, start: int, length: int) -> Piece:
     box = piece.box
     first = tuple(start if d == dim else a for d, a in enumerate(box.start))
     shape = tuple(length if d == dim else n for d, n in enumerate(box.shape))
-    return Piece(type(box)(box.tensor, first, shape, box.at, box.scale_at), piece.ranks)
+    return replace(piece, box=replace(box, start=first, shape=shape))

@@ -131,8 +131,11 @@ def _strip(copy: Copy, first: int, rows: int) -> Copy:
         blocks = carried_blocks((start, shape), whole_grid=False)[0]
         moved = [b - a for a, b in zip(copy.scale_rect[0], blocks, strict=True)]
         scale_at = scale_at.at(moved)
+    source_origin = copy.source_origin
     if source_scale_at is not None:
-        source_scale_at = source_scale_at.at([i // BLOCK for i in index])
+        local = [i + o for i, o in zip(index, source_origin or (0,) * len(index), strict=True)]
+        source_scale_at = source_scale_at.at([i // BLOCK for i in local])
+        source_origin = tuple(i % BLOCK for i in local) if source_origin else ()
     return replace(
         copy,
         start=start,
@@ -141,6 +144,7 @@ def _strip(copy: Copy, first: int, rows: int) -> Copy:
         at=copy.at.at(index),
         scale_at=scale_at,
         source_scale_at=source_scale_at,
+        source_origin=source_origin,
     )
 
 

@@ -163,11 +163,15 @@ class Planner:
             )
             return []
         first = self._first[box.tensor]
-        pair = self._source.tensors[box.tensor].encoding is Encoding.BLOCKWISE and not info.misc
+        pair = self._source.tensors[box.tensor].encoding is Encoding.BLOCKWISE
         copies = []
         for part in filling.parts:
             i, j = sender(part.owners, first, rank)
             owner, source_rank = held.boxes[i][j], held.spread.ranks[i][j]
+            if pair and owner.scale_at is None:
+                faults.append(
+                    f"{box.tensor}: trainer rank {source_rank} holds codes without scales"
+                )
             copies.append(_copy(part.rect, source_rank, owner, rank, box, info, pair))
         if filling.cut and info.encoding is Encoding.BLOCKWISE:
             faults += self._cut_faults(box, rank, info, copies)
@@ -211,7 +215,8 @@ def _wanted(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[B
             yield box
         elif box.tensor not in seen:
             seen.add(box.tensor)
-            yield _misc_box(info, scales=box.scale_at is not None)
+            scales = box.scale_at is not None and info.encoding is Encoding.BLOCKWISE
+            yield _misc_box(info, scales=scales)
 
 
 def _misc_box(info: TensorInfo, *, scales: bool) -> Box:
@@ -230,10 +235,15 @@ def _copy(
     blockwise = info.encoding is Encoding.BLOCKWISE
     source_at, at, scale_at = owner.at, box.at, box.scale_at
     source_scale_at = owner.scale_at if pair else None
+    source_origin: tuple[int, ...] = ()
+    index = _difference(start, owner.start)
     if start != owner.start:
-        index = _difference(start, owner.start)
         source_at = source_at.at(index)
-        source_scale_at = source_scale_at and source_scale_at.at([i // BLOCK for i in index])
+    if source_scale_at is not None:
+        origin = owner.scale_origin or tuple(a % BLOCK for a in owner.start)
+        local = [i + o for i, o in zip(index, origin, strict=True)]
+        source_scale_at = source_scale_at.at([i // BLOCK for i in local])
+        source_origin = () if blockwise else tuple(i % BLOCK for i in local)
     if start != box.start:
         at = at.at(_difference(start, box.start))
         if scale_at is not None:
@@ -253,6 +263,7 @@ def _copy(
         at,
         scale_at,
         source_scale_at,
+        source_origin,
     )
 
 

@@ -28,7 +28,9 @@ class Copy:
     by the one copy that holds the block's first element: `scale_rect` says which blocks those are.
     A destination without scales dequantizes each copy by itself and is given all it touches.
 
-    With `source_scale_at` the source holds an FP8 pair, whose codes and scales are passed through.
+    With `source_scale_at` the source holds an FP8 pair. A blockwise copy passes its codes and scales
+    through. A plain one dequantizes them; `source_origin` is the position of its first element within
+    the source's own block there.
     """
 
     tensor: str
@@ -43,6 +45,7 @@ class Copy:
     at: Placement
     scale_at: Placement | None
     source_scale_at: Placement | None = None
+    source_origin: tuple[int, ...] = ()
 
     @property
     def rect(self) -> Rect:
@@ -77,7 +80,7 @@ class Copy:
     def to_json(self) -> list[Any]:
         """Return the copy as JSON-able data, the form that is digested.
 
-        `source_scale_at` is appended where there is one.
+        `source_scale_at` is appended where there is one, then `source_origin`.
         """
         data = [
             self.tensor,
@@ -92,7 +95,11 @@ class Copy:
             self.at.to_json(),
             self.scale_at and self.scale_at.to_json(),
         ]
-        return [*data, self.source_scale_at.to_json()] if self.source_scale_at else data
+        if self.source_scale_at is not None:
+            data.append(self.source_scale_at.to_json())
+        if self.source_origin:
+            data.append(list(self.source_origin))
+        return data
 
 
 def carried_blocks(rect: Rect, *, whole_grid: bool) -> Rect:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import RecipeMismatch, TensorMismatch
+from fp8sync.manifest import TensorInfo
 from fp8sync.plan.boxes import misaligned_dim, span
 from fp8sync.plan.spread import side_of
 from fp8sync.recipe import BLOCK, Encoding, Formula
@@ -16,7 +17,7 @@ from fp8sync.recipe import BLOCK, Encoding, Formula
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from fp8sync.manifest import Manifest, TensorInfo
+    from fp8sync.manifest import Manifest
     from fp8sync.plan.spread import Spread
 
 __all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
@@ -34,13 +35,13 @@ def agree_on_tensors(
     """Return the destination's tensors as they will be sent.
 
     A pair that is passed through keeps its own formula. A pair that the trainer's boxes cut inside a
-    block is given a `misc` reason: it has to be quantized anew.
+    block is given a `misc` reason: it travels dequantized, and the engine quantizes the whole anew.
 
     Args:
         source: the trainer's tensors.
         destination: the engine's.
         spreads: where the trainer keeps them.
-        unsliced: FP8 pairs of which the trainer has a box without scales.
+        unsliced: FP8 pairs of which the trainer's blocks are not the tensor's.
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
@@ -67,7 +68,8 @@ def agree_on_tensors(
     agreed = {}
     for name, info in destination.items():
         if name in cut:
-            agreed[name] = replace(info, misc=info.misc or cut[name])
+            reason = info.misc or cut[name]
+            agreed[name] = TensorInfo(name, info.shape, "float32", misc=reason)
         elif source[name].encoding is Encoding.BLOCKWISE:
             agreed[name] = replace(info, formula=source[name].formula)
         else:
@@ -95,7 +97,7 @@ def _format(info: TensorInfo) -> str:
 def cut_pairs(source: Manifest) -> dict[str, str]:
     """Return, by tensor, why an FP8 pair of the trainer cannot be passed through.
 
-    Either a box cuts one of its blocks, or a box has no scales that could be sliced.
+    Either a box cuts one of its blocks, or a box has blocks of its own.
     """
     side = side_of(source)
     return _cut_pairs(side.tensors, side.spreads, side.unsliced)

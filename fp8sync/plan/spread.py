@@ -76,7 +76,7 @@ class Interner:
 class Side:
     """One side as far as geometry goes: what a forecast needs.
 
-    `unsliced` names FP8 pairs with a box that has no scales of its own.
+    `unsliced` names FP8 pairs with a box whose blocks are not the HF tensor's.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -129,9 +129,11 @@ def side_of(manifest: Manifest) -> Side:
 
 
 def unsliced_pairs(manifest: Manifest) -> frozenset[str]:
-    """Return the FP8 pairs of which some box has no scales."""
+    """Return the FP8 pairs of which some box has no scales, or scales of other blocks."""
     pairs = {n for n, i in manifest.tensors.items() if i.encoding is Encoding.BLOCKWISE}
     if not pairs:
         return frozenset()
     boxes = (box for held in manifest.ranks.values() for box in held)
-    return frozenset(b.tensor for b in boxes if b.scale_at is None and b.tensor in pairs)
+    return frozenset(
+        b.tensor for b in boxes if b.tensor in pairs and (b.scale_at is None or b.scale_origin)
+    )

@@ -224,8 +224,7 @@ def _amax(source: Side, infos: Mapping[str, TensorInfo]) -> AmaxTraffic:
     count = Counter(
         (source.spreads[n], i.shape)
         for n, i in infos.items()
-        if i.encoding is Encoding.BLOCKWISE
-        and (i.misc or source.tensors[n].encoding is Encoding.PLAIN)
+        if i.encoding is Encoding.BLOCKWISE and source.tensors[n].encoding is Encoding.PLAIN
     )
     tensors = groups = blocks = 0
     for (spread, shape), number in count.items():

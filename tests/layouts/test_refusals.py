@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from fp8sync.errors import RecipeMismatch, UnsupportedLayout
 from fp8sync.layouts import (
@@ -17,6 +18,7 @@ from fp8sync.layouts import (
     manifest,
 )
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.payload import view
 from fp8sync.plan import build_plan, cut_pairs
 from fp8sync.plan.spread import side_of
 from fp8sync.plan.traffic import traffic
@@ -62,7 +64,7 @@ def test_without_an_exchange_cut_blocks_are_refused() -> None:
 
 @pytest.mark.parametrize("formula", list(Formula), ids=lambda f: f.value)
 def test_a_pair_that_is_cut_takes_the_misc_path(formula: Formula) -> None:
-    """Head size 64: one k head on a rank is half a block. The values are quantized anew, whole."""
+    """Head size 64: one k head on a rank is half a block. It is sent dequantized, whole."""
     model = dense(head_dim=64, heads=4, kv_heads=2)
     source = manifest(TrainerLayout(tp=2, pairs=formula), model)
     destination = manifest(EngineLayout(formula=formula), model)
@@ -75,25 +77,68 @@ def test_a_pair_that_is_cut_takes_the_misc_path(formula: Formula) -> None:
     for copy in plan.copies:
         if copy.tensor in names:
             assert copy.at.storage == f"misc/{copy.tensor}"
-            assert copy.source_scale_at is None
+            assert (copy.encoding, copy.dtype) == (Encoding.PLAIN, "float32")
         elif copy.encoding is Encoding.BLOCKWISE:
             assert copy.source_scale_at is not None
-    assert {g.tensor for g in plan.amax} == names
+    assert not plan.amax
     counted = traffic(side_of(source), side_of(destination))
     assert counted.misc == reasons
     assert counted.copies == len(plan.copies)
     assert counted.total_bytes == sum(c.weight_bytes + c.scale_bytes for c in plan.copies)
 
 
+@pytest.mark.parametrize("formula", list(Formula), ids=lambda f: f.value)
+def test_a_cut_pair_arrives_as_its_values(formula: Formula) -> None:
+    """Random codes and scales in each rank's own blocks: the fused rows of k and v share one."""
+    model = dense(head_dim=64, heads=4, kv_heads=2)
+    source = manifest(TrainerLayout(tp=2, pairs=formula), model)
+    destination = manifest(EngineLayout(formula=formula), model)
+    plan = build_plan(source, destination)
+    held = wire.storages(source, None)
+    generator = torch.Generator().manual_seed(1)
+    for rank in held.values():
+        for tensor in rank.values():
+            if tensor.dtype == torch.float8_e4m3fn:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator))
+            else:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+    found = wire.storages(wire.with_misc(destination, plan), None)
+    wire.carry_out(plan, held, found, 8_000)
+    names = {n for n, i in plan.tensors.items() if i.misc}
+    for name in names:
+        whole = found[0][f"misc/{name}"].view(plan.tensors[name].shape)
+        for rank, boxes in source.ranks.items():
+            for box in (b for b in boxes if b.tensor == name):
+                row = torch.arange(box.shape[0])[:, None] + (box.scale_origin or (0,))[0]
+                col = torch.arange(box.shape[1])[None, :]
+                assert box.scale_at is not None
+                at = box.scale_at.offset + row // 128 * box.scale_at.strides[0] + col // 128
+                codes = view(held[rank], box.at, box.shape).float()
+                wanted = codes * held[rank][box.scale_at.storage][at]
+                assert torch.equal(wire.cut(whole, box.start, box.shape), wanted)
+    assert names
+
+
+def test_a_pair_without_scales_is_refused() -> None:
+    info = TensorInfo("w", (256, 128), "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+    at = Placement("d", 0, (128, 1))
+    wanted = Box("w", (0, 0), (256, 128), at, Placement("s", 0, (1, 1)))
+    source = Manifest.of([info], {0: [Box("w", (0, 0), (256, 128), at)]})
+    with pytest.raises(UnsupportedLayout, match="trainer rank 0 holds codes without scales"):
+        build_plan(source, Manifest.of([info], {0: [wanted]}))
+
+
 def test_a_pair_without_scales_to_slice_takes_the_misc_path() -> None:
     """Fused rows may put a block's first row elsewhere than the HF tensor does."""
     info = TensorInfo("w", (256, 128), "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
     at = Placement("d", 0, (128, 1))
-    held = Box("w", (0, 0), (256, 128), at)
+    held = Box("w", (0, 0), (256, 128), at, Placement("s", 1, (1, 1)), (64, 0))
     wanted = Box("w", (0, 0), (256, 128), at, Placement("s", 0, (1, 1)))
     source, destination = Manifest.of([info], {0: [held]}), Manifest.of([info], {0: [wanted]})
     plan = build_plan(source, destination, exchange_amax=True)
     assert "not the tensor's" in plan.tensors["w"].misc
+    (copy,) = plan.copies
+    assert (copy.source_scale_at, copy.source_origin) == (held.scale_at, (64, 0))
 
 
 def test_formats_that_do_not_fit_are_all_listed() -> None:

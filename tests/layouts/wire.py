@@ -198,7 +198,7 @@ def _misc_box(box: Box, plan: Plan) -> Box:
     shape = plan.tensors[box.tensor].shape
     blocks = block_shape(shape)
     scale_at = None
-    if box.scale_at is not None:
+    if box.scale_at is not None and plan.tensors[box.tensor].encoding is Encoding.BLOCKWISE:
         scale_at = Placement(f"{MISC}{box.tensor}_scale_inv", 0, (blocks[1], 1))
     at = Placement(MISC + box.tensor, 0, (shape[1], 1))
     return type(box)(box.tensor, (0, 0), shape, at, scale_at)
