@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.link import FollowerLink, Link, connect
@@ -10,12 +11,25 @@ from fp8sync.recipe import Recipe
 from fp8sync.sources import as_source
 
 if TYPE_CHECKING:
+    import torch
+
     from fp8sync.engines.vllm import InFlight
     from fp8sync.report import RefitReport
+    from fp8sync.sources.kv_scales import KvScales
 
 __all__ = ["close_links", "refit"]
 
-_links: dict[tuple[int, int | str], tuple[Link | FollowerLink, Any, Any]] = {}
+
+@dataclass(frozen=True)
+class _Kept:
+    """A link, the scales that it reads, and what its key names, so that no id is used again meanwhile."""
+
+    link: Link | FollowerLink
+    kv_scales: dict[str, float | torch.Tensor]
+    key: tuple[Any, Any]
+
+
+_links: dict[tuple[int, int | str], _Kept] = {}
 
 
 def refit(
@@ -25,11 +39,14 @@ def refit(
     *,
     in_flight: InFlight = "wait",
     bridge: Any = None,
+    kv_scales: KvScales | None = None,
+    scales: str | None = None,
 ) -> RefitReport:
     """Put a model's weights, as they are now, into a live engine.
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
-    the next calls with the same model and engine, and made anew when the recipe changes.
+    the next calls with the same model and engine, and made anew when the recipe or the names of
+    KV-cache scales change.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
@@ -39,6 +56,9 @@ def refit(
         in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
         bridge: for a Megatron-Core model, whose list of chunks is the `model`: its
             `megatron.bridge.AutoBridge`.
+        kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name; without, the engine keeps
+            its own. Every trainer rank gives the same names; rank 0's values are sent.
+        scales: `paired` or `misc`, if not as the recipe says; see `fp8sync.Recipe`.
 
     Returns:
         What was done: version, bytes, seconds per stage, route and error per tensor.
@@ -49,23 +69,26 @@ def refit(
     Example:
         >>> report = fp8sync.refit(model, llm, recipe="blockwise")  # doctest: +SKIP
     """
-    wanted = Recipe.of(recipe)
+    wanted = Recipe.of(recipe, scales)
     key = id(model), engine if isinstance(engine, str) else id(engine)
     known = _links.get(key)
-    if known is not None and known[0].recipe != wanted:
+    if known and (
+        known.link.recipe != wanted or known.kv_scales.keys() != (kv_scales or {}).keys()
+    ):
         del _links[key]
-        known[0].close()
+        known.link.close()
         known = None
     if known is None:
-        # The key's objects are kept with the link, so that an id is not used again meanwhile.
+        held = dict(kv_scales or {})
         source = model if bridge is None else as_source(model, bridge)
-        known = connect(source, engine, wanted), model, engine
-        _links[key] = known
-    return known[0].refit(in_flight)
+        link = connect(source, engine, wanted, kv_scales=held or None)
+        known = _links[key] = _Kept(link, held, (model, engine))
+    known.kv_scales.update(kv_scales or {})
+    return known.link.refit(in_flight)
 
 
 @atexit.register
 def close_links() -> None:
     """Close every link that `refit` keeps."""
     while _links:
-        _links.popitem()[1][0].close()
+        _links.popitem()[1].link.close()

@@ -27,6 +27,7 @@ from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sources import LiveSource, as_source
+from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.together import together
 from fp8sync.trainers import Opening, hear, rank_and_size
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from fp8sync.audit import AuditReport
     from fp8sync.conductor import Outcome
     from fp8sync.engines.vllm import InFlight
+    from fp8sync.sources.kv_scales import KvScales
 
 __all__ = ["FollowerLink", "Link", "LinkPlan", "connect"]
 
@@ -60,6 +62,8 @@ def connect(
     host: str = "127.0.0.1",
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     transport: str = "auto",
+    kv_scales: KvScales | None = None,
+    scales: str | None = None,
 ) -> Link | FollowerLink:
     """Join a trainer's model and a live engine; nothing in the engine is changed.
 
@@ -77,6 +81,9 @@ def connect(
         transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
             `nccl` (buckets between GPUs), `gloo` (buckets through host memory), or `auto`;
             `link.transport` says which, and why.
+        kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name (`fp8sync.calibrate_kv`
+            makes them). Its values are read at every refit, like the weights; rank 0's are sent.
+        scales: `paired` or `misc`, if not as the recipe says; see `Recipe`.
 
     Returns:
         A link; `link.refit()` moves the weights, `link.plan.explain()` says how.
@@ -93,7 +100,9 @@ def connect(
         >>> link.refit().version  # doctest: +SKIP
         1
     """
-    wanted = Recipe.of(recipe)
+    wanted = Recipe.of(recipe, scales)
+    if kv_scales is not None:
+        model = KvScaleSource(model, kv_scales, rank_and_size()[0])
     if rank_and_size()[0] > 0:
         return FollowerLink(model, wanted, timeout_s)
     with Opening() as opening:

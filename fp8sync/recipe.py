@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,26 +46,34 @@ class Recipe:
             codes and scales, and the engine stores `codes * scale_inv` rounded once to its own dtype.
         unquantized: patterns of module names that stay unquantized under `dequantize`, where the
             engine has no opinion of its own. An FP8 engine is asked instead.
+        scales: `paired` puts each scale_inv where the engine keeps it, as its weight; `misc` gives all
+            of them, as whole tensors, to the engine's own loader. The bytes are the same.
 
     Raises:
-        ValueError: unknown name, or `dequantize` with `bf16`.
+        ValueError: unknown name, `dequantize` with `bf16`, or `misc` where there are no scales.
     """
 
     name: str = "blockwise"
     dequantize: bool = False
     unquantized: tuple[str, ...] = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+    scales: str = "paired"
 
     def __post_init__(self) -> None:
         if self.name not in _FORMULAS:
             raise ValueError(f"unknown recipe {self.name!r}; known: {', '.join(_FORMULAS)}")
         if self.dequantize and not self.quantizes:
             raise ValueError("dequantize has no meaning with recipe 'bf16'")
+        if self.scales not in {"paired", "misc"}:
+            raise ValueError(f"unknown scales {self.scales!r}; known: paired, misc")
+        if self.scales == "misc" and (self.dequantize or not self.quantizes):
+            raise ValueError("scales='misc' is for engines that hold FP8 weights")
         object.__setattr__(self, "unquantized", tuple(self.unquantized))
 
     @classmethod
-    def of(cls, recipe: str | Recipe) -> Recipe:
-        """Return `recipe` itself, or the recipe of that name."""
-        return recipe if isinstance(recipe, Recipe) else cls(recipe)
+    def of(cls, recipe: str | Recipe, scales: str | None = None) -> Recipe:
+        """Return `recipe` itself, or the recipe of that name; with `scales`, if given."""
+        found = recipe if isinstance(recipe, Recipe) else cls(recipe)
+        return found if scales is None else replace(found, scales=scales)
 
     @property
     def quantizes(self) -> bool:
@@ -88,4 +96,4 @@ class Recipe:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Recipe:
         """Rebuild a recipe from `to_json`."""
-        return cls(data["name"], data["dequantize"], tuple(data["unquantized"]))
+        return cls(data["name"], data["dequantize"], tuple(data["unquantized"]), data["scales"])

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from fp8sync.plan.formats import MISC
 from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
@@ -27,12 +28,24 @@ def explain(plan: Plan) -> str:
     lines = [
         f"{len(plan.tensors)} tensors in {len(plan.copies)} copies, {sum(links.values()):,} bytes",
         f"bulk: {len(plan.tensors) - len(misc)} tensors; misc: {len(misc)}",
+        *_scale_lines(plan),
         *(f"  {kind}: {nbytes:,} bytes" for kind, nbytes in sorted(kinds.items())),
         *_amax_lines(plan),
         *(f"link {a} -> {b}: {nbytes:,} bytes" for (a, b), nbytes in sorted(links.items())),
         *(f"misc {t.name}: {t.misc}" for t in misc),
     ]
     return "\n".join(lines)
+
+
+def _scale_lines(plan: Plan) -> list[str]:
+    """With the recipe's `scales="misc"`: codes are bulk, scales go whole to the engine's loader."""
+    apart = {
+        copy.tensor
+        for copy in plan.copies
+        if copy.scale_at is not None and copy.scale_at.storage.startswith(MISC)
+        if not plan.tensors[copy.tensor].misc
+    }
+    return [f"misc scale_inv of {len(apart)} bulk tensors"] if apart else []
 
 
 def _amax_lines(plan: Plan) -> list[str]:

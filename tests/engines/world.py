@@ -15,7 +15,7 @@ from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests import skips
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
@@ -48,7 +48,16 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
-    if kind == "llama":
+    if kind == "mla":
+        # The head sizes are those of DeepSeek-V3: kernels for MLA know no others.
+        shape |= {"moe_intermediate_size": 128, "n_routed_experts": 8, "n_shared_experts": 1}
+        shape |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "head_dim": 64}
+        shape |= {"q_lora_rank": 256, "kv_lora_rank": 512, "first_k_dense_replace": 1}
+        shape |= {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+        shape |= {"num_key_value_heads": 4, "num_nextn_predict_layers": 0}
+        config = transformers.DeepseekV3Config(**shape | {"topk_method": "noaux_tc"} | changes)
+        model = transformers.DeepseekV3ForCausalLM(config)
+    elif kind == "llama":
         config = transformers.LlamaConfig(**shape | changes)
         model = transformers.LlamaForCausalLM(config)
     elif kind == "moe":
@@ -62,8 +71,13 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
     return model.to("cuda" if skips.cuda_devices() else "cpu", torch.bfloat16)
 
 
-def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Path:
-    """Write config.json alone, with a blockwise FP8 quantization_config where asked."""
+def write_config(
+    model: torch.nn.Module, folder: Path, *, fp8: bool = FP8, router: bool = False
+) -> Path:
+    """Write config.json alone, with a blockwise FP8 quantization_config where asked.
+
+    With `router` the routers are quantized, too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["dtype"] = config["torch_dtype"] = "bfloat16"
@@ -74,22 +88,30 @@ def write_config(model: torch.nn.Module, folder: Path, *, fp8: bool = FP8) -> Pa
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": ["lm_head", *gates],
+            "modules_to_not_convert": ["lm_head", *([] if router else gates)],
         }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def write_checkpoint(
-    model: torch.nn.Module, folder: Path, formula: str | None, *, fp8: bool = FP8
+    model: torch.nn.Module,
+    folder: Path,
+    formula: str | None,
+    *,
+    fp8: bool = FP8,
+    router: bool = False,
+    kv_scales: Mapping[str, float] | None = None,
 ) -> Path:
     """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16.
 
     Without a formula nothing is quantized.
     """
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = {name: torch.tensor(value) for name, value in (kv_scales or {}).items()}
     for name, weight in hf_tensors(model):
-        if formula is None or not name.endswith("_proj.weight"):
+        linear = name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
+        linear |= router and name.endswith(".mlp.gate.weight")
+        if formula is None or not linear:
             tensors[name] = weight.clone()
             continue
         q = quantize_blockwise(weight, formula)
@@ -97,7 +119,7 @@ def write_checkpoint(
             tensors[name], tensors[name + "_scale_inv"] = q.weight, q.scale_inv
         else:
             tensors[name] = dequantize_blockwise(q.weight, q.scale_inv, torch.bfloat16)
-    write_config(model, folder, fp8=fp8)
+    write_config(model, folder, fp8=fp8, router=router)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -190,6 +212,22 @@ def generate(llm: Any, tokens: int = 12) -> list[int]:
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     (output,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
     return list(output.outputs[0].token_ids)
+
+
+def decoded_logprobs(llm: Any, tokens: int = 8) -> torch.Tensor:
+    """Log-probabilities of all 256 tokens at every decoding step, float64 [tokens, 256].
+
+    The tokens are given: each engine is asked for the same ones. Keys and values come from the cache.
+    """
+    from vllm import SamplingParams
+
+    rows = []
+    for length in range(len(PROMPT) - tokens, len(PROMPT)):
+        forced = SamplingParams(temperature=0.0, max_tokens=2, logprobs=256, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": PROMPT[:length]}], forced, use_tqdm=False)
+        last = output.outputs[0].logprobs[-1]
+        rows.append([last[token].logprob for token in range(256)])
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def live_bytes(llm: Any) -> dict[str, int]:

@@ -10,11 +10,17 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "captures_full_graphs",
+    "derived_from",
+    "has_scaled_kv_cache",
     "holds_quantizable_weights",
     "init_request",
     "is_attention",
+    "is_mla",
     "kept_formula",
     "kernels_live_in_parameters",
+    "kv_cache_method",
+    "reads_host_scales",
     "update_request",
     "worker_rank",
 ]
@@ -52,6 +58,45 @@ def is_mla(module: torch.nn.Module) -> bool:
     from vllm.model_executor.layers.attention import MLAAttention
 
     return isinstance(module, MLAAttention)
+
+
+def derived_from(module: Any) -> list[torch.nn.Module]:
+    """Return the modules from whose weights vLLM derives weights of this one."""
+    return [module.kv_b_proj] if is_mla(module) else []
+
+
+def has_scaled_kv_cache(module: Any) -> bool:
+    """Whether an attention module stores keys and values divided by scales that can be loaded."""
+    from vllm.v1.kv_cache_interface import (
+        is_quantized_kv_cache,
+        kv_cache_uses_per_token_head_scales,
+    )
+
+    dtype = module.kv_cache_dtype
+    dynamic = kv_cache_uses_per_token_head_scales(dtype) or module.calculate_kv_scales
+    return bool(is_quantized_kv_cache(dtype) and not dynamic)
+
+
+def kv_cache_method(module: Any) -> Any:
+    """Return what makes a module's KV-cache scale parameters and turns them into buffers."""
+    from vllm.model_executor.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    own = getattr(module, "quant_method", None)
+    # Unquantized models have none; the base class reads nothing of its config.
+    return own if isinstance(own, BaseKVCacheMethod) else BaseKVCacheMethod(None)
+
+
+def reads_host_scales(module: Any) -> bool:
+    """Whether an attention module's kernels are launched with the host's KV-cache scales."""
+    return "flashinfer" in type(module.impl).__module__
+
+
+def captures_full_graphs() -> bool:
+    """Whether attention is part of captured CUDA graphs; needs vLLM's current config."""
+    from vllm.config import get_current_vllm_config
+
+    mode = get_current_vllm_config().compilation_config.cudagraph_mode
+    return bool(mode is not None and mode.has_full_cudagraphs())
 
 
 def holds_quantizable_weights(module: torch.nn.Module) -> bool:

@@ -16,12 +16,16 @@ import torch
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.layout import MISC, EngineLayout
+from fp8sync.engines.vllm.attention import AttentionInstall
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
+from fp8sync.engines.vllm.misc import load_misc, unloaded
+from fp8sync.engines.vllm.storage import MISC
 from fp8sync.errors import InstallFailed
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator, Mapping
+
+    from fp8sync.engines.vllm.storage import EngineLayout
 
 __all__ = ["ProcessInstall", "default_dtype", "place", "process_module"]
 
@@ -66,6 +70,7 @@ class ProcessInstall:
         self._staging = dict(staging)
         self._modules: list[_Processed] = []
         self._live: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._attention = AttentionInstall(model, layout.kv_scales, dtype)
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -78,17 +83,22 @@ class ProcessInstall:
         try:
             with self._device, default_dtype(self._dtype):
                 self._enter_load_form()
-                self._load_misc()
+                self._attention.enter()
+                load_misc(self._model, self._staging, self._layout.quantize)
+                faults = unloaded(self._model, self._layout.open)
                 for entry in self._modules:
                     process_module(entry.module)
                     entry.after = ModuleState.capture(entry.module)
+                self._attention.process()
         # vLLM's processing may raise anything; whatever it is, the old weights go back first.
         except Exception as error:
             self.abandon()
             raise InstallFailed(f"{type(error).__name__}: {error}") from error
+        self._attention.restore()
         for entry in self._modules:
             entry.before.restore()
-        faults = [fault for entry in self._modules for fault in _misfits(entry)]
+        faults += [fault for entry in self._modules for fault in _misfits(entry)]
+        faults += self._attention.misfits()
         if faults:
             self.abandon()
             raise InstallFailed("processed weights do not fit the live storages", faults)
@@ -106,10 +116,12 @@ class ProcessInstall:
                     live.data.copy_(new[name])
             if not compat.kernels_live_in_parameters(self._device):
                 _adopt_kernels(entry.module, after)
+        self._attention.commit()
         self._release()
 
     def abandon(self) -> None:
         """Put the live modules back as they were."""
+        self._attention.restore()
         for entry in reversed(self._modules):
             entry.before.restore()
         for live, saved in reversed(self._live):
@@ -145,12 +157,6 @@ class ProcessInstall:
             current.data.copy_(value)
             return
         place(module, local, value)
-
-    def _load_misc(self) -> None:
-        whole = {n: t for n, t in self._staging.items() if n.startswith(MISC)}
-        if whole:
-            weights = ((name.removeprefix(MISC), tensor) for name, tensor in whole.items())
-            self._model.load_weights(weights)
 
 
 def place(module: torch.nn.Module, local: str, value: torch.Tensor) -> None:

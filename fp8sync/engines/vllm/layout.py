@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-import logging
-import math
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.kv_cache import add_scale_parameters, check_scales
 from fp8sync.engines.vllm.load_form import load_form, storages_of
+from fp8sync.engines.vllm.storage import (
+    MISC,
+    EngineLayout,
+    StorageSpec,
+    contiguous,
+    misc_scales,
+    misc_specs,
+    module_of,
+    scale_specs,
+)
 from fp8sync.engines.vllm.trace import Trace, Write, trace_load
 from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
@@ -23,50 +32,7 @@ from fp8sync.recipe import BLOCK, Encoding, Recipe
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-__all__ = ["MISC", "EngineLayout", "StorageSpec", "describe_engine"]
-
-logger = logging.getLogger(__name__)
-MISC = "misc/"
-"""Prefix of storages that hold whole HF tensors for the engine's own loader."""
-
-
-@dataclass(frozen=True)
-class StorageSpec:
-    """The form of one staged tensor, and the constants a load writes into it."""
-
-    size: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    constants: tuple[tuple[Rect, float], ...] = ()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes from its first element to its last."""
-        last = sum((n - 1) * step for n, step in zip(self.size, self.strides, strict=True))
-        return (last + 1) * self.dtype.itemsize if math.prod(self.size) else 0
-
-    def fill(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Write the constants into a tensor of this form and return it."""
-        for (start, shape), value in self.constants:
-            tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = value
-        return tensor
-
-
-@dataclass(frozen=True)
-class EngineLayout:
-    """What a worker wants and how it stages it.
-
-    Args:
-        manifest: this worker's boxes.
-        storages: form of every staged storage, by name.
-        aliases: parameters shared by several modules (tied weights): name -> first name.
-        by_loader: modules into which vLLM's own loader puts misc tensors.
-    """
-
-    manifest: Manifest
-    storages: Mapping[str, StorageSpec]
-    aliases: Mapping[str, str]
-    by_loader: frozenset[str]
+__all__ = ["describe_engine"]
 
 
 def describe_engine(
@@ -83,7 +49,7 @@ def describe_engine(
     Raises:
         TensorMismatch: the engine's loader refuses a tensor, or a parameter stays unfilled.
         RecipeMismatch: the engine's formats are not the recipe's.
-        UnsupportedLayout: two tensors share a destination, or a module cannot be refitted yet.
+        UnsupportedLayout: two tensors share a destination, or where one goes cannot be known.
     """
     return _Describer(model, held, recipe, rank).run()
 
@@ -98,17 +64,17 @@ class _Describer:
         self.targets: dict[str, torch.Tensor] = {}
 
     def run(self) -> EngineLayout:
-        mla = [n for n, m in self.model.named_modules() if compat.is_mla(m)]
-        if mla:
-            raise UnsupportedLayout("MLA engines cannot be refitted yet", mla)
         aliases = _shared_parameters(self.model)
         with load_form(self.model.modules()):
+            with torch.device("meta"):
+                add_scale_parameters(self.model)
             for name, module, _, tensor in storages_of(self.model):
                 self.modules[name], self.targets[name] = module, tensor
             plain = trace_load(self.model, self._standins(), self.targets)
             self._check_failures(plain)
             quantized = self._quantized(plain)
             pairs = trace_load(self.model, self._pair_standins(quantized), self.targets)
+            self._check_failures(pairs)
         return self._layout(plain, pairs, quantized, aliases)
 
     def _standins(self) -> dict[str, torch.Tensor]:
@@ -126,19 +92,22 @@ class _Describer:
         return standins
 
     def _check_failures(self, trace: Trace) -> None:
+        """A tensor whose values the loader looks at goes by misc; other refusals are final."""
         faults = []
         for name, reason in trace.failures.items():
+            tensor = name if name in self.held else name.removesuffix("_scale_inv")
             if "meta" in reason or "DataDependent" in reason:
-                trace.transforms[name] = f"the loader looks at the data ({reason})"
+                trace.transforms[tensor] = f"the loader looks at the data ({reason})"
             else:
-                faults.append(f"{name}: trainer shape {self.held[name].shape}; {reason}")
+                faults.append(f"{name}: trainer shape {self.held[tensor].shape}; {reason}")
         if faults:
             raise TensorMismatch("the engine's loader refuses these tensors", faults)
 
     def _quantized(self, trace: Trace) -> list[str]:
         """Names whose destinations are FP8; checked against the recipe."""
         fp8 = torch.float8_e4m3fn
-        names = [n for n, ws in trace.writes.items() if any(self._dtype(w) == fp8 for w in ws)]
+        reached = self._reached(trace)
+        names = [n for n in self.held if any(self.targets[s].dtype == fp8 for s in reached[n])]
         if names and not self.recipe.quantizes:
             found = [f"{n}: expected unquantized, found {fp8}" for n in names]
             raise RecipeMismatch("recipe 'bf16' for an engine that holds FP8 weights", found)
@@ -149,7 +118,24 @@ class _Describer:
                 f"recipe {self.recipe.name!r} needs an engine with blockwise FP8 weights "
                 "(quant_method fp8, weight_block_size [128, 128]); this one holds none"
             )
+        unknown = [
+            f"{name}: {trace.transforms[name]}; whether it goes into FP8 weights cannot be known"
+            for name in trace.failures
+            if names and len(self.held[name].shape) > 1
+        ]
+        if unknown:
+            raise UnsupportedLayout("the engine's loader cannot be traced", unknown)
         return names
+
+    def _reached(self, trace: Trace) -> dict[str, set[str]]:
+        """Return the storages that each tensor is written to, as it is or computed."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, writes in trace.writes.items():
+            found[name] |= {w.storage for w in writes}
+        for storage, names in trace.transformed.items():
+            for name in names:
+                found[name].add(storage)
+        return found
 
     def _dtype(self, write: Write) -> torch.dtype:
         return self.targets[write.storage].dtype
@@ -160,10 +146,16 @@ class _Describer:
         infos: dict[str, TensorInfo] = {}
         boxes: list[Box] = []
         paired = set(quantized)
+        reached = self._reached(plain)
+        kv_scales = self._kv_scales(reached)
         for name, held in self.held.items():
             reason = plain.transforms.get(name) or pairs.transforms.get(name, "")
             writes = (pairs if name in paired else plain).writes.get(name, [])
-            info = self._wanted(held, writes, name in paired)
+            info = self._wanted(held, sorted(reached[name]), name in paired)
+            if any(compat.is_attention(self.modules[s]) for s in reached[name]):
+                reason = "a KV-cache scale"
+            if reason and name not in paired and held.encoding is Encoding.PLAIN:
+                info = held  # the loader computes with what a checkpoint would hold
             found = None if reason else self._boxes(info, writes, pairs)
             if found is None:
                 info = replace(info, misc=reason or "its scales cannot be cut where the weight is")
@@ -172,35 +164,62 @@ class _Describer:
             boxes += found
         for trace in (plain, pairs):
             self._check_overlaps(trace)
-        touched = self._touched(plain, pairs)
-        self._check_filled(plain, pairs, aliases)
-        storages = {n: self._spec(n, plain) for n in touched}
-        storages |= self._misc_storages(infos)
-        misc = {n for n, i in infos.items() if i.misc}
-        manifest = Manifest.of(infos.values(), {self.rank: boxes})
-        return EngineLayout(manifest, storages, aliases, self._by_loader(plain, pairs, misc))
+        loose = self._check_filled(plain, pairs, aliases)
+        misc = [i for i in infos.values() if i.misc]
+        by_loader = {i.name for i in misc}
+        apart: list[TensorInfo] = []
+        if self.recipe.scales == "misc":
+            apart = [infos[n] for n in quantized if not infos[n].misc]
+            names = {i.name + "_scale_inv" for i in apart}
+            by_loader |= names
+            loose |= {w.storage for n in names for w in pairs.writes[n]}
+        storages = {n: self._spec(n, plain) for n in self._touched(plain, pairs)}
+        storages |= {n: storages[n].poisoned() for n in loose if n in storages}
+        storages |= misc_specs(misc, scales=not self.recipe.dequantize) | scale_specs(apart)
+        return EngineLayout(
+            manifest=Manifest.of(infos.values(), {self.rank: boxes}),
+            storages=storages,
+            aliases=aliases,
+            processed=self._processed(plain, pairs, by_loader),
+            open=loose,
+            kv_scales=frozenset(kv_scales),
+        )
 
-    def _by_loader(self, plain: Trace, pairs: Trace, misc: set[str]) -> frozenset[str]:
+    def _kv_scales(self, reached: Mapping[str, set[str]]) -> set[str]:
+        """Return the attention modules that are sent KV-cache scales, checked to be whole."""
+        given: dict[str, set[str]] = defaultdict(set)
+        for storages in reached.values():
+            for storage in storages:
+                if compat.is_attention(self.modules[storage]):
+                    given[module_of(storage)].add(storage.rpartition(".")[2])
+        graphs = bool(given) and compat.captures_full_graphs()
+        check_scales(self.model, given, self.rank, full_graphs=graphs)
+        return set(given)
+
+    def _processed(self, plain: Trace, pairs: Trace, misc: set[str]) -> frozenset[str]:
+        """Modules that the loader puts misc tensors into, or that others are derived from."""
         targets = set(plain.transformed) | set(pairs.transformed)
         for trace in (plain, pairs):
             for name, writes in trace.writes.items():
                 if name in misc or name.removesuffix("_scale_inv") in misc:
                     targets |= {w.storage for w in writes}
-        if plain.failures:  # such a tensor may go anywhere
+        if plain.failures or pairs.failures:  # such a tensor may go anywhere
             targets |= set(self.targets)
-        return frozenset(t.rpartition(".")[0] for t in targets)
+        origins = {id(m) for module in self.model.modules() for m in compat.derived_from(module)}
+        derived = {name for name, module in self.model.named_modules() if id(module) in origins}
+        return frozenset({module_of(t) for t in targets} | derived)
 
-    def _wanted(self, held: TensorInfo, writes: Sequence[Write], paired: bool) -> TensorInfo:
+    def _wanted(self, held: TensorInfo, reached: Sequence[str], paired: bool) -> TensorInfo:
         if paired:
-            kept = compat.kept_formula(self.modules[writes[0].storage]) if writes else None
-            formula = self.recipe.formula(kept) if kept else None
+            fp8 = next(s for s in reached if self.targets[s].dtype == torch.float8_e4m3fn)
+            formula = self.recipe.formula(compat.kept_formula(self.modules[fp8]))
             return replace(
                 held, dtype="float8_e4m3fn", encoding=Encoding.BLOCKWISE, formula=formula
             )
-        dtype = _name(self._dtype(writes[0])) if writes else held.dtype
-        if not self.recipe.dequantize or len(held.shape) != 2 or not writes:
+        dtype = _name(self.targets[reached[0]].dtype) if reached else held.dtype
+        if not self.recipe.dequantize or len(held.shape) != 2 or not reached:
             return replace(held, dtype=dtype)
-        module = self.modules[writes[0].storage]
+        module = self.modules[reached[0]]
         if self.recipe.leaves_unquantized(held.name) or not compat.holds_quantizable_weights(
             module
         ):
@@ -221,6 +240,9 @@ class _Describer:
                     scale_at = _scale_placement(write.source, scales)
                     if scale_at is None:
                         return None
+                    if self.recipe.scales == "misc":
+                        whole = misc_scales(info)
+                        scale_at = whole.at([a // BLOCK for a in write.source[0]])
             at = Placement(write.storage, write.offset, write.strides)
             boxes.append(Box(info.name, *write.source, at, scale_at))
         return boxes
@@ -244,70 +266,66 @@ class _Describer:
             )
 
     def _touched(self, plain: Trace, pairs: Trace) -> list[str]:
-        """All storages of the modules into which anything is loaded."""
+        """All storages of the modules into which anything is loaded, or may be."""
         direct = {w.storage for t in (plain, pairs) for ws in t.writes.values() for w in ws}
         direct |= set(plain.transformed) | set(pairs.transformed)
-        owners = {id(self.modules[name]): self.modules[name] for name in direct}
-        attention = sorted(n for n in direct if compat.is_attention(self.modules[n]))
-        if attention:
-            raise UnsupportedLayout("KV-cache scales cannot be refitted yet", attention)
+        anywhere = bool(plain.failures or pairs.failures)
+        owners = {id(self.modules[n]) for n in (self.targets if anywhere else direct)}
         return [
             n
             for n, t in self.targets.items()
-            if id(self.modules[n]) in owners and (t.is_meta or n in direct)
+            if id(self.modules[n]) in owners
+            and not compat.is_attention(self.modules[n])
+            and (t.is_meta or n in direct)
         ]
 
-    def _check_filled(self, plain: Trace, pairs: Trace, aliases: Mapping[str, str]) -> None:
-        """Every parameter in load form must be written whole, or belong to a tensor on misc."""
+    def _check_filled(
+        self, plain: Trace, pairs: Trace, aliases: Mapping[str, str]
+    ) -> frozenset[str]:
+        """Every parameter in load form must be written whole.
+
+        Returns:
+            Those of which only the engine's loader knows what it fills.
+        """
         filled: dict[str, list[Rect]] = defaultdict(list)
         for trace in (pairs, plain):
             for writes in trace.writes.values():
                 for w in writes:
                     filled[w.storage].append(w.target)
         shared = {aliases[n] for n in aliases}
-        faults = []
+        anywhere = bool(plain.failures or pairs.failures)
+        faults, loose = [], set()
         for name, tensor in self.targets.items():
-            module = self.modules[name]
-            parameter = name.rpartition(".")[2] in module._parameters
-            if not parameter or compat.is_attention(module) or not tensor.numel():
+            parameter = name.rpartition(".")[2] in self.modules[name]._parameters
+            if not parameter or not tensor.numel() or name in aliases:
                 continue
-            if name in plain.transformed or name in pairs.transformed or name in aliases:
+            if compat.is_attention(self.modules[name]) or (name in shared and filled[name]):
                 continue
             rects = {*filled[name], *(rect for rect, _ in plain.constants.get(name, ()))}
             missing = tensor.numel() - union_volume(rects)
-            if missing and not (name in shared and filled[name]) and not plain.failures:
+            if missing and (anywhere or name in plain.transformed or name in pairs.transformed):
+                loose.add(name)
+            elif missing:
                 faults.append(
                     f"{name} (engine rank {self.rank}): {missing} of {tensor.numel()} elements are "
                     f"filled by no tensor of the trainer; shape {tuple(tensor.shape)}"
                 )
         if faults:
             raise TensorMismatch("the trainer lacks tensors that the engine needs", faults)
+        return frozenset(loose)
 
     def _spec(self, name: str, trace: Trace) -> StorageSpec:
         tensor = self.targets[name]
         constants = tuple(trace.constants.get(name, ()))
         return StorageSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, constants)
 
-    def _misc_storages(self, infos: Mapping[str, TensorInfo]) -> dict[str, StorageSpec]:
-        specs = {}
-        for name, info in infos.items():
-            if info.misc:
-                dtype = getattr(torch, info.dtype)
-                specs[MISC + name] = StorageSpec(info.shape, _contiguous(info.shape), dtype)
-                if info.encoding is Encoding.BLOCKWISE and not self.recipe.dequantize:
-                    shape = block_shape(info.shape)
-                    scale = StorageSpec(shape, _contiguous(shape), torch.float32)
-                    specs[MISC + name + "_scale_inv"] = scale
-        return specs
-
 
 def _misc_box(info: TensorInfo, recipe: Recipe) -> Box:
-    at = Placement(MISC + info.name, 0, _contiguous(info.shape))
-    scale_at = None
-    if info.encoding is Encoding.BLOCKWISE and not recipe.dequantize:
-        strides = _contiguous(block_shape(info.shape))
-        scale_at = Placement(MISC + info.name + "_scale_inv", 0, strides)
-    return Box(info.name, (0,) * len(info.shape), info.shape, at, scale_at)
+    at = Placement(MISC + info.name, 0, contiguous(info.shape))
+    blockwise = info.encoding is Encoding.BLOCKWISE and not recipe.dequantize
+    return Box(
+        info.name, (0,) * len(info.shape), info.shape, at, misc_scales(info) if blockwise else None
+    )
 
 
 def _scale_placement(source: Rect, scales: Sequence[Write]) -> Placement | None:
@@ -336,14 +354,6 @@ def _shared_parameters(model: torch.nn.Module) -> dict[str, str]:
             if first.setdefault(id(parameter), qualified) != qualified:
                 aliases[qualified] = first[id(parameter)]
     return aliases
-
-
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    strides, step = [], 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= size
-    return tuple(reversed(strides))
 
 
 def _name(dtype: torch.dtype) -> str:

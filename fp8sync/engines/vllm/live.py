@@ -26,7 +26,7 @@ from fp8sync.payload import view
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from fp8sync.engines.vllm.layout import EngineLayout, StorageSpec
+    from fp8sync.engines.vllm.storage import EngineLayout, StorageSpec
     from fp8sync.plan import Plan
 
 __all__ = ["LiveWeights", "worker_ledger"]

@@ -17,7 +17,7 @@ import torch
 
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
-from fp8sync.engines.vllm.layout import EngineLayout, describe_engine
+from fp8sync.engines.vllm.layout import describe_engine
 from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
 from fp8sync.engines.vllm.receive import Intake, Receiver, open_receiver
 from fp8sync.engines.vllm.strategy import direct_modules
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
+    from fp8sync.engines.vllm.storage import EngineLayout
     from fp8sync.ledger import Ledger
 
 __all__ = ["WorkerSession"]
@@ -155,10 +156,11 @@ class WorkerSession:
         recipe = Recipe.from_json(message["recipe"])
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
-        direct = direct_modules(self._model, layout, self._device, self._dtype)
         self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
         plan = build_plan(source, layout.manifest, exchange_amax=True)
         self._compare(plan)
+        layout = layout.with_misc_of(plan)
+        direct = direct_modules(self._model, layout, self._device, self._dtype)
         self._staging.lay_out(layout.storages)
         self._receiver = self._open_transport(plan)
         self._layout, self._direct_modules = layout, direct

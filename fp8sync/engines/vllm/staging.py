@@ -22,7 +22,7 @@ from fp8sync_kernels import Table, run_table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fp8sync.engines.vllm.layout import StorageSpec
+    from fp8sync.engines.vllm.storage import StorageSpec
     from fp8sync.plan import Copy
 
 __all__ = ["Staging", "load_form_bytes"]

@@ -21,7 +21,7 @@ from fp8sync_kernels import dequantize_blockwise
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from fp8sync.engines.vllm.layout import EngineLayout, StorageSpec
+    from fp8sync.engines.vllm.storage import EngineLayout, StorageSpec
 
 __all__ = ["direct_modules"]
 
@@ -37,7 +37,7 @@ def direct_modules(
         prefix, _, local = storage.rpartition(".")
         staged.setdefault(prefix, {})[local] = storage
     special = {a.rpartition(".")[0] for a in (*layout.aliases, *layout.aliases.values())}
-    special |= layout.by_loader
+    special |= layout.processed
     formulas = _formulas(layout)
     proven = set()
     for prefix, module in model.named_modules():

@@ -1,0 +1,149 @@
+"""What a worker stages: the form of every storage, and which of them the engine's own loader fills."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8sync.manifest import Placement
+from fp8sync.plan.boxes import block_shape
+from fp8sync.plan.formats import MISC
+from fp8sync.recipe import Encoding
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from fp8sync.manifest import Manifest, TensorInfo
+    from fp8sync.plan import Plan
+    from fp8sync.plan.boxes import Rect
+    from fp8sync.recipe import Formula
+
+__all__ = [
+    "MISC",
+    "EngineLayout",
+    "StorageSpec",
+    "contiguous",
+    "misc_scales",
+    "misc_specs",
+    "module_of",
+    "scale_specs",
+]
+
+
+@dataclass(frozen=True)
+class StorageSpec:
+    """The form of one staged tensor, and the constants a load writes into it."""
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    constants: tuple[tuple[Rect, float], ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes from its first element to its last."""
+        last = sum((n - 1) * step for n, step in zip(self.size, self.strides, strict=True))
+        return (last + 1) * self.dtype.itemsize if math.prod(self.size) else 0
+
+    def fill(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Write the constants into a tensor of this form and return it."""
+        for (start, shape), value in self.constants:
+            tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = value
+        return tensor
+
+    def poisoned(self) -> StorageSpec:
+        """Return the spec with NaN wherever nothing else is written: what stays NaN was not loaded."""
+        whole = (0,) * len(self.size), self.size
+        return replace(self, constants=((whole, math.nan), *self.constants))
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """What a worker wants and how it stages it.
+
+    Args:
+        manifest: this worker's boxes.
+        storages: form of every staged storage, by name.
+        aliases: parameters shared by several modules (tied weights): name -> first name.
+        processed: modules that vLLM has to process in any case: its loader puts misc tensors into
+            them, or it derives other weights from them.
+        open: storages of which only the engine's loader knows what it fills; they are staged full of
+            NaN, and none may be left when it is done.
+        kv_scales: attention modules that are sent KV-cache scales.
+        quantize: tensors that arrive whole and unquantized for FP8 parameters, with their formula.
+    """
+
+    manifest: Manifest
+    storages: Mapping[str, StorageSpec]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    processed: frozenset[str] = frozenset()
+    open: frozenset[str] = frozenset()
+    kv_scales: frozenset[str] = frozenset()
+    quantize: Mapping[str, Formula] = field(default_factory=dict)
+
+    def with_misc_of(self, plan: Plan) -> EngineLayout:
+        """Return the layout with what the plan, and not the trace, sent to the misc path."""
+        found = {
+            name: info
+            for name, info in plan.tensors.items()
+            if info.misc and MISC + name not in self.storages
+        }
+        boxes = [b for held in self.manifest.ranks.values() for b in held if b.tensor in found]
+        quantize = {}
+        for name in {box.tensor for box in boxes}:
+            wanted = self.manifest.tensors[name]
+            if wanted.dtype == "float8_e4m3fn" and wanted.formula is not None:
+                quantize[name] = wanted.formula
+        own = {box.tensor for box in boxes}
+        return replace(
+            self,
+            storages={
+                **self.storages,
+                **misc_specs((i for n, i in found.items() if n in own), scales=True),
+            },
+            processed=self.processed | {module_of(box.at.storage) for box in boxes},
+            quantize={**self.quantize, **quantize},
+        )
+
+
+def misc_specs(infos: Iterable[TensorInfo], *, scales: bool) -> dict[str, StorageSpec]:
+    """Return the storages of whole tensors; with `scales`, of blockwise tensors' scale_inv too."""
+    specs = {}
+    for info in infos:
+        dtype = getattr(torch, info.dtype)
+        specs[MISC + info.name] = StorageSpec(info.shape, contiguous(info.shape), dtype)
+        if scales and info.encoding is Encoding.BLOCKWISE:
+            specs |= scale_specs([info])
+    return specs
+
+
+def scale_specs(infos: Iterable[TensorInfo]) -> dict[str, StorageSpec]:
+    """Return the storages of whole scale_inv; NaN wherever no block of this worker lies."""
+    shapes = {misc_scales(info).storage: block_shape(info.shape) for info in infos}
+    return {
+        name: StorageSpec(shape, contiguous(shape), torch.float32).poisoned()
+        for name, shape in shapes.items()
+    }
+
+
+def misc_scales(info: TensorInfo) -> Placement:
+    """Return where the whole scale_inv of a tensor lies for the engine's own loader."""
+    strides = contiguous(block_shape(info.shape))
+    return Placement(f"{MISC}{info.name}_scale_inv", 0, strides)
+
+
+def module_of(storage: str) -> str:
+    """Return the name of the module that owns a parameter or buffer."""
+    return storage.rpartition(".")[0]
+
+
+def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return row-major strides, in elements."""
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
+    return tuple(reversed(strides))

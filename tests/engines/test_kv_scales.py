@@ -1,0 +1,163 @@
+"""Scales of an FP8 KV cache: right after every refit, kept when none are sent, refused where they do not fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+LAYERS = 2
+
+
+def scales(seed: int) -> dict[str, float]:
+    """Two different scales for each layer; none is a power of two, or exact in BF16."""
+    values = iter(torch.rand(2 * LAYERS, generator=torch.Generator().manual_seed(seed)).tolist())
+    return {
+        f"model.layers.{layer}.self_attn.attn.{kind}_scale": 0.01 + 0.02 * next(values)
+        for layer in range(LAYERS)
+        for kind in "kv"
+    }
+
+
+def held(llm: Any) -> dict[str, tuple[float, float]]:
+    """By name, (device buffer, host float) of every scale that the engine holds."""
+
+    def read(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
+        return {
+            f"{name}.{kind}_scale": (
+                getattr(module, f"_{kind}_scale").item(),
+                getattr(module, f"_{kind}_scale_float"),
+            )
+            for name, module in model.named_modules()
+            for kind in "kv"
+            if hasattr(module, "_k_scale_float")
+        }
+
+    (found,) = llm.apply_model(read)
+    return found
+
+
+def loaded(given: dict[str, float]) -> dict[str, tuple[float, float]]:
+    """What a first load makes of scales: its parameters have the model's dtype."""
+    rounded = {n: torch.tensor(v, dtype=torch.bfloat16).item() for n, v in given.items()}
+    return {n: (v, v) for n, v in rounded.items()}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return world.write_config(world.tiny_model("dense", 0), tmp_path_factory.mktemp("kv"))
+
+
+@pytest.fixture(scope="module")
+def live(folder: Path) -> Iterator[Any]:
+    llm = world.start_engine(folder, load_format="dummy", kv_cache_dtype="fp8")
+    yield llm
+    del llm
+    world.forget_engines()
+
+
+def test_equals_a_fresh_engine_with_these_scales(live: Any, tmp_path: Path) -> None:
+    models = [world.tiny_model("dense", seed) for seed in (1, 2)]
+    expected = []
+    for turn, model in enumerate(models):
+        folder = tmp_path / str(turn)
+        given = scales(turn) if world.FP8 else None
+        world.write_checkpoint(model, folder, "pow2", kv_scales=given)
+        fresh = world.start_engine(folder, kv_cache_dtype="fp8")
+        if not world.FP8:  # vLLM cannot load scales into a BF16 model: set them by hand
+            set_by_hand(fresh, loaded(scales(turn)))
+        assert held(fresh) == loaded(scales(turn))
+        expected.append(world.decoded_logprobs(fresh))
+        world.stop_engine(fresh)
+    assert (expected[0] - expected[1]).abs().max().item() > 0.0
+
+    for turn in (0, 1, 0):
+        world.generate(live)
+        report = fp8sync.refit(
+            models[turn], live, world.recipe("blockwise-pow2"), kv_scales=scales(turn)
+        )
+        assert {t.name for t in report.tensors if t.route == "misc"} == set(scales(turn))
+        assert held(live) == loaded(scales(turn))
+        assert (world.decoded_logprobs(live) - expected[turn]).abs().max().item() == 0.0
+
+
+def set_by_hand(llm: Any, values: dict[str, tuple[float, float]]) -> None:
+    def write(model: torch.nn.Module) -> None:
+        for name, (value, _) in values.items():
+            prefix, _, scale = name.rpartition(".")
+            module: Any = model.get_submodule(prefix)
+            getattr(module, f"_{scale}").fill_(value)
+            setattr(module, f"_{scale}_float", value)
+
+    llm.apply_model(write)
+
+
+def test_the_scales_are_seen_by_the_engine(live: Any) -> None:
+    """The same weights under other scales give other logprobs, and the first ones again come back."""
+    model = world.tiny_model("dense", 3)
+    given = scales(3)
+    link = fp8sync.connect(model, live, world.recipe("blockwise"), kv_scales=given)
+    found = []
+    for factor in (1.0, 37.0, 1 / 37.0):
+        for name in given:
+            given[name] *= factor  # read anew by each refit, as the weights are
+        link.refit()
+        assert held(live) == loaded(given)
+        found.append(world.decoded_logprobs(live))
+    assert (found[0] - found[1]).abs().max().item() > 0.0
+    assert (found[0] - found[2]).abs().max().item() == 0.0
+
+
+def test_scales_stay_where_none_are_sent(live: Any) -> None:
+    """Also those that were set by hand: vLLM's own reload resets a BF16 model's to 1.0."""
+    model = world.tiny_model("dense", 4)
+    set_by_hand(live, loaded(scales(7)))
+    fp8sync.refit(model, live, world.recipe("blockwise"))
+    assert held(live) == loaded(scales(7))
+
+
+def test_scales_are_right_after_the_cache_woke_up(live: Any) -> None:
+    from fp8sync.engines.vllm.kv_cache import restore_scales
+
+    fp8sync.refit(
+        world.tiny_model("dense", 5), live, world.recipe("blockwise"), kv_scales=scales(5)
+    )
+    live.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
+    assert {buffer for buffer, _ in held(live).values()} == {1.0}  # what vLLM's wake_up leaves
+    live.apply_model(restore_scales)
+    assert held(live) == loaded(scales(5))
+
+
+def test_incomplete_or_impossible_scales_are_refused(live: Any) -> None:
+    model = world.tiny_model("dense", 6)
+    some = scales(6)
+    first, *_ = some
+    before = held(live)
+    with pytest.raises(fp8sync.TensorMismatch, match="positive number") as refusal:
+        fp8sync.refit(model, live, world.recipe("blockwise"), kv_scales={**some, first: 0.0})
+    assert first in str(refusal.value)
+    del some[first]
+    with pytest.raises(fp8sync.TensorMismatch, match="incomplete") as refusal:
+        fp8sync.refit(model, live, world.recipe("blockwise"), kv_scales=some)
+    (missing,) = refusal.value.violations
+    assert missing == f"{first} (engine rank 0): the trainer does not have it"
+    with pytest.raises(fp8sync.TensorMismatch, match="loader refuses"):
+        fp8sync.refit(model, live, world.recipe("blockwise"), kv_scales={"model.k_scale": 1.0})
+    assert held(live) == before
+
+
+def test_an_engine_without_an_fp8_cache_refuses_scales(folder: Path) -> None:
+    llm = world.start_engine(folder, load_format="dummy")
+    model = world.tiny_model("dense", 1)
+    refusals = (fp8sync.RecipeMismatch, fp8sync.TensorMismatch)
+    with pytest.raises(refusals, match=r"keeps none|loader refuses"):
+        fp8sync.refit(model, llm, world.recipe("blockwise"), kv_scales=scales(0))
+    world.stop_engine(llm)
