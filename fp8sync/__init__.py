@@ -4,6 +4,7 @@ report = fp8sync.refit(model, engine, recipe="blockwise")
 """
 
 from fp8sync.api import refit
+from fp8sync.calibrate import calibrate_kv
 from fp8sync.errors import (
     CorruptBucket,
     EngineLost,
@@ -39,6 +40,7 @@ __all__ = [
     "TensorReport",
     "TransferTimeout",
     "UnsupportedLayout",
+    "calibrate_kv",
     "connect",
     "refit",
 ]

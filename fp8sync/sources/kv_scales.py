@@ -26,19 +26,24 @@ are multiplied by, one positive number each."""
 class KvScaleSource:
     """A trainer's weights together with KV-cache scales.
 
+    Nothing is looked at before `prepare`, so that a failure is told to all ranks.
+
     Args:
         model: whatever `as_source` takes.
-        scales: their names are fixed; their values are read anew by each `storages`.
+        scales: their names are fixed by the first manifest; values are read anew by each `storages`.
         rank: this trainer rank; rank 0's scales are sent.
-
-    Raises:
-        TensorMismatch: a scale is not one positive finite number.
     """
 
     def __init__(self, model: Any, scales: KvScales, rank: int) -> None:
-        self._source: Source = as_source(model)
-        self._scales, self._names, self._rank = scales, tuple(_checked(scales)), rank
+        self._model, self._scales, self._rank = model, scales, rank
+        self._made: Source | None = None
+        self._names: tuple[str, ...] = ()
         self._tensors: dict[str, torch.Tensor] = {}
+
+    @property
+    def _source(self) -> Source:
+        self._made = self._made or as_source(self._model)
+        return self._made
 
     def prepare(self) -> None:
         """Let the trainer complete its weights, where it has to."""
@@ -47,13 +52,19 @@ class KvScaleSource:
             prepare()
 
     def manifest(self) -> Manifest:
-        """Return the trainer's boxes and, on rank 0, one per scale."""
+        """Return the trainer's boxes and, on rank 0, one per scale.
+
+        Raises:
+            TensorMismatch: a scale is not one positive finite number, or is named as a weight.
+        """
         own = self._source.manifest()
         if self._rank > 0:
             return own
-        if twice := [
+        self._names = tuple(_checked(self._scales))
+        twice = [
             f"{n}: the trainer has a weight of this name" for n in self._names if n in own.tensors
-        ]:
+        ]
+        if twice:
             raise TensorMismatch("KV-cache scales", twice)
         infos = [TensorInfo(name, (), "float32") for name in self._names]
         boxes = [Box(name, (), (), Placement(name, 0, ())) for name in self._names]
