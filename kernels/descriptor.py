@@ -96,6 +96,8 @@ class Path(IntEnum):
 # Beside the paths in a table's bit set: some row's formula divides. The code of a division takes
 # registers even where it is not run.
 DIVISION = 1 << 12
+# Some block of a wide path is not 128x128. Masks cost a third of all instructions.
+CUT = 1 << 13
 
 # Rows and columns, in elements, that one program handles on each path.
 TILE_OF_PATH = {

@@ -9,6 +9,7 @@ import torch
 
 from fp8sync_kernels.descriptor import (
     COLUMNS,
+    CUT,
     DIVISION,
     DTYPE_OF_TORCH,
     TILE_OF_PATH,
@@ -16,6 +17,7 @@ from fp8sync_kernels.descriptor import (
     Op,
     Path,
 )
+from fp8sync_kernels.formulas import BLOCK
 from fp8sync_kernels.job import Job, Matrix
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ class Table:
         rows: int64 ``[jobs, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
         block_row: int32 ``[blocks]``, the row that each block belongs to.
         blocks: number of blocks (programs that have work).
-        paths: bit set of the paths in use, and DIVISION.
+        paths: bit set of the paths in use, DIVISION and CUT.
         slots: smallest length that digests and counts must have.
     """
 
@@ -75,6 +77,7 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         counts.append(count)
         blocks += count
         paths |= row[Column.PATH] | (DIVISION if job.op in _DIVIDING else 0)
+        paths |= CUT if _is_cut(job, row[Column.PATH]) else 0
         slots = max(slots, job.part.slot + 1)
     if blocks >= 1 << 31:
         raise ValueError(f"{blocks} blocks are too many for one table; split it")
@@ -176,8 +179,20 @@ def _path(job: Job, pitch: int) -> Path:
             return Path.COPY_16
         narrow = words and job.source.cols % 4 == 0 and all(_aligned(end, 4) for end in ends)
         return Path.COPY_4 if narrow else Path.COPY_1
+    wide = wide and all(_near(end) for end in ends)
     path = _WIDE_PATH[job.source.dtype]
     return path if wide else Path(path * _WIDE_TO_ANY)
+
+
+def _near(matrix: Matrix) -> bool:
+    """Whether 32 bits suffice for positions within a block."""
+    return matrix.rows == 1 or matrix.stride * matrix.itemsize < 1 << 26
+
+
+def _is_cut(job: Job, path: int) -> bool:
+    if path not in _WIDE_PATH.values():
+        return False
+    return any((*job.origin, job.source.rows % BLOCK, job.source.cols % BLOCK))
 
 
 def _aligned(matrix: Matrix, size: int) -> bool:

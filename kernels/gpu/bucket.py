@@ -1,7 +1,8 @@
 """The grouped kernel: one launch for everything a descriptor table lists.
 
-``block_row[b]`` names the row that block b belongs to: one load in the place of a search. PATHS, a compile-time set, keeps
-the code and the registers of loops that the table does not use out of the kernel.
+``block_row[b]`` names the row that block b belongs to: one load in the place of a search. PATHS, a
+compile-time set, keeps the code and the registers of loops that the table does not use out of the
+kernel.
 """
 
 # ruff: noqa: C901, SIM102 - the outer tests are decided at compile time, the inner ones are not
@@ -11,10 +12,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.descriptor import DIVISION, Path
+from fp8sync_kernels.descriptor import CUT, DIVISION, Path
+from fp8sync_kernels.gpu.canonical import canonical_block
 from fp8sync_kernels.gpu.columns import BLOCK_COLS, FIRST_BLOCK, PATH, ROW_LENGTH
 from fp8sync_kernels.gpu.copy import cast_elements, copy_bytes, copy_words
-from fp8sync_kernels.gpu.quantize import canonical_block, quantize_block
+from fp8sync_kernels.gpu.prefetch import PREFETCHED, prefetch_rows
+from fp8sync_kernels.gpu.quantize import quantize_block
 
 _WIDE_BF16 = tl.constexpr(int(Path.WIDE_BF16))
 _WIDE_FP16 = tl.constexpr(int(Path.WIDE_FP16))
@@ -29,6 +32,11 @@ _COPY_4 = tl.constexpr(int(Path.COPY_4))
 _COPY_1 = tl.constexpr(int(Path.COPY_1))
 _CAST = tl.constexpr(int(Path.CAST))
 _DIVISION = tl.constexpr(DIVISION)
+_CUT = tl.constexpr(CUT)
+_PATH_BITS = tl.constexpr(DIVISION - 1)
+
+# A program starts every 12 ns or so; memory under load answers within a microsecond or two.
+_AHEAD = tl.constexpr(1024)
 
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 _LARGEST_FP16 = tl.constexpr(65504.0)
@@ -52,10 +60,10 @@ def bucket_kernel(
     block = tl.program_id(0)
     if LOOP:
         while block < blocks:
-            _run_block(table, block_row, digests, nonfinite, block, PATHS)
+            _run_block(table, block_row, digests, nonfinite, block, blocks, PATHS)
             block += tl.num_programs(0)
     else:
-        _run_block(table, block_row, digests, nonfinite, block, PATHS)
+        _run_block(table, block_row, digests, nonfinite, block, blocks, PATHS)
 
 
 @triton.jit
@@ -65,56 +73,66 @@ def _run_block(
     digests: tl.tensor,
     nonfinite: tl.tensor,
     block: tl.tensor,
+    blocks: tl.tensor,
     PATHS: tl.constexpr,
 ) -> None:
     desc = table + tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
+    if block % PREFETCHED == 0:
+        prefetch_rows(table, block_row, block + _AHEAD, blocks)
     path = tl.load(desc + PATH)
     divides: tl.constexpr = (_DIVISION & PATHS) != 0
+    cut: tl.constexpr = (_CUT & PATHS) != 0
+    only: tl.constexpr = _PATH_BITS & PATHS
+    alone: tl.constexpr = only % _COPY_16 == 0
     local = block - tl.load(desc + FIRST_BLOCK).to(tl.int32)
     across = tl.load(desc + BLOCK_COLS).to(tl.int32)
     i = local // across
     j = local % across
     if _WIDE_BF16 & PATHS:
-        if PATHS == _WIDE_BF16 or path == _WIDE_BF16:
+        if only == _WIDE_BF16 or path == _WIDE_BF16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, True, divides
+                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, True, divides, cut
             )
     if _WIDE_FP16 & PATHS:
-        if PATHS == _WIDE_FP16 or path == _WIDE_FP16:
-            quantize_block(desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True, divides)
-    if _WIDE_FP32 & PATHS:
-        if PATHS == _WIDE_FP32 or path == _WIDE_FP32:
-            quantize_block(desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides)
-    if _WIDE_CODES & PATHS:
-        if PATHS == _WIDE_CODES or path == _WIDE_CODES:
-            canonical_block(desc, i, j, digests, True)
-    if _ANY_BF16 & PATHS:
-        if PATHS == _ANY_BF16 or path == _ANY_BF16:
+        if only == _WIDE_FP16 or path == _WIDE_FP16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, False, divides
+                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True, divides, cut
+            )
+    if _WIDE_FP32 & PATHS:
+        if only == _WIDE_FP32 or path == _WIDE_FP32:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides, cut
+            )
+    if _WIDE_CODES & PATHS:
+        if only == _WIDE_CODES or path == _WIDE_CODES:
+            canonical_block(desc, i, j, digests, True, cut)
+    if _ANY_BF16 & PATHS:
+        if only == _ANY_BF16 or path == _ANY_BF16:
+            quantize_block(
+                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, False, divides, cut
             )
     if _ANY_FP16 & PATHS:
-        if PATHS == _ANY_FP16 or path == _ANY_FP16:
+        if only == _ANY_FP16 or path == _ANY_FP16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, False, divides
+                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, False, divides, cut
             )
     if _ANY_FP32 & PATHS:
-        if PATHS == _ANY_FP32 or path == _ANY_FP32:
+        if only == _ANY_FP32 or path == _ANY_FP32:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, False, divides
+                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, False, divides, cut
             )
     if _ANY_CODES & PATHS:
-        if PATHS == _ANY_CODES or path == _ANY_CODES:
-            canonical_block(desc, i, j, digests, False)
+        if only == _ANY_CODES or path == _ANY_CODES:
+            canonical_block(desc, i, j, digests, False, cut)
     if _COPY_16 & PATHS:
-        if PATHS == _COPY_16 or path == _COPY_16:
-            copy_words(desc, i, j, digests, True)
+        if only == _COPY_16 or path == _COPY_16:
+            copy_words(desc, i, j, digests, True, 32 if alone else 16)
     if _COPY_4 & PATHS:
-        if PATHS == _COPY_4 or path == _COPY_4:
-            copy_words(desc, i, j, digests, False)
+        if only == _COPY_4 or path == _COPY_4:
+            copy_words(desc, i, j, digests, False, 8)
     if _COPY_1 & PATHS:
-        if PATHS == _COPY_1 or path == _COPY_1:
+        if only == _COPY_1 or path == _COPY_1:
             copy_bytes(desc, i, j, digests)
     if _CAST & PATHS:
-        if PATHS == _CAST or path == _CAST:
+        if only == _CAST or path == _CAST:
             cast_elements(desc, i, j, digests, nonfinite)

@@ -33,10 +33,11 @@ def copy_words(
     tile_col: tl.tensor,
     digests: tl.tensor,
     WIDE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ) -> None:
     """Move and digest 1024 bytes of each of 32 rows, all addresses and widths multiples of 16.
 
-    Without WIDE: of 8 rows, multiples of 4.
+    Without WIDE: of 8 rows, multiples of 4. AT_ONCE: rows that are held in registers together.
     """
     LINES: tl.constexpr = 32 if WIDE else 8
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint32))
@@ -46,23 +47,26 @@ def copy_words(
         source = tl.multiple_of(source, 16)
         stride = tl.multiple_of(stride, 4)
         cols = tl.multiple_of(cols, 4)
-    row = tile_row * LINES + tl.arange(0, LINES)
-    col = tile_col * 256 + tl.arange(0, 256)
-    inside = (row < tl.load(desc + ROWS).to(tl.int32))[:, None] & (col < cols)[None, :]
-    words = tl.load(source + row[:, None] * stride + col[None, :], mask=inside, other=0)
     address = tl.load(desc + DESTINATION)
-    if address != 0:
-        destination = address.to(tl.pointer_type(tl.uint32))
-        stride_out = tl.load(desc + DESTINATION_STRIDE) >> 2
-        if WIDE:
-            destination = tl.multiple_of(destination, 16)
-            stride_out = tl.multiple_of(stride_out, 4)
-        tl.store(destination + row[:, None] * stride_out + col[None, :], words, mask=inside)
+    col = tile_col * 256 + tl.arange(0, 256)
+    value = tl.full([], 0, tl.uint64)
+    for start in range(0, LINES, AT_ONCE):
+        row = tile_row * LINES + start + tl.arange(0, AT_ONCE)
+        inside = (row < tl.load(desc + ROWS).to(tl.int32))[:, None] & (col < cols)[None, :]
+        words = tl.load(source + row[:, None] * stride + col[None, :], mask=inside, other=0)
+        if address != 0:
+            destination = address.to(tl.pointer_type(tl.uint32))
+            stride_out = tl.load(desc + DESTINATION_STRIDE) >> 2
+            if WIDE:
+                destination = tl.multiple_of(destination, 16)
+                stride_out = tl.multiple_of(stride_out, 4)
+            tl.store(destination + row[:, None] * stride_out + col[None, :], words, mask=inside)
+        if digests is not None:
+            pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
+            word_row = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32) + row.to(tl.uint32) * pitch
+            value += total(word_terms(words, word_row[:, None] + col.to(tl.uint32)[None, :]))
     if digests is not None:
-        pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
-        word_row = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32) + row.to(tl.uint32) * pitch
-        terms = word_terms(words, word_row[:, None] + col.to(tl.uint32)[None, :])
-        add_digest(digests, tl.load(desc + SLOT), total(terms))
+        add_digest(digests, tl.load(desc + SLOT), value)
 
 
 @triton.jit

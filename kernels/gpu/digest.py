@@ -8,11 +8,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fp8sync_kernels.gpu.columns import SCALE_DIGEST_BASE, SCALE_DIGEST_PITCH
+
+KEY_STEP = tl.constexpr(0x9E3779B1)
+
 
 @triton.jit
 def digest_key(word: tl.tensor) -> tl.tensor:
     """uint32 word index -> uint32 key."""
-    x = (word + 1) * 0x9E3779B1
+    return key_of_step((word + 1) * KEY_STEP)
+
+
+@triton.jit
+def key_of_step(x: tl.tensor) -> tl.tensor:
+    """(word index + 1) * KEY_STEP -> key. A product of sums is cheaper as a sum of products."""
     x = (x ^ (x >> 15)) * 0x85EBCA77
     return x ^ (x >> 13)
 
@@ -45,3 +54,13 @@ def total(terms: tl.tensor) -> tl.tensor:
 def add_digest(digests: tl.tensor, slot: tl.tensor, value: tl.tensor) -> None:
     """Add a uint64 to int64 ``digests[slot]``, modulo 2^64, in any order."""
     tl.atomic_add(digests + slot, value.to(tl.int64, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def digest_scale(
+    desc: tl.tensor, scale_inv: tl.tensor, block_row: tl.tensor, block_col: tl.tensor
+) -> tl.tensor:
+    """The term of one block's scale_inv."""
+    pitch = tl.load(desc + SCALE_DIGEST_PITCH)
+    position = tl.load(desc + SCALE_DIGEST_BASE) + block_row * pitch + block_col * 4
+    return word_terms(scale_inv.to(tl.uint32, bitcast=True), (position >> 2).to(tl.uint32))

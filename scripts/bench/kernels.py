@@ -163,7 +163,8 @@ def models(report: Report, layers: int) -> None:
 
 
 def moves(report: Report) -> None:
-    source = torch.randint(0, 256, (65536, 16384), dtype=torch.uint8, device="cuda")
+    source = torch.randint(0, 0x7F, (65536, 16384), dtype=torch.uint8, device="cuda")
+    halved = torch.randint(0, 0x70, (65536, 16384), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     wide = torch.empty(65536, 20480, dtype=torch.uint8, device="cuda")
     scales = torch.ones(512, 128, device="cuda")
@@ -173,6 +174,7 @@ def moves(report: Report) -> None:
         ("scatter into a strided tensor", copy(source, wide[:, 1024:17408]), 2 * size),
         ("digest of live memory", copy(source, None), size),
         ("canonical digest of live memory", canonical_digest(source, scales, Part()), size),
+        ("canonical digest, every block re-encoded", canonical_digest(halved, scales), size),
     ):
         table = build_table([job], "cuda")
         report.time(

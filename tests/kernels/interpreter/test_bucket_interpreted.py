@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8sync_kernels import quantize_blockwise
-from fp8sync_kernels.descriptor import DIVISION, Path
+from fp8sync_kernels.descriptor import CUT, DIVISION, Path
 from fp8sync_kernels.formulas import FORMULAS
 from fp8sync_kernels.job import Part, canonical_digest, partial_amax
 from fp8sync_kernels.launch import launch_kernel
@@ -62,7 +62,7 @@ def test_scenarios_take_every_path():
     taken = 0
     for make_jobs in SCENARIOS.values():
         taken |= build_table(make_jobs(Arena("cpu")), "cpu").paths
-    assert taken == sum(Path) | DIVISION
+    assert taken == sum(Path) | DIVISION | CUT
 
 
 def test_counters_may_be_absent():
