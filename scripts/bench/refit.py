@@ -1,0 +1,282 @@
+"""Refit at full size between GPUs of one host, shard to shard, against the wire's own limit.
+
+    NCCL_NVLS_ENABLE=0 python scripts/bench/refit.py [--cases NAME ...] [--repeats 7] [--out FILE.jsonl]
+
+One process per GPU: the first ranks are the trainer's (BF16), the next the engine's (blockwise FP8 in
+staging memory, without a model). A refit is timed on trainer rank 0 from the announcement of the version
+until every worker has voted that all its bytes are staged and verified. The floor is the largest number
+of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the same run. After timing, every byte
+is compared with the reference quantization of the whole tensor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import refit_world
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.layouts.presets import PRESETS
+from fp8sync.plan import DEFAULT_BUCKET_BYTES
+
+if TYPE_CHECKING:
+    from fp8sync.plan import Plan
+
+GIB = 1 << 30
+TABLES = 256 << 20
+"""Room for descriptor tables, which are no buffers, when peak memory is asserted."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A mapping."""
+
+    model: str
+    trainer: TrainerLayout
+    engine: EngineLayout
+
+    @property
+    def ranks(self) -> int:
+        """GPUs needed."""
+        return self.trainer.ranks + self.engine.ranks
+
+
+QWEN, LLAMA = "qwen3-30b-a3b", "llama-3.1-8b"
+CASES = {
+    "1 -> 1": Case(QWEN, TrainerLayout(), EngineLayout()),
+    "TP2.EP2.ETP1 -> TP2": Case(QWEN, TrainerLayout(tp=2, ep=2, etp=1), EngineLayout(tp=2)),
+    "TP2 -> TP2.EP2": Case(QWEN, TrainerLayout(tp=2), EngineLayout(tp=2, expert_parallel=True)),
+    "FSDP2 -> TP2": Case(QWEN, TrainerLayout(dp=2, fsdp=2), EngineLayout(tp=2)),
+    "TP4.EP4.ETP1 -> TP4.EP4": Case(
+        QWEN, TrainerLayout(tp=4, ep=4, etp=1), EngineLayout(tp=4, expert_parallel=True)
+    ),
+    "TP2.PP2.EP2 -> TP4.EP4": Case(
+        QWEN, TrainerLayout(tp=2, pp=2, ep=2, etp=1), EngineLayout(tp=4, expert_parallel=True)
+    ),
+    "llama 1 -> 2": Case(LLAMA, TrainerLayout(), EngineLayout(tp=2)),
+    "llama TP2 -> TP2": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=2)),
+    "llama TP2 -> TP4": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=4)),
+    "llama 1 -> 4": Case(LLAMA, TrainerLayout(), EngineLayout(tp=4)),
+    "llama TP4 -> TP4": Case(LLAMA, TrainerLayout(tp=4), EngineLayout(tp=4)),
+}
+
+
+def main() -> None:
+    """Run the benchmark on all GPUs of this host."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--transports", nargs="*", default=["ipc", "nccl"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--bucket-bytes", type=int, default=DEFAULT_BUCKET_BYTES)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    gpus = torch.cuda.device_count()
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    print(
+        f"{gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL "
+        f"{torch.cuda.nccl.version()}, {platform.platform()}, NVLS off: "
+        f"{os.environ.get('NCCL_NVLS_ENABLE') == '0'}",
+        flush=True,
+    )
+    mp.spawn(run_rank, (gpus, store.port, options), gpus)
+
+
+def run_rank(rank: int, gpus: int, port: int, options: argparse.Namespace) -> None:
+    """Everything that one GPU does."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store = dist.TCPStore("127.0.0.1", port, None, False)
+    dist.init_process_group("nccl", store=store, rank=rank, world_size=gpus, device_id=device)
+    wire = bandwidth(rank, device)
+    if rank == 0:
+        print(f"send/recv of 1 GiB, GPU 0 -> GPU 1: {wire / 1e9:.0f} GB/s\n{HEADING}", flush=True)
+    for name in options.cases:
+        case = CASES[name]
+        if case.ranks > gpus:
+            if rank == 0:
+                print(f"{name:26s} needs {case.ranks} GPUs", flush=True)
+            continue
+        Run(rank, device, store, name, case, wire, options).all()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bandwidth(rank: int, device: torch.device) -> float:
+    """Bytes per second of 1 GiB messages from GPU 0 to GPU 1 (10 after 3)."""
+    seconds = torch.zeros(1, device=device)
+    if rank < 2:
+        message = torch.empty(GIB, dtype=torch.uint8, device=device)
+        for count in (3, 10):
+            torch.cuda.synchronize(device)
+            began = time.perf_counter()
+            for _ in range(count):
+                dist.send(message, 1) if rank == 0 else dist.recv(message, 0)
+            torch.cuda.synchronize(device)
+            seconds[0] = (time.perf_counter() - began) / count
+    dist.broadcast(seconds, 0)
+    return GIB / seconds.item()
+
+
+HEADING = (
+    f"{'mapping':26s} {'way':18s} {'median s':>9s} {'floor s':>8s} {'ratio':>6s} "
+    f"{'kept GB/s':>10s} {'sender MiB':>11s} {'receiver MiB':>13s} {'equal':>6s}"
+)
+
+
+class Run:
+    """One mapping, by every way, on one rank."""
+
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device,
+        store: Any,
+        name: str,
+        case: Case,
+        wire: float,
+        options: argparse.Namespace,
+    ) -> None:
+        self._rank, self._device, self._store, self._options = rank, device, store, options
+        self._name, self._case, self._wire = name, case, wire
+        model = PRESETS[case.model]
+        self._source = manifest(case.trainer, model)
+        self._wanted = manifest(case.engine, model)
+        self._trains = rank < case.trainer.ranks
+        self._engine_rank = rank - case.trainer.ranks
+        self._serves = 0 <= self._engine_rank < case.engine.ranks
+
+    def all(self) -> None:
+        """Run everything."""
+        held: refit_world.Tensors = {}
+        expected: refit_world.Tensors = {}
+        worker: refit_world.Worker | None = None
+        if self._trains:
+            held = refit_world.allocated(self._source, self._rank, self._device)
+            refit_world.fill(self._source, self._rank, held)
+        if self._serves:
+            expected = refit_world.allocated(self._wanted, self._engine_rank, self._device)
+            refit_world.fill(self._wanted, self._engine_rank, expected)
+            wanted = refit_world.own(self._wanted, self._engine_rank)
+            worker = refit_world.Worker(wanted, self._engine_rank, self._device)
+        torch.cuda.synchronize(self._device)
+        for way in self._options.transports:
+            self._refit(way, held, worker, expected)
+        del held, expected, worker
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _refit(
+        self,
+        way: str,
+        held: refit_world.Tensors,
+        worker: refit_world.Worker | None,
+        expected: refit_world.Tensors,
+    ) -> None:
+        counts = self._case.trainer.ranks, self._case.engine.ranks
+        key = f"{self._name}/{way}"
+        size, repeats = self._options.bucket_bytes, self._options.repeats + 2
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        seconds: list[float] = []
+        plan: Plan | None = None
+        source = None
+        if self._trains:
+            own = refit_world.own(self._source, self._rank)
+            source = refit_world.PaperSource(own, held)
+        if source and self._rank == 0:
+            link = refit_world.lead(source, self._store, key, way, counts, size)
+            seconds = [refit_world.timed_refit(link, v) for v in range(1, repeats + 1)]
+            plan = link.plan
+            link.close()
+        elif source:
+            follower = refit_world.follow(source, self._rank, self._store, key)
+            for _ in range(repeats):
+                follower.transfer()
+            follower.close()
+        elif worker:
+            worker.join(self._store, key)
+            for _ in range(repeats):
+                worker.take()
+            worker.leave()
+        extra = torch.cuda.max_memory_allocated(self._device) - before
+        assert extra <= 2 * size + TABLES, f"rank {self._rank} took {extra} bytes by {way}"
+        self._row(way, seconds[2:], plan, extra, worker, expected)
+
+    def _row(
+        self,
+        way: str,
+        seconds: list[float],
+        plan: Plan | None,
+        extra: int,
+        worker: refit_world.Worker | None,
+        expected: refit_world.Tensors,
+    ) -> None:
+        wrong = 0
+        if worker:
+            wrong = refit_world.differing(worker.staged, expected)
+            for tensor in worker.staged.values():
+                tensor.zero_()
+        said = torch.tensor([wrong, extra if self._trains else 0, extra if self._serves else 0])
+        said = said.to(self._device)
+        dist.all_reduce(said, dist.ReduceOp.MAX)
+        wrong, sender, receiver = said.tolist()
+        assert not wrong, f"{wrong} storages differ after {self._name} by {way}"
+        if plan is None:
+            return
+        median = statistics.median(seconds)
+        out, into = _link_bytes(plan)
+        floor = max([*out.values(), *into.values()]) / self._wire
+        kept = max(into.values()) / median
+        row = {
+            "mapping": self._name,
+            "model": self._case.model,
+            "way": way,
+            "seconds": seconds,
+            "median_s": median,
+            "floor_s": floor,
+            "ratio": median / floor,
+            "kept_bytes_per_s": kept,
+            "link_bytes": max([*out.values(), *into.values()]),
+            "wire_bytes_per_s": self._wire,
+            "sender_extra_bytes": sender,
+            "receiver_extra_bytes": receiver,
+            "bucket_bytes": self._options.bucket_bytes,
+            "equal": True,
+        }
+        print(
+            f"{self._name:26s} {way:18s} {median:9.4f} {floor:8.4f} {median / floor:6.2f} "
+            f"{kept / 1e9:10.1f} {sender / 2**20:11.0f} {receiver / 2**20:13.0f} {'yes':>6s}",
+            flush=True,
+        )
+        if self._options.out:
+            with self._options.out.open("a") as out_file:
+                out_file.write(json.dumps(row) + "\n")
+
+
+def _link_bytes(plan: Plan) -> tuple[Counter[int], Counter[int]]:
+    """Bytes out of every trainer rank, and into every worker."""
+    out: Counter[int] = Counter()
+    into: Counter[int] = Counter()
+    for copy in plan.copies:
+        nbytes = copy.weight_bytes + copy.scale_bytes
+        out[copy.source_rank] += nbytes
+        into[copy.destination_rank] += nbytes
+    return out, into
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The two sides of `refit.py`: trainer ranks and engine workers with real weights and no model.
+
+Everything between them is fp8sync's own: conductor, followers, control channel, plan, transports, staging
+memory, digests and votes. Only what a vLLM would do with the staged bytes is left out.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fp8sync.conductor import Conductor
+from fp8sync.control import Channel, Listener
+from fp8sync.engines.vllm.layout import StorageSpec
+from fp8sync.engines.vllm.receive import Intake, open_receiver
+from fp8sync.engines.vllm.staging import Staging
+from fp8sync.errors import Fp8SyncError
+from fp8sync.follower import Follower
+from fp8sync.manifest import Manifest
+from fp8sync.member import Member
+from fp8sync.payload import view
+from fp8sync.plan import build_plan
+from fp8sync.plan.boxes import touched_blocks
+from fp8sync.recipe import Encoding, Recipe
+from fp8sync.sources import LiveSource
+from fp8sync.transport.memory import gpu_id
+from fp8sync_kernels import quantize_blockwise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from fp8sync.manifest import Box, TensorInfo
+
+TIMEOUT_S = 60.0
+Tensors = dict[str, torch.Tensor]
+
+
+def own(manifest: Manifest, rank: int) -> Manifest:
+    """One rank's part of a manifest."""
+    return Manifest.of(manifest.tensors.values(), {rank: manifest.ranks[rank]})
+
+
+def specs(manifest: Manifest, rank: int) -> dict[str, StorageSpec]:
+    """The storages of one rank, flat."""
+    sizes: dict[str, int] = defaultdict(int)
+    dtypes: dict[str, torch.dtype] = {}
+    for box in manifest.ranks[rank]:
+        placed = [(box.at, box.shape, getattr(torch, manifest.tensors[box.tensor].dtype))]
+        if box.scale_at is not None:
+            blocks = touched_blocks((box.start, box.shape))[1]
+            placed.append((box.scale_at, blocks, torch.float32))
+        for at, shape, dtype in placed:
+            last = at.offset + sum((n - 1) * s for n, s in zip(shape, at.strides, strict=True))
+            sizes[at.storage] = max(sizes[at.storage], last + 1)
+            dtypes[at.storage] = dtype
+    return {name: StorageSpec((n,), (1,), dtypes[name]) for name, n in sizes.items()}
+
+
+def allocated(manifest: Manifest, rank: int, device: torch.device) -> Tensors:
+    """The storages of one rank, zero."""
+    found = specs(manifest, rank)
+    return {n: torch.zeros(s.size, dtype=s.dtype, device=device) for n, s in found.items()}
+
+
+def whole(info: TensorInfo, device: torch.device) -> torch.Tensor:
+    """A full HF tensor in BF16, the same on every rank that asks."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(info.name.encode()))
+    tensor = torch.empty(info.shape, dtype=torch.bfloat16, device=device)
+    return tensor.normal_(std=0.02, generator=generator)
+
+
+def by_tensor(boxes: Sequence[Box]) -> Iterator[tuple[str, list[Box]]]:
+    """Boxes of the same tensor together."""
+    found: dict[str, list[Box]] = defaultdict(list)
+    for box in boxes:
+        found[box.tensor].append(box)
+    yield from found.items()
+
+
+def cut(tensor: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
+    """A rectangle of a tensor."""
+    return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+
+
+def fill(manifest: Manifest, rank: int, storages: Tensors) -> None:
+    """Write a rank's part of every tensor; blockwise ones are quantized whole by the reference."""
+    device = next(iter(storages.values())).device
+    for name, boxes in by_tensor(manifest.ranks[rank]):
+        info = manifest.tensors[name]
+        full, scales = whole(info, device), None
+        if info.encoding is Encoding.BLOCKWISE and info.formula is not None:
+            full, scales, _ = quantize_blockwise(full, info.formula.value)
+        put(boxes, full, scales, storages)
+
+
+def put(
+    boxes: Sequence[Box], full: torch.Tensor, scales: torch.Tensor | None, storages: Tensors
+) -> None:
+    """Write a tensor's boxes from its full form."""
+    for box in boxes:
+        view(storages, box.at, box.shape).copy_(cut(full, box.start, box.shape))
+        if box.scale_at is not None and scales is not None:
+            start, shape = touched_blocks((box.start, box.shape))
+            view(storages, box.scale_at, shape).copy_(cut(scales, start, shape))
+
+
+def differing(found: Tensors, wanted: Tensors) -> int:
+    """How many storages differ in any byte."""
+    pairs = ((found[name].view(torch.uint8), t.view(torch.uint8)) for name, t in wanted.items())
+    return sum(not torch.equal(a, b) for a, b in pairs)
+
+
+@dataclass(frozen=True)
+class PaperSource:
+    """A trainer rank of a layout on paper."""
+
+    described: Manifest
+    held: Tensors
+
+    def manifest(self) -> Manifest:
+        """Return this rank's boxes."""
+        return self.described
+
+    def storages(self) -> Tensors:
+        """Return the weights."""
+        return self.held
+
+
+def lead(
+    source: PaperSource, store: Any, key: str, transport: str, counts: tuple[int, int], size: int
+) -> Conductor:
+    """Trainer rank 0: make the link. `counts` are the ranks of trainer and engine."""
+    token = secrets.token_hex(16)
+    listener = Listener(token, timeout_s=TIMEOUT_S)
+    store.set(key, f"{listener.port} {token}")
+    member = Member(LiveSource(lambda: source), 0)
+    recipe = Recipe("blockwise-pow2")
+    trainers, workers = counts
+    conductor = Conductor(member, recipe, trainers, (workers,), size, TIMEOUT_S, transport)
+    member.source.prepare()
+    conductor.agree(listener)
+    listener.close()
+    return conductor
+
+
+def timed_refit(conductor: Conductor, version: int) -> float:
+    """Seconds from the announcement until every worker has voted, all bytes verified in staging."""
+    began = time.perf_counter()
+    conductor.open(version)
+    conductor.send(version)
+    seconds = time.perf_counter() - began
+    conductor.commit()
+    return seconds
+
+
+def _reach(store: Any, key: str) -> Channel:
+    port, token = store.get(key).decode().split()
+    return Channel.connect("127.0.0.1", int(port), token, TIMEOUT_S)
+
+
+def follow(source: PaperSource, rank: int, store: Any, key: str) -> Follower:
+    """Any other trainer rank."""
+    follower = Follower(_reach(store, key), Member(LiveSource(lambda: source), rank))
+    follower.agree()
+    return follower
+
+
+class Worker:
+    """An engine worker: staging memory and a way in, but no model.
+
+    Args:
+        wanted: this worker's boxes.
+        rank: this worker among the engine's.
+        device: its GPU.
+    """
+
+    def __init__(self, wanted: Manifest, rank: int, device: torch.device) -> None:
+        self._wanted, self._rank, self._device = wanted, rank, device
+        self._staging = Staging(device, 0)
+        self._staging.lay_out(specs(wanted, rank))
+        for tensor in self.staged.values():
+            tensor.zero_()
+
+    @property
+    def staged(self) -> Tensors:
+        """What has arrived."""
+        return self._staging.views()
+
+    def join(self, store: Any, key: str) -> None:
+        """Join the link as `WorkerSession` does."""
+        self._channel = channel = _reach(store, key)
+        channel.send({"type": "join", "role": "engine", "rank": self._rank})
+        source = Manifest.from_json(channel.receive("source")["manifest"])
+        channel.send({"type": "manifest", "manifest": self._wanted.to_json()})
+        plan = build_plan(source, self._wanted, exchange_amax=True)
+        channel.send({"type": "plan", "digests": {str(self._rank): plan.digest(self._rank)}})
+        channel.receive("agreed")
+        place = {"type": "place", "memory": self._staging.export().to_json()}
+        channel.send({**place, "offsets": self._staging.offsets, "gpu": gpu_id(self._device)})
+        intake = Intake(channel, self._staging, plan, self._rank, self._device)
+        self._receiver = open_receiver(channel.receive("transport"), intake)
+        channel.send({"type": "ready", "direct": 0})
+
+    def take(self) -> None:
+        """One version, to the vote and through the commit."""
+        channel = self._channel
+        version = int(channel.receive("version")["version"])
+        error: dict[str, Any] | None = None
+        try:
+            self._receiver.receive(version, self.staged)
+        except Fp8SyncError as caught:
+            error = caught.to_wire()
+        channel.send({"type": "vote", "error": error})
+        channel.receive("prepare")
+        channel.send({"type": "vote", "error": None})
+        channel.receive("decision")
+        channel.send({"type": "committed", "commit_s": 0.0, "failure": ""})
+
+    def leave(self) -> None:
+        """Leave the link; staging memory stays."""
+        self._receiver.close()
+        self._channel.close()
