@@ -7,6 +7,7 @@ does. Here the buffers are filled by the reference formula, with NaN where Trans
 from __future__ import annotations
 
 import re
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,14 @@ from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+
+class DType(IntEnum):
+    """Transformer Engine's, whose text is its number."""
+
+    kFloat8E4M3 = 7
+    kFloat8E5M2 = 8
+
 
 LINEAR = re.compile(r"linear_(qkv|fc1|fc2|\w+_proj)\.weight$")
 """Attention's output projection stays BF16, so that models are mixed."""
@@ -44,7 +53,7 @@ def make_pair(parameter: Any, formula: Formula, **changes: Any) -> None:
         "rowwise_scale_inv": scale_inv,
         "columnwise_data": None,
         "columnwise_scale_inv": None,
-        "fp8_dtype": "DType.kFloat8E4M3",
+        "fp8_dtype": DType.kFloat8E4M3,
         "is_2D_scaled": True,
         "quantizer": SimpleNamespace(block_len=128, force_pow_2_scales=formula is Formula.POW2),
     }

@@ -32,7 +32,7 @@ def check_bad_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         ("0.self_attention.linear_qkv", {"rowwise_data": None, "columnwise_data": 1}, "expected rowwise_data, found columnwise only"),
         ("0.self_attention.linear_proj", {"rowwise_scale_inv": None}, "expected rowwise_scale_inv, found none"),
         ("0.mlp.linear_fc1", {"is_2D_scaled": False}, "found scales of 1x128 rows"),
-        ("0.mlp.linear_fc2", {"fp8_dtype": "DType.kFloat8E5M2"}, r"expected E4M3 codes, found DType\.kFloat8E5M2"),
+        ("0.mlp.linear_fc2", {"fp8_dtype": pairs.DType.kFloat8E5M2}, "expected E4M3 codes, found kFloat8E5M2"),
         ("1.self_attention.linear_qkv", {"quantizer": None}, "expected block_len 128, found None"),
         ("1.self_attention.linear_proj", {"quantizer": SimpleNamespace(**quantizer | {"block_len": 64})}, "expected block_len 128, found 64"),
         ("1.mlp.linear_fc1", {"rowwise_scale_inv": torch.zeros(1, 4)}, r"expected scale_inv torch\.float32 \[8, 2\] or padded, found torch\.float32 \[1, 4\]"),

@@ -89,7 +89,8 @@ def _faults(
     shape: tuple[int, ...],
 ) -> Iterator[str]:
     quantizer = metadata.get("quantizer")
-    dtype = str(metadata.get("fp8_dtype", "E4M3"))
+    dtype = metadata.get("fp8_dtype", "E4M3")
+    dtype = str(getattr(dtype, "name", dtype))  # an IntEnum, whose text is a number
     grid = block_shape(shape)
     if codes is None:
         usage = "columnwise only" if metadata.get("columnwise_data") is not None else "no data"
