@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
-TRAINERS = ("replicated", "fsdp2")
-
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser's subcommands."""
@@ -29,12 +27,21 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("model", type=Path, help="folder of a BF16 Hugging Face checkpoint")
     parser.add_argument("--recipe", default="blockwise")
-    parser.add_argument("--trainer", choices=TRAINERS, default="replicated")
+    parser.add_argument(
+        "--trainer",
+        default="replicated",
+        help="replicated, fsdp2, or Megatron's axes: tp=2,pp=2,ep=4",
+    )
+    parser.add_argument("--fp8-parameters", action="store_true", help="of Megatron's linear layers")
     parser.add_argument("--engine-tp", type=int, default=1, help="tensor-parallel engine workers")
+    parser.add_argument("--engine-ep", action="store_true", help="expert-parallel engine")
+    parser.add_argument("--kv-cache-dtype", help="of the engine, such as fp8")
+    parser.add_argument("--host", default="127.0.0.1", help="address of the rendezvous")
     parser.add_argument("--rows", type=int, default=8, help="token sequences to compare on")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures")
+    parser.add_argument("--report", type=Path, help="where to write a page (HTML)")
     parser.set_defaults(run=_run)
 
 
@@ -44,6 +51,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
     from fp8sync.engines.vllm.probe import fp8_is_supported
     from fp8sync.verify.run import Settings, verify
+    from fp8sync.verify.trainers import load_trainer
 
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if under_torchrun:
@@ -51,50 +59,65 @@ def _run(arguments: argparse.Namespace) -> int:
     began = time.perf_counter()
     quantizes = Recipe(arguments.recipe).quantizes
     recipe = Recipe(arguments.recipe, dequantize=quantizes and not fp8_is_supported())
-    model, config = _trainer(arguments.model, arguments.trainer)
+    subject = load_trainer(
+        arguments.model, arguments.trainer, fp8_parameters=arguments.fp8_parameters
+    )
+    _give_engine_other_gpus(arguments.engine_tp)
     settings = Settings(
         recipe=recipe,
         rows=arguments.rows,
         length=arguments.length,
         seed=arguments.seed,
-        engine={"tensor_parallel_size": arguments.engine_tp},
+        engine=_engine_options(arguments),
         saved=arguments.model,
+        host=arguments.host,
     )
-    result = verify(model, config, settings)
+    result = verify(subject, settings)
     result |= {
         "model": str(arguments.model.name),
         "trainer": f"{arguments.trainer} x {dist.get_world_size() if under_torchrun else 1}",
-        "engine": f"tp{arguments.engine_tp}",
+        "engine": f"tp{arguments.engine_tp}{' ep' if arguments.engine_ep else ''}",
         "seconds": time.perf_counter() - began,
         "versions": environment(),
     }
-    leads = not under_torchrun or dist.get_rank() == 0
-    if under_torchrun:
-        dist.destroy_process_group()
-    if leads:
+    rank = dist.get_rank() if under_torchrun else 0
+    if rank == 0:
         if arguments.json:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        if arguments.report:
+            from fp8sync.pages.verdicts import render
+
+            arguments.report.parent.mkdir(parents=True, exist_ok=True)
+            arguments.report.write_text(render({result["model"]: result}), encoding="utf-8")
         print(summary(result))
+    else:
+        print(*(f"trainer rank {rank}: {fault}\n" for fault in result["failures"]), sep="", end="")
+    if under_torchrun:
+        dist.barrier()  # torchrun ends all ranks when the first one fails
+        dist.destroy_process_group()
     return 1 if result["failures"] else 0
 
 
-def _trainer(path: Path, kind: str) -> tuple[Any, Any]:
+def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "tensor_parallel_size": arguments.engine_tp,
+        "enable_expert_parallel": arguments.engine_ep,
+    }
+    if arguments.kv_cache_dtype:
+        options["kv_cache_dtype"] = arguments.kv_cache_dtype
+    return options
+
+
+def _give_engine_other_gpus(workers: int) -> None:
+    """Engines take the GPUs after those of this node's trainer ranks, where there are enough."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)
-    if torch.cuda.is_available():
-        model = model.cuda()
-    if kind == "fsdp2":
-        from torch.distributed.fsdp import fully_shard
-
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    return model, model.config
+    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if torch.cuda.device_count() >= trainers + workers:
+        all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[trainers : trainers + workers])
 
 
 def summary(result: dict[str, Any]) -> str:

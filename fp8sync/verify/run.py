@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +25,15 @@ from fp8sync.sources import as_source
 from fp8sync.trainers import rank_and_size
 from fp8sync.verify.agreement import compare
 from fp8sync.verify.checkpoint import quantize_checkpoint, write_config
-from fp8sync.verify.limits import FRESH_DIFFERENCE, exceeded
+from fp8sync.verify.limits import FRESH_DIFFERENCE, exceeded, limit_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
+    from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
     from fp8sync.report import RefitReport
+    from fp8sync.verify.trainers import Subject
 
 __all__ = ["Settings", "verify"]
 
@@ -47,6 +50,7 @@ class Settings:
         length: of each.
         seed: of prompts and sampling.
         engine: options of `vllm.LLM`, such as `tensor_parallel_size`.
+        host: address of the rendezvous; trainer ranks of other nodes have to reach it.
         saved: a BF16 checkpoint of the trainer's weights, for the fresh load; left out without one.
     """
 
@@ -56,21 +60,21 @@ class Settings:
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
     saved: Path | None = None
+    host: str = "127.0.0.1"
 
 
-def verify(model: torch.nn.Module, config: Any, settings: Settings) -> Result:
+def verify(subject: Subject, settings: Settings) -> Result:
     """Start an engine on dummy weights, refit it, and look at it from all sides.
 
     Args:
-        model: in BF16, with Hugging Face names, plain or sharded; the same again afterwards.
-        config: its transformers configuration.
+        subject: the trainer; the same again afterwards.
         settings: what to verify.
 
     Returns:
         JSON-able figures; `failures` is empty if every limit was kept.
     """
-    rank = rank_and_size()[0]
-    names = list(as_source(model).manifest().tensors)
+    rank, config = rank_and_size()[0], subject.config
+    names = list(as_source(subject.source).manifest().tensors)
     with tempfile.TemporaryDirectory(prefix="fp8sync-verify-") as folder:
         llm = None
         if rank == 0:
@@ -79,7 +83,7 @@ def verify(model: torch.nn.Module, config: Any, settings: Settings) -> Result:
             options |= settings.engine
             llm = probe.start_engine(directory, config.vocab_size, **options)
         try:
-            result, tensors, tokens, found = _prove(model, llm, config, settings)
+            result, tensors, tokens, found = _prove(subject, llm, settings)
         finally:
             if llm is not None:
                 probe.stop_engine(llm)
@@ -96,15 +100,15 @@ def verify(model: torch.nn.Module, config: Any, settings: Settings) -> Result:
 
 
 def _prove(
-    model: torch.nn.Module, llm: Any, config: Any, settings: Settings
+    subject: Subject, llm: Any, settings: Settings
 ) -> tuple[Result, Any, torch.Tensor, torch.Tensor]:
     failures: list[str] = []
-    link = connect(model, llm, settings.recipe)
+    link = connect(subject.source, llm, settings.recipe, host=settings.host)
     plan = link.plan.plan
     reports = [link.refit()]
     snapshot = link.audit()
     failures += [f"audit: {each}" for each in snapshot.differences]
-    with _junk(model, settings.seed):
+    with _junk(subject.parameters, settings.seed):
         reports.append(link.refit())
     other = link.audit()
     unread = set(snapshot.unread)
@@ -115,20 +119,23 @@ def _prove(
     if again != snapshot:
         failures.append("audit: other digests after junk and a second refit of the same weights")
     failures += [f"audit after junk: {each}" for each in again.differences]
-    tokens = _tokens(llm, config, settings)
-    trainer = _log_probabilities(model, tokens)
+    tokens = _tokens(llm, subject.config, settings)
+    trainer = _log_probabilities(subject.policy, tokens)
     found = trainer
     result: Result = {"recipe": settings.recipe.name, "dequantized": settings.recipe.dequantize}
     if llm is not None:
-        found = probe.log_probabilities(llm, tokens, config.vocab_size)
+        found = probe.log_probabilities(llm, tokens, subject.config.vocab_size)
         agreement = compare(found, trainer, tokens)
-        failures += [f"policies: {fault}" for fault in exceeded(agreement, settings.recipe)]
+        failures += [
+            f"policies: {fault}" for fault in exceeded(agreement, limit_of(settings.recipe))
+        ]
         result["agreement"] = agreement.to_json()
         result["transport"] = getattr(link, "transport", "")
     result |= {
         "tensors": len(plan.tensors),
         "layers": {name: list(both) for name, both in snapshot.layers().items()},
         "unread": snapshot.unread,
+        "links": _links(plan),
         "refits": [_refit(report) for report in reports],
         "errors": {t.name: t.error for t in reports[0].tensors if t.encoding == "blockwise"},
         "misc": {t.name: t.reason for t in reports[0].tensors if t.route == "misc"},
@@ -139,12 +146,12 @@ def _prove(
 
 
 @contextmanager
-def _junk(model: torch.nn.Module, seed: int) -> Iterator[None]:
+def _junk(parameters: Sequence[torch.Tensor], seed: int) -> Iterator[None]:
     """Other values in every parameter for the duration, different from rank to rank."""
     generator = torch.Generator().manual_seed(1000 * (seed + 1))
-    kept = [_local(p).detach().clone() for p in model.parameters()]
+    kept = [_local(p).detach().clone() for p in parameters]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in parameters:
             local = _local(parameter)
             noise = torch.rand(local.shape, generator=generator) - 0.5
             local.copy_(noise + noise.sign())  # no value near a weight's, none is zero
@@ -152,7 +159,7 @@ def _junk(model: torch.nn.Module, seed: int) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for parameter, before in zip(model.parameters(), kept, strict=True):
+            for parameter, before in zip(parameters, kept, strict=True):
                 _local(parameter).copy_(before)
 
 
@@ -195,6 +202,14 @@ def _fresh_difference(
     finally:
         probe.stop_engine(fresh)
     return (said - found).abs().max().item()
+
+
+def _links(plan: Plan) -> list[list[int]]:
+    """[trainer rank, engine rank, bytes] of one refit."""
+    nbytes: Counter[tuple[int, int]] = Counter()
+    for copy in plan.copies:
+        nbytes[copy.source_rank, copy.destination_rank] += copy.weight_bytes + copy.scale_bytes
+    return [[*link, count] for link, count in sorted(nbytes.items())]
 
 
 def _refit(report: RefitReport) -> Result:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import fp8sync
 from fp8sync.verify import LIMITS, compare, exceeded
 
 
@@ -37,7 +36,7 @@ def test_shapes_have_to_fit() -> None:
 
 
 def test_every_limit_is_named_once() -> None:
-    faults = exceeded(compare(*policies()), fp8sync.Recipe("blockwise"))
+    faults = exceeded(compare(*policies()), LIMITS["quantized"])
     assert [fault.partition(":")[0] for fault in faults] == [
         "kl_engine_trainer",
         "kl_trainer_engine",
@@ -47,7 +46,7 @@ def test_every_limit_is_named_once() -> None:
 
 def test_nan_keeps_no_limit() -> None:
     engine, trainer, tokens = policies()
-    assert len(exceeded(compare(engine * math.nan, trainer, tokens), fp8sync.Recipe("bf16"))) == 3
+    assert len(exceeded(compare(engine * math.nan, trainer, tokens), LIMITS["unquantized"])) == 3
 
 
 def test_every_limit_has_a_reason() -> None:

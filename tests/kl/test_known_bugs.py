@@ -1,0 +1,44 @@
+"""Each known bug of the field, in a real engine: found by the policies' divergence, named by the audit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import fp8sync
+from fp8sync.verify import compare, exceeded
+from fp8sync.verify.limits import FRESH_DIFFERENCE
+from tests.engines import world
+from tests.kl import trained
+from tests.kl.damage import DAMAGES, Damage
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name.replace(" ", "-"))
+def test_bug_is_found_and_named(
+    policy: trained.Trained, live: Any, damage: Damage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if policy.kind not in damage.kinds:
+        assert not damage.tensors(name for name, _ in world.hf_tensors(policy.model))
+        return
+    recipe = world.recipe("blockwise-fp32")
+    policy.use(policy.later)
+    fp8sync.connect(policy.model, live, recipe, transport="gloo").refit()
+    sound = trained.engine_log_probabilities(live, policy.windows)
+
+    policy.use(policy.earlier)
+    damage.inject(monkeypatch)
+    link = fp8sync.connect(policy.model, live, recipe, transport="gloo")
+    link.refit()
+    assert link.audit().equal
+    policy.use(policy.later)
+    link.refit()
+    found = trained.engine_log_probabilities(live, policy.windows)
+    agreement = compare(found, policy.log_probabilities(), policy.windows)
+    assert (found - sound).abs().max().item() > FRESH_DIFFERENCE
+    if recipe.dequantize:  # an FP8 engine's own rounding hides the mildest of them from this limit
+        assert exceeded(agreement, trained.limit(recipe))
+
+    report = link.audit()
+    assert {d.tensor for d in report.differences} == damage.tensors(link.plan.plan.tensors)
+    assert damage.hint in report.differences[0].hint
