@@ -5,9 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+from fp8sync.doctor import environment
+from fp8sync.pages.document import definitions, document, figures, table, verdict
 from scripts.demo import plots
 from scripts.demo.rounds import PROMPT, WINDOW_LENGTH, WINDOWS
-from scripts.demo.style import stylesheet
 from scripts.demo.verdict import ENGINE_TRAINER, FRESH_LIMIT, STALE_FACTOR, ratio
 
 if TYPE_CHECKING:
@@ -45,17 +46,7 @@ def render(
 ) -> str:
     """Returns the report as HTML; the arguments are those of `write_page`."""
     positions = WINDOWS * (WINDOW_LENGTH - 1)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>fp8sync: the demo's report</title>
-<style>{stylesheet()}</style>
-</head>
-<body>
-<h1>A trainer's weights in a live vLLM, as blockwise FP8</h1>
-{_verdict(failures)}
+    body = f"""{_verdict(failures)}
 <p>The trainer teaches {_names(runs)} the sources of Python's standard library, byte by byte.
 A vLLM in another process starts on random weights and is refitted after every round of
 optimizer steps. {escape(mode)}.</p>
@@ -68,8 +59,8 @@ round before in all others. <em>Fresh</em> is the engine after it.</p>
 {_rounds_table(runs)}
 
 <h2>What quantization costs</h2>
-<p>‖dequantized − weight‖ / ‖weight‖ of every tensor that travels as FP8: mean of all rounds, and of all
-experts, with a bar from least to most.</p>
+<p>Signal over quantization noise of every weight that travels as FP8, in decibels, in the last round;
+experts of a layer are averaged.</p>
 {_pair(runs, plots.error_plot)}
 
 <h2>Bytes</h2>
@@ -85,21 +76,33 @@ trainer still quantizes and sends. Bar and number: mean of the rounds; dots: eac
 {_texts(runs)}
 
 <h2>Where the time went</h2>
-{_table(("phase", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()])}
-</body>
-</html>
+{table(("phase", "seconds"), [(name, f"{value:.1f}") for name, value in seconds.items()])}
+
+<h2>Refused, or by the engine's own loader</h2>
+{_exceptions(runs)}
+
+<h2>Versions</h2>
+{table(("", "version"), environment().items())}
 """
+    return document("A trainer's weights in a live vLLM, as blockwise FP8", body)
 
 
 def _verdict(failures: Sequence[str]) -> str:
-    if failures:
-        items = "".join(f"<li>{escape(failure)}</li>" for failure in failures)
-        return f'<div class="verdict failed"><p>Failed:</p><ul>{items}</ul></div>'
-    return (
-        f'<p class="verdict">In every round the fresh engine\'s {ENGINE_TRAINER} is at most '
-        f"{FRESH_LIMIT:g} nats per token, and the stale engine's at least {STALE_FACTOR:g} times "
-        "the fresh one's.</p>"
+    success = (
+        f"In every round the fresh engine's {ENGINE_TRAINER} is at most {FRESH_LIMIT:g} nats per "
+        f"token, and the stale engine's at least {STALE_FACTOR:g} times the fresh one's."
     )
+    return verdict(failures, success)
+
+
+def _exceptions(runs: Sequence[ModelRun]) -> str:
+    rows = [
+        (f"{run.kind}: {tensor.name}", tensor.reason)
+        for run in runs
+        for tensor in run.rounds[-1].report.tensors
+        if tensor.route == "misc"
+    ]
+    return definitions(rows, "Nothing was refused; every tensor took the bulk path.")
 
 
 def _names(runs: Sequence[ModelRun]) -> str:
@@ -109,11 +112,7 @@ def _names(runs: Sequence[ModelRun]) -> str:
 
 
 def _pair(runs: Sequence[ModelRun], plot: Callable[[ModelRun], str]) -> str:
-    figures = "".join(
-        f"<figure><figcaption>{escape(run.architecture)}</figcaption>{plot(run)}</figure>"
-        for run in runs
-    )
-    return f'<div class="pair">{figures}</div>'
+    return figures((run.architecture, plot(run)) for run in runs)
 
 
 def _rounds_table(runs: Sequence[ModelRun]) -> str:
@@ -132,7 +131,7 @@ def _rounds_table(runs: Sequence[ModelRun]) -> str:
         "engine",
     ]
     rows = [_cells(run, each) for run in runs for each in run.rounds]
-    return _table(header, rows, f"<tr>{top}</tr>")
+    return table(header, rows, f"<tr>{top}</tr>")
 
 
 def _cells(run: ModelRun, each: Round) -> tuple[str, ...]:
@@ -148,14 +147,6 @@ def _cells(run: ModelRun, each: Round) -> tuple[str, ...]:
         f"{each.trainer_loss:.3f}",
         f"{each.engine_loss:.3f}",
     )
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], top: str = "") -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(
-        f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
-    )
-    return f'<div class="wide"><table>{top}<tr>{head}</tr>{body}</table></div>'
 
 
 def _texts(runs: Sequence[ModelRun]) -> str:

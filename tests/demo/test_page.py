@@ -2,8 +2,8 @@ from html.parser import HTMLParser
 
 import pytest
 
+from fp8sync.pages.figures import sqnr_by_layer
 from scripts.demo.page import render, write_page
-from scripts.demo.plots import errors_by_place
 from tests.demo.samples import sample_round, sample_run
 
 
@@ -28,9 +28,9 @@ def page():
 
 def test_it_loads_nothing_from_elsewhere(page):
     for tag, attributes in Elements(page).found:
-        assert tag not in {"script", "link", "img", "iframe", "object"}
+        assert tag not in {"script", "img", "iframe", "object"}
         for name in ("src", "href", "xlink:href"):
-            assert attributes.get(name, "#").startswith("#")
+            assert attributes.get(name, "#").startswith(("#", "data:"))
     assert "@import" not in page
 
 
@@ -64,7 +64,11 @@ def test_failures_are_on_the_page(tmp_path):
 
 
 def test_errors_are_grouped_by_layer_and_projection():
-    run = sample_run(sample_round(1), sample_round(1))
-    tensors = [tensor for each in run.rounds for tensor in each.report.tensors]
+    errors = {
+        "model.layers.1.mlp.experts.0.gate_proj.weight": 0.1,
+        "model.layers.1.mlp.experts.1.gate_proj.weight": 0.1,
+        "model.layers.0.self_attn.q_proj.weight": 0.01,
+        "lm_head.weight": 0.5,
+    }
 
-    assert errors_by_place(tensors) == {(1, "experts gate_proj"): [0.026, 0.026]}
+    assert sqnr_by_layer(errors) == {(1, "experts gate_proj"): 20.0, (0, "q_proj"): 40.0}
