@@ -22,13 +22,14 @@ MEGATRON_PIP    := $(MEGATRON_PY) -m pip --quiet --quiet --disable-pip-version-c
 MEGATRON_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
     $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-megatron lint format setup clean
+.PHONY: help demo test test-megatron slurm-test lint format setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     train small models, refit them into a real vLLM, write a report"
 	@echo "make test     run the tests; a skip that tests/allowed_skips.txt does not list fails"
 	@echo "make test-megatron   the tests on real Megatron-Core models (Python 3.12, 4.7 GB, once)"
+	@echo "make slurm-test  install a one-node SLURM (root, Debian) and run a part of the matrix on it"
 	@echo "make lint     ruff, mypy, codespell, module sizes"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove .venv, caches and reports"
@@ -41,6 +42,9 @@ test: $(STAMP)
 
 test-megatron: $(MEGATRON_STAMP)
 	@$(MEGATRON_PY) -W ignore -m pytest --strict-skips tests/megatron $(PYTEST_ARGS)
+
+slurm-test: $(STAMP)
+	@PYTHON=$(abspath $(PY)) scripts/slurm/local/test.sh
 
 lint: $(STAMP)
 	@$(PY) -m ruff format --check --quiet .
