@@ -164,7 +164,8 @@ class WorkerSession:
         self._staging.lay_out(layout.storages)
         self._receiver = self._open_transport(plan)
         self._layout, self._direct_modules = layout, direct
-        live = LiveWeights(self._model, layout, direct, self._device, self._dtype)
+        # Made anew for every audit, as it remembers what it read.
+        live = partial(LiveWeights, self._model, layout, direct, self._device, self._dtype)
         self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
         if direct:
             staged = self._staging.views()
