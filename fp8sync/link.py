@@ -155,7 +155,7 @@ class Link:
         Args:
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
                 end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
-                are recomputed and go on with the new weights. New requests queue up meanwhile.
+                go on with the new weights (docs/architecture.md). New requests queue up meanwhile.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
@@ -275,14 +275,16 @@ class Link:
             self._engine.pause(in_flight)
         except Fp8SyncError as error:  # requests that do not end, say: every worker is told
             conductor.refuse(error)
-        stopped = time.perf_counter()
+        drained = time.perf_counter()
+        # With `wait` it generates until the last request has ended.
+        stopped = drained if in_flight == "wait" else arrived
         with self._engine.resuming():
             outcome = self._commit(conductor)
             self._engine.reset_caches(in_flight)
             labelled = self._engine.label(str(version))
         ended = time.perf_counter()
         self.version = version
-        seconds = {**outcome.seconds, "drain": stopped - arrived, "total": ended - began}
+        seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         label = str(version) if labelled else None
         return RefitReport(
             version, outcome.bytes_sent, seconds, ended - stopped, outcome.tensors, label

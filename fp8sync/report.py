@@ -55,8 +55,8 @@ class RefitReport:
         seconds: wall seconds per stage: `quantize` and `send` (of the slowest trainer rank), `verify`
             (until every worker had compared digests), `drain` (until requests in flight had ended or were
             frozen), `prepare`, `commit` and `total`.
-        pause_s: how long the engine stood still, as the caller measured it: from its answer to `pause`
-            to its answer to `resume`, with installing and resetting of caches between them.
+        pause_s: how long the engine stood still, as the caller measured it: from the call of pause (with
+            `wait`, from its answer) to the answer to resume, installing and caches included.
         tensors: one entry per tensor of the plan.
         weight_version: what the engine calls its weights from now on (vLLM keeps such a label from 0.27
             on; later versions put it on every output), None where it cannot tell.

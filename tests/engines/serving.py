@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     import fp8sync
 
 PROMPTS = [[(i * step + 11) % 256 for i in range(24)] for step in (37, 53, 71, 89)]
-TOKENS = 160
+TOKENS = (160, 210, 270, 340)
+"""Of each prompt's streams; different, so that at any time some are at work."""
 Sample = tuple[list[int], str]
 """Tokens and finish reason of one stream."""
 
@@ -63,11 +64,12 @@ async def refit_under_load(
     ended = asyncio.Event()
     found: list[list[Sample]] = [[] for _ in PROMPTS]
 
-    async def busy(prompt: list[int], samples: list[Sample]) -> None:
+    async def busy(prompt: list[int], tokens: int, samples: list[Sample]) -> None:
         while not ended.is_set():
-            samples.append(await stream(prompt, TOKENS))
+            samples.append(await stream(prompt, tokens))
 
-    tasks = [asyncio.ensure_future(busy(*item)) for item in zip(PROMPTS, found, strict=True)]
+    each = zip(PROMPTS, TOKENS, found, strict=True)
+    tasks = [asyncio.ensure_future(busy(*item)) for item in each]
     try:
         await asyncio.sleep(0.1)
         report = await asyncio.to_thread(refit)
@@ -75,6 +77,11 @@ async def refit_under_load(
         ended.set()
         await asyncio.wait_for(asyncio.gather(*tasks), 120)
     return found, report
+
+
+def greedy(ask: Callable[[list[int], int], list[int]]) -> list[list[int]]:
+    """What an engine says to each prompt while nobody disturbs it."""
+    return [ask(prompt, tokens) for prompt, tokens in zip(PROMPTS, TOKENS, strict=True)]
 
 
 def judge(
@@ -99,13 +106,14 @@ def judge(
             if reason == "abort":
                 aborted += 1
                 assert tokens == before[: len(tokens)]
-                assert len(tokens) < TOKENS
+                assert len(tokens) < len(before)
                 continue
             assert reason == "length"
             if tokens not in (before, after):
                 mixed += 1
-                same = next(i for i in range(TOKENS) if tokens[i] != before[i])
+                assert len(tokens) == len(before)
+                same = next(i for i, token in enumerate(before) if tokens[i] != token)
                 # Recomputed, not continued on old keys and values: as the new version says it afresh.
-                assert tokens[same:] == new_after([*prompt, *tokens[:same]], TOKENS - same)
+                assert tokens[same:] == new_after([*prompt, *tokens[:same]], len(tokens) - same)
     # With all prompts busy, the refit found requests in flight.
     assert (mixed > 0, aborted > 0) == (mode == "keep", mode == "abort")

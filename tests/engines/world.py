@@ -97,7 +97,7 @@ def write_config(
 def write_checkpoint(
     model: torch.nn.Module,
     folder: Path,
-    formula: str | None,
+    formula: str | dict[str, str] | None,
     *,
     fp8: bool = FP8,
     router: bool = False,
@@ -105,7 +105,7 @@ def write_checkpoint(
 ) -> Path:
     """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16.
 
-    Without a formula nothing is quantized.
+    Without a formula nothing is quantized; one formula serves all tensors, or each its own.
     """
     tensors = {name: torch.tensor(value) for name, value in (kv_scales or {}).items()}
     for name, weight in hf_tensors(model):
@@ -114,7 +114,7 @@ def write_checkpoint(
         if formula is None or not linear:
             tensors[name] = weight.clone()
             continue
-        q = quantize_blockwise(weight, formula)
+        q = quantize_blockwise(weight, formula[name] if isinstance(formula, dict) else formula)
         if fp8:
             tensors[name], tensors[name + "_scale_inv"] = q.weight, q.scale_inv
         else:

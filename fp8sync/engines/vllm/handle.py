@@ -20,7 +20,7 @@ __all__ = ["Handle", "InFlight", "check_backend", "check_in_flight", "in_thread"
 
 InFlight = Literal["wait", "keep", "abort"]
 """What becomes of requests in flight: they finish with the old weights before the commit (`wait`), they
-are frozen, recomputed and go on with the new ones (`keep`), or they end where they are (`abort`)."""
+are frozen and go on with the new ones (`keep`), or they end where they are (`abort`)."""
 
 _POLL_S = 0.2
 

@@ -59,7 +59,8 @@ class LLMHandle(Handle):
         pass
 
     def reset_caches(self, in_flight: InFlight) -> None:
-        self._call("reset_prefix_cache", in_flight == "keep")
+        if self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+            self._call("reset_prefix_cache", in_flight == "keep")
 
     def label(self, version: str) -> bool:
         known = hasattr(self._llm, "update_weight_version")

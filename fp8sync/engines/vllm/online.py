@@ -70,13 +70,14 @@ class AsyncHandle(Handle):
         self._call("finish_weight_update")
 
     def pause(self, in_flight: InFlight) -> None:
-        self._call("pause_generation", mode=in_flight)
+        self._run("pause", compat.pause(self._engine, in_flight))
 
     def resume(self) -> None:
         self._call("resume_generation")
 
     def reset_caches(self, in_flight: InFlight) -> None:
-        self._call("reset_prefix_cache", in_flight == "keep")
+        if self._engine.vllm_config.cache_config.enable_prefix_caching:
+            self._call("reset_prefix_cache", in_flight == "keep")
 
     def label(self, version: str) -> bool:
         known = hasattr(self._engine, "update_weight_version")
@@ -84,10 +85,12 @@ class AsyncHandle(Handle):
             self._call("update_weight_version", version)
         return known
 
-    def _call(self, method: str, *args: Any, **options: Any) -> None:
-        call: Coroutine[Any, Any, Any] = getattr(self._engine, method)(*args, **options)
+    def _call(self, method: str, *args: Any) -> None:
+        self._run(method, getattr(self._engine, method)(*args))
+
+    def _run(self, name: str, call: Coroutine[Any, Any, Any]) -> None:
         answer = asyncio.run_coroutine_threadsafe(call, self._loop)
-        settled(answer, method, self.timeout_s, lambda: self._engine.errored)
+        settled(answer, name, self.timeout_s, lambda: self._engine.errored)
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -1,0 +1,89 @@
+"""What only engines on GPUs do: kernels that requantize, CUDA graphs, sleep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+import fp8sync
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+
+pytestmark = pytest.mark.gpu
+
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 4],
+    },
+}
+
+
+def fresh(folder: Path, **options: Any) -> tuple[torch.Tensor, list[int]]:
+    llm = world.start_engine(folder, **options)
+    found = world.logprobs(llm), world.generate(llm)
+    del llm
+    world.forget_engines()
+    return found
+
+
+def test_blockwise_asks_each_kernel(tmp_path: Path) -> None:
+    """Linears under DeepGEMM with E8M0 get pow2, Triton experts fp32; the report says which."""
+    model = world.tiny_model("moe", 1)
+    llm = world.start_engine(world.write_config(model, tmp_path / "config"), load_format="dummy")
+    report = fp8sync.refit(model, llm, "blockwise")
+    found = world.logprobs(llm)
+    del llm
+    world.forget_engines()
+    formulas = {t.name: t.formula for t in report.tensors if t.encoding == "blockwise"}
+    assert {f for n, f in formulas.items() if "self_attn" in n} == {"pow2"}
+    assert {f for n, f in formulas.items() if ".experts." in n} == {"fp32"}
+    # Written by the same formulas, a checkpoint loads to the same engine.
+    folder = world.write_checkpoint(model, tmp_path / "mixed", formulas)
+    assert (found - fresh(folder)[0]).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_cuda_graphs(kind: str, tmp_path: Path) -> None:
+    """Captured graphs read the refitted weights: the same tokens as a fresh engine decodes."""
+    models = [world.tiny_model(kind, seed) for seed in (1, 2)]
+    expected = [
+        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **GRAPHS)
+        for seed, model in enumerate(models)
+    ]
+    folder = world.write_config(models[0], tmp_path / "config")
+    llm = world.start_engine(folder, load_format="dummy", **GRAPHS)
+    for turn in (0, 1, 0):
+        fp8sync.refit(models[turn], llm, "blockwise-pow2")
+        assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
+        assert world.generate(llm) == expected[turn][1]
+    del llm
+    world.forget_engines()
+
+
+def test_refit_between_the_wakes(tmp_path: Path) -> None:
+    """Asleep at either level, weights awake, refit, KV cache awake: equal to a fresh engine."""
+    models = [world.tiny_model("dense", seed) for seed in (1, 2)]
+    expected = [
+        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"))
+        for seed, model in enumerate(models)
+    ]
+    folder = world.write_config(models[0], tmp_path / "config")
+    llm = world.start_engine(folder, load_format="dummy", multiprocess=True, enable_sleep_mode=True)
+    fp8sync.refit(models[0], llm, "blockwise-pow2")
+    world.generate(llm)
+    for turn, level in ((1, 1), (0, 2), (1, 2)):
+        llm.sleep(level=level)
+        llm.wake_up(tags=["weights"])
+        fp8sync.refit(models[turn], llm, "blockwise-pow2")
+        llm.wake_up(tags=["kv_cache"])
+        assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
+        assert world.generate(llm) == expected[turn][1]
+    world.stop_engine(llm)
