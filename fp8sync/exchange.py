@@ -39,6 +39,9 @@ class Team(Protocol):
     def maximum(self, values: torch.Tensor) -> None:
         """Replace `values`, contiguous, by their element-wise maximum over all members."""
 
+    def close(self) -> None:
+        """End what is under way."""
+
 
 class AmaxExchange:
     """One trainer rank's part in agreeing on the amax of cut blocks.
@@ -98,6 +101,11 @@ class AmaxExchange:
             if failed:
                 raise PeerFailed(f"trainer rank {failed - 1} failed before amax was exchanged")
         return storages
+
+    def close(self) -> None:
+        """Leave the team."""
+        if self._team is not None:
+            self._team.close()
 
     def _measure(self, storages: Storages) -> None:
         """Put this rank's share of every block's amax into the packed vector."""

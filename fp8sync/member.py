@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError
-from fp8sync.exchange import open_exchange
+from fp8sync.exchange import AmaxExchange, open_exchange
 from fp8sync.ledger import trainer_ledger
 from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.plan import Plan, build_plan
@@ -32,6 +32,7 @@ class Member:
 
     def __init__(self, source: LiveSource, rank: int) -> None:
         self.source, self.rank = source, rank
+        self._exchange: AmaxExchange | None = None
         self._sender: Outgoing | None = None
         self._plan: Plan | None = None
         self._bucket_bytes = 0
@@ -67,7 +68,7 @@ class Member:
         """
         self._bucket_bytes = bucket_bytes
         device = next(iter(self.source.storages().values())).device
-        join = partial(join_team, self.rank, team, host, timeout_s)
+        join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = open_exchange(self.plan.amax, self.rank, device, join)
         share = Share(self.source, self.rank, self.plan, timeout_s, exchange)
         self._sender = open_sender(choice, share)
@@ -91,6 +92,7 @@ class Member:
 
     def close(self) -> None:
         """Free the way out; a `send` under way ends with an error."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
+        for part in (self._sender, self._exchange):
+            if part is not None:
+                part.close()
+        self._sender = self._exchange = None

@@ -15,10 +15,14 @@ from torch.distributed.distributed_c10d import _get_default_store
 
 from fp8sync.errors import Fp8SyncError, TransferTimeout
 from fp8sync.transport.gloo import GlooGroup
+from fp8sync.transport.memory import gpu_id
+from fp8sync.transport.nccl import NcclGroup, new_unique_id
 from fp8sync.transport.rendezvous import own_host
 
 if TYPE_CHECKING:
     from types import TracebackType
+
+    import torch
 
 __all__ = ["Opening", "hear", "join_team", "rank_and_size"]
 
@@ -89,12 +93,15 @@ def hear(timeout_s: float) -> dict[str, Any]:
 
 
 def join_team(
-    rank: int, name: str, host: str, timeout_s: float, ranks: tuple[int, ...]
-) -> GlooGroup:
+    rank: int, device: torch.device, name: str, host: str, timeout_s: float, ranks: tuple[int, ...]
+) -> GlooGroup | NcclGroup:
     """Join a group of some of the trainer's ranks; they meet at the default group's store.
+
+    NCCL, if each of them has a GPU of its own.
 
     Args:
         rank: this rank, one of `ranks`.
+        device: where its weights are.
         name: of the group; together with the first of `ranks` used once.
         host: from where the ranks are reached.
         timeout_s: limit of every wait.
@@ -102,7 +109,21 @@ def join_team(
 
     Raises:
         TransferTimeout: one of them did not come.
+        EngineLost: NCCL refuses; says why.
     """
     store = dist.PrefixStore(f"fp8sync/{name}/{ranks[0]}", _get_default_store())
-    names = {number: f"trainer rank {other}" for number, other in enumerate(ranks)}
-    return GlooGroup(store, ranks.index(rank), len(ranks), own_host(host), timeout_s, names)
+    number = ranks.index(rank)
+    names = [f"trainer rank {other}" for other in ranks]
+    store.set(f"gpu/{rank}", gpu_id(device))
+    if rank == ranks[0]:
+        store.set("nccl", new_unique_id() if device.type == "cuda" else "")
+    keys = [f"gpu/{other}" for other in ranks]
+    try:
+        store.wait([*keys, "nccl"], timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        text = f"one of {', '.join(names)} did not come within {timeout_s:g} s"
+        raise TransferTimeout(text) from error
+    gpus = {store.get(key) for key in keys}
+    if len(gpus) == len(ranks) and b"" not in gpus:
+        return NcclGroup(store.get("nccl").decode(), number, names, device, timeout_s)
+    return GlooGroup(store, number, len(ranks), own_host(host), timeout_s, dict(enumerate(names)))

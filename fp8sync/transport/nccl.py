@@ -26,7 +26,8 @@ __all__ = ["NcclGroup", "new_unique_id"]
 
 _ID_BYTES = 128
 _SUCCESS, _IN_PROGRESS = 0, 7
-_UINT8 = 1
+_UINT8, _FLOAT32 = 1, 7
+_MAX = 2
 _POLL_S = 2e-5
 
 
@@ -79,6 +80,7 @@ class NcclGroup:
         timeout_s: float,
     ) -> None:
         self._names, self._device, self._timeout_s = names, device, timeout_s
+        self._number = number
         self._comm: ctypes.c_void_p | None = ctypes.c_void_p()
         made = _UniqueId((ctypes.c_ubyte * _ID_BYTES)(*bytes.fromhex(unique_id)))
         with torch.cuda.device(device):
@@ -111,6 +113,22 @@ class NcclGroup:
             ended = _nccl().ncclGroupEnd()
             self._settle(status or ended, peers, "join an exchange")
             return self._stream.record_event()
+
+    def maximum(self, values: torch.Tensor) -> None:
+        """Replace `values`, contiguous float32 on this GPU, by their maximum over all members.
+
+        Raises:
+            TransferTimeout, EngineLost: naming the members.
+        """
+        others = [n for n in range(len(self._names)) if n != self._number]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        address, stream = ctypes.c_void_p(values.data_ptr()), self._stream.cuda_stream
+        with torch.cuda.device(self._device):
+            status = _nccl().ncclAllReduce(
+                address, address, values.numel(), _FLOAT32, _MAX, self._alive(), stream
+            )
+            self._settle(status, others, "join in a maximum")
+            self.wait(self._stream.record_event(), others, "join in a maximum")
 
     def fence(self, ticket: torch.cuda.Event) -> None:
         """See `Group`."""
@@ -180,6 +198,7 @@ def _nccl() -> Any:
     message: list[Any] = [pointer, ctypes.c_size_t, integer, integer, pointer, pointer]
     for call in (library.ncclSend, library.ncclRecv):
         call.argtypes = message
+    library.ncclAllReduce.argtypes = [pointer, *message]
     library.ncclCommInitRankConfig.argtypes = [pointer, integer, _UniqueId, integer, pointer]
     library.ncclCommGetAsyncError.argtypes = [pointer, pointer]
     library.ncclCommAbort.argtypes = [pointer]

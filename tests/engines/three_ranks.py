@@ -6,6 +6,7 @@ Rows are cut at thirds, so most 128x128 blocks at the cuts lie on two ranks, and
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -49,7 +50,10 @@ class Failing:
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo")
+    own_gpus = torch.cuda.device_count() >= 4  # the engine's is GPU 0
+    if own_gpus:
+        torch.cuda.set_device(1 + int(os.environ["RANK"]))
+    dist.init_process_group("nccl" if own_gpus else "gloo")
     rank = dist.get_rank()
     result: dict[str, Any] = {}
     whole = world.tiny_model("dense", 1)
@@ -61,6 +65,7 @@ def main(folder: Path) -> None:
     dist.barrier()
     source = Failing(model)
     link = fp8sync.connect(source, llm, world.recipe("blockwise-pow2"), timeout_s=TIMEOUT_S)
+    result["transport"] = getattr(link, "transport", "")
     result["teams"] = [list(group.ranks) for group in link.plan.plan.amax]
     link.refit()
     with torch.no_grad():  # a step, seen by the next refit
