@@ -3,7 +3,7 @@
 report = fp8sync.refit(model, engine, recipe="blockwise")
 """
 
-from fp8sync.api import refit
+from fp8sync.api import close, refit
 from fp8sync.calibrate import calibrate_kv
 from fp8sync.errors import (
     CorruptBucket,
@@ -41,6 +41,7 @@ __all__ = [
     "TransferTimeout",
     "UnsupportedLayout",
     "calibrate_kv",
+    "close",
     "connect",
     "refit",
 ]

@@ -6,7 +6,7 @@ import atexit
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fp8sync.link import FollowerLink, Link, connect
+from fp8sync.link import connect
 from fp8sync.recipe import Recipe
 from fp8sync.sources import as_source
 
@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     import torch
 
     from fp8sync.engines.vllm import InFlight
+    from fp8sync.follower import FollowerLink
+    from fp8sync.link import Link
     from fp8sync.report import RefitReport
     from fp8sync.sources.kv_scales import KvScales
 
-__all__ = ["close_links", "refit"]
+__all__ = ["close", "refit"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class _Kept:
     key: tuple[Any, Any]
 
 
-_links: dict[tuple[int, int | str], _Kept] = {}
+_Name = int | str | tuple["_Name", ...]
+_links: dict[tuple[_Name, _Name], _Kept] = {}
 
 
 def refit(
@@ -46,12 +49,13 @@ def refit(
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
     the next calls with the same model and engine, and made anew when the recipe or the names of
-    KV-cache scales change.
+    KV-cache scales change. It holds on to both until `fp8sync.close`.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
         engine: a `vllm.LLM`, an `AsyncLLM` or the URL of a `vllm serve`, made with
-            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`.
+            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`; or
+            a list of these, which get one version: all of them install it, or none.
         recipe: `blockwise`, `blockwise-pow2`, `blockwise-fp32`, `bf16`, or a `fp8sync.Recipe`.
         in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
         bridge: for a Megatron-Core model, whose list of chunks is the `model`: its
@@ -70,7 +74,7 @@ def refit(
         >>> report = fp8sync.refit(model, llm, recipe="blockwise")  # doctest: +SKIP
     """
     wanted = Recipe.of(recipe, scales)
-    key = id(model), engine if isinstance(engine, str) else id(engine)
+    key = _name(model), _name(engine)
     known = _links.get(key)
     if known and (
         known.link.recipe != wanted or known.kv_scales.keys() != (kv_scales or {}).keys()
@@ -82,13 +86,36 @@ def refit(
         held = dict(kv_scales or {})
         source = model if bridge is None else as_source(model, bridge)
         link = connect(source, engine, wanted, kv_scales=held or None)
-        known = _links[key] = _Kept(link, held, (model, engine))
+        known = _links[key] = _Kept(link, held, (_frozen(model), _frozen(engine)))
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
 
 
-@atexit.register
-def close_links() -> None:
-    """Close every link that `refit` keeps."""
-    while _links:
-        _links.popitem()[1].link.close()
+def close(model: Any = None, engine: Any = None) -> None:
+    """Close the links that `refit` keeps, and let go of their models and engines.
+
+    Args:
+        model: only links of this model.
+        engine: only links of this engine, or of this list of engines.
+    """
+    wanted = _name(model), _name(engine)
+    for key in list(_links):
+        if all(
+            given is None or a == b
+            for given, a, b in zip((model, engine), key, wanted, strict=True)
+        ):
+            _links.pop(key).link.close()
+
+
+atexit.register(close)
+
+
+def _name(given: Any) -> _Name:
+    if isinstance(given, (list, tuple)):
+        return tuple(_name(each) for each in given)
+    return given if isinstance(given, str) else id(given)
+
+
+def _frozen(given: Any) -> Any:
+    """A list may change under its owner's hands; what was in it is kept."""
+    return tuple(given) if isinstance(given, list) else given

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.audit import AuditReport
-from fp8sync.errors import Fp8SyncError, PlanMismatch, from_wire
+from fp8sync.control import Channel
+from fp8sync.engines.vllm import check_in_flight
+from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, TransferTimeout, from_wire
 from fp8sync.manifest import Manifest
+from fp8sync.member import Member
+from fp8sync.plan import LinkPlan
+from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sender import named_error
+from fp8sync.sources import LiveSource, as_source
+from fp8sync.trainers import hear, rank_and_size
 
 if TYPE_CHECKING:
-    from fp8sync.control import Channel
-    from fp8sync.member import Member
+    from fp8sync.engines.vllm import InFlight
     from fp8sync.plan import Plan
+    from fp8sync.recipe import Recipe
     from fp8sync.sender import Sent
 
-__all__ = ["Follower"]
+__all__ = ["Follower", "FollowerLink"]
 
 
 class Follower:
@@ -99,3 +108,101 @@ class Follower:
         size, team, host = (message[key] for key in ("bucket_bytes", "team", "host"))
         member.open(choice, size, channel.timeout_s, team, host)
         channel.send({"type": "ready"})
+
+
+class FollowerLink:
+    """The link as trainer ranks other than 0 hold it; made by `connect`.
+
+    Ranks that pass no engine cannot tell the engines apart; rank 0 names the link that it means.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, timeout_s: float) -> None:
+        self._model = model
+        self.recipe = recipe
+        self.version = 0
+        self._timeout_s = timeout_s
+        self._followers: dict[str, Follower] = {}
+        self._current = ""
+        self._join(self._invited())
+
+    @property
+    def plan(self) -> LinkPlan:
+        """The plan that all ranks agreed on."""
+        return LinkPlan(self._connected().plan)
+
+    def refit(self, in_flight: InFlight = "wait") -> RefitReport:
+        """Send this rank's share of a version. Returns, or raises, what rank 0 learned.
+
+        Rank 0 decides about requests in flight; `in_flight` is checked and otherwise ignored here.
+        The report's bytes, seconds and tensors are this rank's share alone.
+        """
+        check_in_flight(in_flight)
+        said = self._heard()
+        if "open" in said:
+            self._join(said)
+        began = time.perf_counter()
+        self._current = said["link"]
+        follower = self._connected()
+        try:
+            version, sent = follower.transfer()
+        except (TransferTimeout, EngineLost):
+            self._leave(self._current)
+            raise
+        self.version = version
+        seconds = {
+            "quantize": sent.quantize_s,
+            "send": sent.send_s,
+            "total": time.perf_counter() - began,
+        }
+        tensors = LazyTensorReports(follower.plan, sent.parts, {sent.rank})
+        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
+
+    def audit(self) -> AuditReport:
+        """Show this rank's weights to the audit that rank 0 leads, and return what it found."""
+        return self._connected().audit()
+
+    def __enter__(self) -> FollowerLink:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the link."""
+        for name in list(self._followers):
+            self._leave(name)
+
+    def _leave(self, name: str) -> None:
+        follower = self._followers.pop(name, None)
+        if follower is not None:
+            follower.close()
+
+    def _connected(self) -> Follower:
+        if self._current not in self._followers:
+            raise EngineLost("the link is down; the next refit() connects again")
+        return self._followers[self._current]
+
+    def _heard(self) -> dict[str, Any]:
+        said = hear(self._timeout_s)
+        if "error" in said:
+            raise from_wire(said["error"])
+        return said
+
+    def _invited(self) -> dict[str, Any]:
+        """Wait for a link to be opened; a refit of another one, which this rank missed, is passed over."""
+        while "open" not in (said := self._heard()):
+            pass
+        return said
+
+    def _join(self, said: dict[str, Any]) -> None:
+        name, info = said["link"], said["open"]
+        self._leave(name)
+        channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
+        source = LiveSource(partial(as_source, self._model))
+        follower = Follower(channel, Member(source, rank_and_size()[0]))
+        try:
+            follower.agree()
+        except BaseException:
+            follower.close()
+            raise
+        self._followers[name], self._current = follower, name

@@ -1,7 +1,7 @@
 """The story of a refit, on one page, as the trainer tells it.
 
-The workers receive in threads of their own from `start` on, so the engine generates on until it is paused. vLLM's calls block; where a worker needs an
-answer meanwhile, a second thread gives it.
+The workers receive in threads of their own from `start` on, so the engine generates on until it is
+paused. vLLM's calls block; where a worker needs an answer meanwhile, a second thread gives it.
 
     caller      init              start   send: quantize, write    pause  finish  reset caches  resume
     2nd thread  manifests, plan,                                          two-phase commit
@@ -15,21 +15,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.conductor import Conductor
-from fp8sync.control import Channel, Listener
+from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
-from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
-from fp8sync.follower import Follower
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.follower import FollowerLink
 from fp8sync.member import Member
-from fp8sync.plan import DEFAULT_BUCKET_BYTES, Plan, explain
+from fp8sync.plan import DEFAULT_BUCKET_BYTES, LinkPlan
 from fp8sync.recipe import Recipe
-from fp8sync.report import LazyTensorReports, RefitReport
+from fp8sync.report import RefitReport
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.together import together
-from fp8sync.trainers import Opening, hear, rank_and_size
+from fp8sync.trainers import Opening, rank_and_size
 
 if TYPE_CHECKING:
     from fp8sync.audit import AuditReport
@@ -37,20 +37,7 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.sources.kv_scales import KvScales
 
-__all__ = ["FollowerLink", "Link", "LinkPlan", "connect"]
-
-T = TypeVar("T")
-
-
-class LinkPlan:
-    """The agreed plan, and what it says of itself."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-
-    def explain(self) -> str:
-        """Return totals, bytes per link and the misc list with its reasons, as text."""
-        return explain(self.plan)
+__all__ = ["Link", "connect"]
 
 
 def connect(
@@ -73,7 +60,8 @@ def connect(
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
         engine: a `vllm.LLM`, an `AsyncLLM` or the URL of a `vllm serve`, made with
-            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`.
+            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`; or
+            a list of these, which get one version: all of them install it, or none.
         recipe: name or `Recipe`.
         timeout_s: limit of every single wait for a peer.
         host: address that the rendezvous binds; loopback unless told otherwise.
@@ -125,10 +113,11 @@ class Link:
     ) -> None:
         self._transport = transport
         self._model = model
+        self._name = secrets.token_hex(8)
         self._engine = as_engine(engine)
         self._engine.check_host(host)
         # A call holds at most: waits for two messages, and vLLM's own work.
-        self._engine.timeout_s = 3 * timeout_s
+        self._engine.limit(3 * timeout_s)
         self.recipe = recipe
         self.version = 0
         self._timeout_s, self._host, self._bucket_bytes = timeout_s, host, bucket_bytes
@@ -177,7 +166,7 @@ class Link:
                 self._disconnect()
                 self._connect(opening)
             else:
-                opening.say({})
+                opening.say({"link": self._name})
             try:
                 return self._refit(self._connected(), in_flight)
             except (TransferTimeout, EngineLost):
@@ -208,6 +197,12 @@ class Link:
                 self._disconnect()
                 raise
 
+    def __enter__(self) -> Link:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Leave the engine as it is and free the link."""
         self._closed = True
@@ -229,15 +224,14 @@ class Link:
             "timeout_s": self._timeout_s,
         }
         try:
-            opening.say({"open": info})
+            opening.say({"link": self._name, "open": info})
             source = LiveSource(partial(as_source, self._model))
             source.prepare()
-            trainers, workers = rank_and_size()[1], self._engine.workers
             conductor = Conductor(
                 Member(source, 0),
                 self.recipe,
-                trainers,
-                [workers],
+                rank_and_size()[1],
+                self._engine.sizes,
                 self._bucket_bytes,
                 self._timeout_s,
                 self._transport,
@@ -310,85 +304,3 @@ class Link:
         if self._conductor is not None:
             self._conductor.close()
             self._conductor = None
-
-
-class FollowerLink:
-    """The link as trainer ranks other than 0 hold it; made by `connect`."""
-
-    def __init__(self, model: Any, recipe: Recipe, timeout_s: float) -> None:
-        self._model = model
-        self.recipe = recipe
-        self.version = 0
-        self._timeout_s = timeout_s
-        self._follower: Follower | None = None
-        self._join(self._invited())
-
-    @property
-    def plan(self) -> LinkPlan:
-        """The plan that all ranks agreed on."""
-        return LinkPlan(self._connected().plan)
-
-    def refit(self, in_flight: InFlight = "wait") -> RefitReport:
-        """Send this rank's share of a version. Returns, or raises, what rank 0 learned.
-
-        Rank 0 decides about requests in flight; `in_flight` is checked and otherwise ignored here.
-        The report's bytes, seconds and tensors are this rank's share alone.
-        """
-        check_in_flight(in_flight)
-        said = self._heard()
-        if "open" in said:
-            self._join(said["open"])
-        began = time.perf_counter()
-        follower = self._connected()
-        try:
-            version, sent = follower.transfer()
-        except (TransferTimeout, EngineLost):
-            self.close()
-            raise
-        self.version = version
-        seconds = {
-            "quantize": sent.quantize_s,
-            "send": sent.send_s,
-            "total": time.perf_counter() - began,
-        }
-        tensors = LazyTensorReports(follower.plan, sent.parts, {sent.rank})
-        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
-
-    def audit(self) -> AuditReport:
-        """Show this rank's weights to the audit that rank 0 leads, and return what it found."""
-        return self._connected().audit()
-
-    def close(self) -> None:
-        """Leave the link."""
-        if self._follower is not None:
-            self._follower.close()
-            self._follower = None
-
-    def _connected(self) -> Follower:
-        if self._follower is None:
-            raise EngineLost("the link is down; the next refit() connects again")
-        return self._follower
-
-    def _heard(self) -> dict[str, Any]:
-        said = hear(self._timeout_s)
-        if "error" in said:
-            raise from_wire(said["error"])
-        return said
-
-    def _invited(self) -> dict[str, Any]:
-        """Wait for a link to be opened; a refit of another one, which this rank missed, is passed over."""
-        while "open" not in (said := self._heard()):
-            pass
-        return said["open"]
-
-    def _join(self, info: dict[str, Any]) -> None:
-        self.close()
-        channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
-        source = LiveSource(partial(as_source, self._model))
-        follower = Follower(channel, Member(source, rank_and_size()[0]))
-        try:
-            follower.agree()
-        except BaseException:
-            follower.close()
-            raise
-        self._follower = follower

@@ -10,7 +10,7 @@ import json
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
+import torch.distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fp8sync.errors import Fp8SyncError, TransferTimeout
@@ -22,9 +22,9 @@ from fp8sync.transport.rendezvous import own_host
 if TYPE_CHECKING:
     from types import TracebackType
 
-    import torch
-
 __all__ = ["Opening", "hear", "join_team", "rank_and_size"]
+
+dist: Any = torch.distributed  # its stores are not in its stubs
 
 _TURN = "fp8sync/turn"
 _HEARD = "fp8sync/heard"
@@ -58,9 +58,9 @@ class Opening:
         trace: TracebackType | None,
     ) -> None:
         if error is not None and not self._said:
-            ours = isinstance(error, Fp8SyncError)
-            told = error if ours else Fp8SyncError(f"trainer rank 0 failed: {error!r}")
-            self.say({"error": told.to_wire()})
+            if not isinstance(error, Fp8SyncError):
+                error = Fp8SyncError(f"trainer rank 0 failed: {error!r}")
+            self.say({"error": error.to_wire()})
 
     def say(self, message: dict[str, Any]) -> None:
         """Tell all other ranks, which wait in `hear` or will."""

@@ -4,7 +4,7 @@ from fp8sync.plan.amax import AmaxGroup, AmaxPart, teams
 from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES, Bucket, Part, fill_buckets, in_turns
 from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
-from fp8sync.plan.explain import explain
+from fp8sync.plan.explain import LinkPlan, explain
 from fp8sync.plan.formats import MISC, cut_pairs
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "AmaxPart",
     "Bucket",
     "Copy",
+    "LinkPlan",
     "Part",
     "Plan",
     "Planner",

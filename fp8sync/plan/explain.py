@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fp8sync.manifest import TensorInfo
     from fp8sync.plan.build import Plan
 
-__all__ = ["explain"]
+__all__ = ["LinkPlan", "explain"]
 
 
 def explain(plan: Plan) -> str:
@@ -65,3 +65,14 @@ def _kind(info: TensorInfo) -> str:
     if info.encoding is Encoding.PLAIN:
         return info.dtype
     return f"blockwise FP8, {info.formula.value if info.formula else '?'} scales"
+
+
+class LinkPlan:
+    """The agreed plan, and what it says of itself."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def explain(self) -> str:
+        """Return totals, bytes per link and the misc list with its reasons, as text."""
+        return explain(self.plan)

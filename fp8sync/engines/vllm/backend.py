@@ -32,12 +32,13 @@ __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"
 
 @dataclass
 class Fp8SyncInitInfo(WeightTransferInitInfo):
-    """Where the trainer's link listens, and the token that lets a worker in."""
+    """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank."""
 
     host: str
     port: int
     token: str
     timeout_s: float
+    first_rank: int = 0
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self.shutdown()
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
-        rank = worker_rank(self.parallel_config)
+        rank = info.first_rank + worker_rank(self.parallel_config)
         channel.send({"type": "join", "role": "engine", "rank": rank})
         dtype = self.model_config.dtype
         session = WorkerSession(channel, self.model, rank, self._staging, self.device, dtype)

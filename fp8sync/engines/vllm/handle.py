@@ -16,7 +16,15 @@ from fp8sync.errors import EngineLost, RefitInProgress, TransferTimeout, Unsuppo
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["Handle", "InFlight", "check_backend", "check_in_flight", "in_thread", "settled"]
+__all__ = [
+    "Handle",
+    "InFlight",
+    "check_backend",
+    "check_in_flight",
+    "in_thread",
+    "settle",
+    "settled",
+]
 
 InFlight = Literal["wait", "keep", "abort"]
 """What becomes of requests in flight: they finish with the old weights before the commit (`wait`), they
@@ -51,11 +59,21 @@ class Handle(ABC):
     """
 
     timeout_s = 600.0
-    """Limit of every single call."""
+    in_process = False
+    """Whether the engine runs in this process, and answers in the thread that asks."""
 
     def __init__(self, engine: Any, workers: int) -> None:
         self.workers = workers
-        self._seat = _seat_at(engine)
+        self.seat = _seat_at(engine)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Workers of each engine behind this handle."""
+        return (self.workers,)
+
+    def limit(self, seconds: float) -> None:
+        """Set the limit of every single call."""
+        self.timeout_s = seconds
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -64,20 +82,20 @@ class Handle(ABC):
         Raises:
             RefitInProgress: one is refitting or connecting.
         """
-        if not self._seat.lock.acquire(blocking=False):
+        if not self.seat.lock.acquire(blocking=False):
             raise RefitInProgress("the engine is already being refitted or connected")
         try:
             yield
         finally:
-            self._seat.lock.release()
+            self.seat.lock.release()
 
     def claim(self, token: object) -> None:
         """Make the link that holds `token` the one that this engine follows."""
-        self._seat.link = token
+        self.seat.link = token
 
     def follows(self, token: object) -> bool:
         """Whether no other link has claimed the engine since."""
-        return self._seat.link is token
+        return self.seat.link is token
 
     def check_host(self, host: str) -> None:  # noqa: B027  (most engines are on this host)
         """Refuse an address for the rendezvous that the workers cannot reach."""
@@ -151,11 +169,12 @@ def check_in_flight(mode: str) -> None:
 def in_thread(call: Callable[[], Any]) -> Future[Any]:
     """Run a call that may never return in a thread that ends with this process."""
     answer: Future[Any] = Future()
-    threading.Thread(target=_settle, args=(answer, call), daemon=True).start()
+    threading.Thread(target=settle, args=(answer, call), daemon=True).start()
     return answer
 
 
-def _settle(answer: Future[Any], call: Callable[[], Any]) -> None:
+def settle(answer: Future[Any], call: Callable[[], Any]) -> None:
+    """Make a call, and let `answer` have its result or error."""
     try:
         answer.set_result(call())
     # Raised again by the waiting thread.

@@ -26,6 +26,8 @@ class LLMHandle(Handle):
         parallel = config.parallel_config
         super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
         self._llm = llm
+        self._resources = getattr(llm.llm_engine.engine_core, "resources", None)
+        self.in_process = self._resources is None
 
     def initialize(self, info: dict[str, Any]) -> None:
         self._call("init_weight_transfer_engine", {"init_info": info})
@@ -70,8 +72,8 @@ class LLMHandle(Handle):
 
     def _call(self, method: str, *args: Any) -> None:
         call = getattr(self._llm, method)
-        resources = getattr(self._llm.llm_engine.engine_core, "resources", None)
-        if resources is None:  # the engine lives in this process
+        resources = self._resources
+        if resources is None:
             call(*args)
             return
         answer = in_thread(lambda: call(*args))

@@ -1,0 +1,116 @@
+"""Several engines as one: every call goes to all of them at once, an error says which engine it was."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fp8sync.engines.vllm.handle import Handle, InFlight, in_thread, settle
+from fp8sync.errors import EngineLost, Fp8SyncError, UnsupportedLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["Fleet"]
+
+T = TypeVar("T")
+
+
+class Fleet(Handle):
+    """Engines that are refitted together, their workers numbered through.
+
+    Calls block until every engine has answered, also where one has failed: a failed engine never leaves
+    another in the middle of an update.
+
+    Args:
+        engines: two or more; at most one of them in this process, since vLLM keeps global state.
+
+    Raises:
+        UnsupportedLayout: an engine is listed twice, or two live in this process.
+    """
+
+    def __init__(self, engines: Sequence[Handle]) -> None:
+        local = [number for number, engine in enumerate(engines) if engine.in_process]
+        if len(local) > 1:
+            raise UnsupportedLayout(
+                f"engines {local} of the list live in this process: expected at most one of them "
+                "without a process of its own"
+            )
+        if len({id(engine.seat) for engine in engines}) < len(engines):
+            raise UnsupportedLayout("an engine is listed twice")
+        self._engines = engines
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(engine.workers for engine in self._engines)
+
+    def limit(self, seconds: float) -> None:
+        for engine in self._engines:
+            engine.limit(seconds)
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.exclusive())
+            yield
+
+    def claim(self, token: object) -> None:
+        for engine in self._engines:
+            engine.claim(token)
+
+    def follows(self, token: object) -> bool:
+        return all(engine.follows(token) for engine in self._engines)
+
+    def check_host(self, host: str) -> None:
+        self._each(lambda engine: engine.check_host(host))
+
+    def initialize(self, info: dict[str, Any]) -> None:
+        first = dict(zip(self._engines, accumulate(self.sizes, initial=0), strict=False))
+        self._each(lambda engine: engine.initialize({**info, "first_rank": first[engine]}))
+
+    def start(self) -> None:
+        self._each(lambda engine: engine.start())
+
+    def update(self, version: int) -> None:
+        self._each(lambda engine: engine.update(version))
+
+    def finish(self) -> None:
+        self._each(lambda engine: engine.finish())
+
+    def pause(self, in_flight: InFlight) -> None:
+        self._each(lambda engine: engine.pause(in_flight))
+
+    def resume(self) -> None:
+        self._each(lambda engine: engine.resume())
+
+    def reset_caches(self, in_flight: InFlight) -> None:
+        self._each(lambda engine: engine.reset_caches(in_flight))
+
+    def label(self, version: str) -> bool:
+        return all(self._each(lambda engine: engine.label(version)))
+
+    def _each(self, call: Callable[[Handle], T]) -> list[T]:
+        """Call all engines at once, an engine of this process in the caller's thread.
+
+        Raises:
+            Exception: of the first engine that is lost, or else of the first that failed.
+        """
+        here = next((e for e in self._engines if e.in_process), self._engines[0])
+        answers = {e: in_thread(partial(call, e)) for e in self._engines if e is not here}
+        answers[here] = Future()
+        settle(answers[here], partial(call, here))
+        errors: list[BaseException] = []
+        for number, engine in enumerate(self._engines):
+            error = answers[engine].exception()
+            if isinstance(error, Fp8SyncError):
+                text = f"engine {number} of the list: {error.summary}"
+                errors.append(type(error)(text, error.violations))
+            elif error is not None:
+                errors.append(error)
+        if errors:
+            raise next((e for e in errors if isinstance(e, EngineLost)), errors[0])
+        return [answers[engine].result() for engine in self._engines]
