@@ -24,7 +24,7 @@ from fp8sync.ledger import Held, Ledger, Unit, Unreadable, check_readable, units
 from fp8sync.payload import view
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from fp8sync.engines.vllm.storage import EngineLayout, StorageSpec
     from fp8sync.plan import Plan
@@ -144,8 +144,11 @@ class LiveWeights:
             state.restore()
 
 
-def worker_ledger(live: LiveWeights, plan: Plan, rank: int, bucket_bytes: int) -> Ledger:
-    """Return the ledger of an engine worker."""
+def worker_ledger(
+    open_live: Callable[[], LiveWeights], plan: Plan, rank: int, bucket_bytes: int
+) -> Ledger:
+    """Return the ledger of an engine worker, for one audit."""
+    live = open_live()
 
     def read(unit: Unit) -> Held:
         check_readable(plan, unit)

@@ -14,6 +14,7 @@ export SLURM_CONF=$home/slurm.conf PYTHON OMP_NUM_THREADS=1
 run() {
     "$PYTHON" scripts/slurm/matrix.py submit --trainers bf16 --results "$results" --wait 900 "$@"
 }
-run --models dense="$home/models/dense" --engines bf16 fp8 --layouts dp2_dp1 fsdp2_dp1 fsdp2_tp2
+run --models dense="$home/models/dense" --engines fp8 --layouts dp2_dp1 fsdp2_tp2
+run --models dense="$home/models/dense" --engines bf16 --layouts fsdp2_dp1
 run --models gated-moe="$home/models/moe" --engines fp8 --layouts dp2_dp1
 "$PYTHON" scripts/slurm/matrix.py summary "$results"
