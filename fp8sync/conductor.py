@@ -23,7 +23,7 @@ from fp8sync.errors import (
     from_wire,
 )
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Seat, choose_transport, message_bytes
+from fp8sync.outgoing import Seat, choose_transport, message_bytes, not_linked
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
@@ -267,7 +267,8 @@ class Conductor:
             raise UnsupportedLayout(str(error)) from error
         peers = {member: channel.peer for member, channel in self._channels.items()}
         size = message_bytes(kind, plan, self._bucket_bytes)
-        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, size)
+        carrier = "gloo" if not_linked(seats, places) else "nccl"
+        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, size, carrier)
         for member, channel in self._channels.items():
             channel.send(self._invitation.to(*member))
         invited = self._invitation.to("trainer", 0)

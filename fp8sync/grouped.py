@@ -60,7 +60,7 @@ def lay_out(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[Tur
         for bucket in turn:
             messages.append(buffer[offset : offset + HEADER_BYTES + bucket.nbytes])
             address = buffer.data_ptr() + offset + HEADER_BYTES
-            placed.append(PlacedBucket(bucket, address, range(slot, slot + len(bucket.parts))))
+            placed.append(PlacedBucket(bucket, address, slice(slot, slot + len(bucket.parts))))
             slot += len(bucket.parts)
             offset += _room(bucket)
         found.append(Turn(placed, messages))

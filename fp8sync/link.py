@@ -67,7 +67,8 @@ def connect(
         host: address that the rendezvous binds; loopback unless told otherwise.
         bucket_bytes: payload of a message; each side keeps at most two such buffers.
         transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
-            `nccl` (buckets between GPUs), `gloo` (buckets through host memory), or `auto`;
+            `nccl` (buckets between GPUs), `gloo` (buckets through host memory), `golden` (whole
+            tensors to every worker, quantized there: slow, plain), or `auto`;
             `link.transport` says which, and why.
         kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name (`fp8sync.calibrate_kv`
             makes them). Its values are read at every refit, like the weights; rank 0's are sent.

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from fp8sync.errors import Fp8SyncError
 from fp8sync.exchange import AmaxExchange, open_exchange
 from fp8sync.ledger import trainer_ledger
+from fp8sync.manifest import Manifest
 from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.plan import Plan, build_plan
 from fp8sync.trainers import join_team
 
 if TYPE_CHECKING:
     from fp8sync.ledger import Ledger
-    from fp8sync.manifest import Manifest
     from fp8sync.sender import Sent
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
@@ -35,6 +35,7 @@ class Member:
         self._exchange: AmaxExchange | None = None
         self._sender: Outgoing | None = None
         self._plan: Plan | None = None
+        self._held = Manifest({})
         self._bucket_bytes = 0
 
     @property
@@ -51,6 +52,7 @@ class Member:
 
     def make_plan(self, held: Manifest, wanted: Manifest) -> Plan:
         """Plan between all trainer ranks and all engine workers."""
+        self._held = held
         self._plan = build_plan(held, wanted, exchange_amax=True)
         return self._plan
 
@@ -70,7 +72,7 @@ class Member:
         device = next(iter(self.source.storages().values())).device
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = open_exchange(self.plan.amax, self.rank, device, join)
-        share = Share(self.source, self.rank, self.plan, timeout_s, exchange)
+        share = Share(self.source, self.rank, self._held, self.plan, timeout_s, exchange)
         self._sender = open_sender(choice, share)
         self.source.release()
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fp8sync.golden import GoldenSender
 from fp8sync.grouped import GroupSender
 from fp8sync.sender import Sender, Sent
 from fp8sync.tables import unwritable
@@ -16,12 +17,21 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.exchange import AmaxExchange
+    from fp8sync.manifest import Manifest
     from fp8sync.payload import Storages
     from fp8sync.plan import Plan
     from fp8sync.sources import Source
     from fp8sync.transport import Choice
 
-__all__ = ["Outgoing", "Seat", "Share", "choose_transport", "message_bytes", "open_sender"]
+__all__ = [
+    "Outgoing",
+    "Seat",
+    "Share",
+    "choose_transport",
+    "message_bytes",
+    "not_linked",
+    "open_sender",
+]
 
 
 class Outgoing(Protocol):
@@ -41,6 +51,7 @@ class Share:
     Args:
         source: where its weights are.
         rank: this rank among the trainer's.
+        held: the boxes of all trainer ranks.
         plan: the agreed plan.
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
@@ -48,6 +59,7 @@ class Share:
 
     source: Source
     rank: int
+    held: Manifest
     plan: Plan
     timeout_s: float
     exchange: AmaxExchange
@@ -95,9 +107,12 @@ def choose_transport(
     """
     if wanted not in {"auto", *_WAYS}:
         raise ValueError(f"unknown transport {wanted!r}; known: auto, {', '.join(_WAYS)}")
-    if wanted in _ANYWHERE:
+    if wanted in {"gloo", "golden"}:
         return wanted, "asked for"
-    why_not = {"ipc": _not_mapped(plan, seats, places), "nccl": _not_linked(plan, seats, places)}
+    why_not = {
+        "ipc": _not_mapped(plan, seats, places),
+        "nccl": not_linked(seats, places) or unwritable(plan.copies),
+    }
     if wanted in why_not:
         if why_not[wanted]:
             raise ValueError(f"transport {wanted!r} is not possible: {why_not[wanted]}")
@@ -119,7 +134,8 @@ def _not_mapped(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[
     return unwritable(plan.copies)
 
 
-def _not_linked(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -> str:
+def not_linked(seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -> str:
+    """Return why these members cannot have an NCCL communicator, or an empty string."""
     if not all(seat.gpu for seat in seats):
         return "the trainer's weights are not on a GPU"
     if not all(place["gpu"] for place in places.values()):
@@ -128,7 +144,7 @@ def _not_linked(plan: Plan, seats: Sequence[Seat], places: Mapping[int, Mapping[
     shared = [gpu for gpu, ranks in count.items() if ranks > 1]
     if shared:
         return f"NCCL takes one rank per GPU, and {count[shared[0]]} share {shared[0]}"
-    return unwritable(plan.copies)
+    return ""
 
 
 def message_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
@@ -147,8 +163,8 @@ _WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {
     "ipc": Writer.open,
     "nccl": GroupSender.open,
     "gloo": Sender.open,
+    "golden": GoldenSender.open,
 }
-_ANYWHERE = {"gloo"}
 
 
 def open_sender(choice: Choice, share: Share) -> Outgoing:

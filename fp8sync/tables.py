@@ -81,15 +81,15 @@ def write_table(
 
 @dataclass(frozen=True, slots=True)
 class PlacedBucket:
-    """A bucket whose payload lies at `address`; the digest of its i-th part goes to slots[i]."""
+    """A bucket whose payload lies at `address`; the digest of its i-th part goes to slots.start + i."""
 
     bucket: Bucket
     address: int
-    slots: range
+    slots: slice
 
     def parts(self) -> Iterator[tuple[BucketPart, Part]]:
         """Yield the bucket's parts, and where each enters the payload's digest."""
-        for slot, part in zip(self.slots, self.bucket.parts, strict=True):
+        for slot, part in enumerate(self.bucket.parts, self.slots.start):
             yield part, Part(slot, part.offset)
 
 

@@ -30,6 +30,7 @@ class Invitation:
         peers: name of every other member, by (role, rank).
         places: what each worker said of its staging memory, by engine rank.
         bucket_bytes: payload of a message.
+        carrier: `nccl` or `gloo`: what carries the messages of `golden`.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Invitation:
         peers: Mapping[tuple[str, int], str],
         places: Mapping[int, Mapping[str, Any]],
         bucket_bytes: int,
+        carrier: str,
     ) -> None:
         names = {("trainer", 0): "trainer rank 0", **peers}
         order = sorted(names, key=lambda member: (member[0] != "trainer", member[1]))
@@ -54,10 +56,12 @@ class Invitation:
         }
         self._places = [list(item) for item in places.items()]
         self._rendezvous: Rendezvous | None = None
-        if kind == "gloo":
+        carrier = carrier if kind == "golden" else kind
+        self._common["carrier"] = carrier
+        if carrier == "gloo":
             self._rendezvous = Rendezvous(host, timeout_s)
             self._common |= {"host": self._rendezvous.host, "port": self._rendezvous.port}
-        if kind == "nccl":
+        if carrier == "nccl":
             self._common["unique_id"] = new_unique_id()
 
     def to(self, role: str, rank: int) -> Choice:

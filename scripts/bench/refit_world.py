@@ -203,7 +203,9 @@ class Worker:
         channel.receive("agreed")
         place = {"type": "place", "memory": self._staging.export().to_json()}
         channel.send({**place, "offsets": self._staging.offsets, "gpu": gpu_id(self._device)})
-        intake = Intake(channel, self._staging, plan, self._rank, self._device)
+        intake = Intake(
+            channel, self._staging, source, self._wanted, plan, self._rank, self._device
+        )
         self._receiver = open_receiver(channel.receive("transport"), intake)
         channel.send({"type": "ready", "direct": 0})
 

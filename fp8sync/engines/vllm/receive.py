@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.errors import CorruptBucket, Fp8SyncError
 from fp8sync.payload import Storages, unpack
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
+    from fp8sync.manifest import Manifest
     from fp8sync.plan import Plan
     from fp8sync.transport import Choice
 
@@ -48,6 +50,8 @@ class Intake:
     Args:
         channel: connected to the trainer's link.
         staging: this worker's staging memory.
+        held: the boxes of all trainer ranks.
+        wanted: the boxes of this worker.
         plan: the agreed plan, of this worker at least.
         rank: this worker among the engine's.
         device: where the model lives.
@@ -55,6 +59,8 @@ class Intake:
 
     channel: Channel
     staging: Staging
+    held: Manifest
+    wanted: Manifest
     plan: Plan
     rank: int
     device: torch.device
@@ -133,6 +139,7 @@ _WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {
     "ipc": StagingReceiver,
     "nccl": GroupReceiver.open,
     "gloo": BucketReceiver,
+    "golden": GoldenReceiver.open,
 }
 
 

@@ -162,7 +162,7 @@ class WorkerSession:
         layout = layout.with_misc_of(plan)
         direct = direct_modules(self._model, layout, self._device, self._dtype)
         self._staging.lay_out(layout.storages)
-        self._receiver = self._open_transport(plan)
+        self._receiver = self._open_transport(source, layout.manifest, plan)
         self._layout, self._direct_modules = layout, direct
         # Made anew for every audit, as it remembers what it read.
         live = partial(LiveWeights, self._model, layout, direct, self._device, self._dtype)
@@ -180,7 +180,7 @@ class WorkerSession:
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
 
-    def _open_transport(self, plan: Plan) -> Receiver:
+    def _open_transport(self, held: Manifest, wanted: Manifest, plan: Plan) -> Receiver:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
         place["gpu"] = gpu_id(self._device)
         if self._device.type == "cuda":
@@ -191,10 +191,8 @@ class WorkerSession:
                 logger.warning("fp8sync: staging memory cannot be shared: %s", error)
         self._channel.send(place)
         choice = self._channel.receive("transport")
-        return open_receiver(
-            choice,
-            Intake(self._channel, self._staging, plan, self._rank, self._device),
-        )
+        about = held, wanted, plan, self._rank, self._device
+        return open_receiver(choice, Intake(self._channel, self._staging, *about))
 
     def _receive(self, version: int) -> None:
         try:

@@ -1,0 +1,175 @@
+"""The plain way: every tensor whole to every engine worker, which quantizes it and cuts out its boxes.
+
+Slow, and deliberately apart from all else: it looks at no copy of the plan, and quantizes by the
+reference, on the receiving side. The other ways have to bring the same bytes; and where one of them is in
+doubt, this one can be forced.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fp8sync.errors import UnsupportedLayout
+from fp8sync.payload import PartReport, Storages, view
+from fp8sync.plan.boxes import misaligned_dim, touched_blocks
+from fp8sync.sender import Sent, named_error
+from fp8sync.transport.gloo import GlooGroup
+from fp8sync.transport.nccl import NcclGroup
+from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync_kernels import build_table, digest, job, run_table
+
+if TYPE_CHECKING:
+    from fp8sync.manifest import Box, Manifest
+    from fp8sync.outgoing import Share
+    from fp8sync.transport import Choice
+    from fp8sync.transport.group import Group
+
+__all__ = ["GoldenSender", "Piece", "digest_of", "join_group", "pieces_of"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rectangle of a tensor that one trainer rank holds: one message."""
+
+    index: int
+    rank: int
+    box: Box
+    nbytes: int
+
+    def header(self, version: int, value: int, plan: bytes, flags: int = 0) -> Header:
+        """Return the header of its message; `value` is the payload's digest."""
+        return Header(self.index, version, self.nbytes, value, plan, 1, flags)
+
+
+def pieces_of(held: Manifest) -> dict[str, list[Piece]]:
+    """Return what is sent, tensor by tensor, in the order in which everyone takes it.
+
+    A rectangle that several ranks hold is sent by the first of them.
+
+    Raises:
+        UnsupportedLayout: an FP8 pair is cut inside a block.
+    """
+    seen = set()
+    boxes: dict[str, list[tuple[int, Box]]] = defaultdict(list)
+    faults = []
+    for rank, own in held.ranks.items():
+        for box in own:
+            key = box.tensor, box.start, box.shape
+            if key in seen:
+                continue
+            seen.add(key)
+            boxes[box.tensor].append((rank, box))
+            shape = held.tensors[box.tensor].shape
+            if (
+                box.scale_at is not None
+                and misaligned_dim((box.start, box.shape), shape) is not None
+            ):
+                faults.append(f"{box.tensor}: trainer rank {rank} holds an FP8 pair cut in a block")
+    if faults:
+        raise UnsupportedLayout("golden cannot put these pairs together", faults)
+    found: dict[str, list[Piece]] = {}
+    count = 0
+    for name in held.tensors:
+        found[name] = []
+        for rank, box in boxes[name]:
+            dtype = getattr(torch, held.tensors[name].dtype)
+            nbytes = dtype.itemsize * torch.Size(box.shape).numel()
+            if box.scale_at is not None:
+                nbytes += 4 * torch.Size(touched_blocks((box.start, box.shape))[1]).numel()
+            found[name].append(Piece(count, rank, box, nbytes))
+            count += 1
+    return found
+
+
+def join_group(
+    choice: Choice, device: torch.device, timeout_s: float
+) -> tuple[Group, torch.device]:
+    """Join the group of an invitation; return it, and where its messages have to lie."""
+    if choice["carrier"] == "nccl":
+        return NcclGroup.join(choice, device, timeout_s), device
+    return GlooGroup.join(choice, timeout_s), torch.device("cpu")
+
+
+def digest_of(payload: torch.Tensor) -> int:
+    """Return the digest of a uint8 tensor, by one launch where it lies on a GPU."""
+    if payload.device.type == "cpu":
+        return digest(payload)
+    value = torch.zeros(1, dtype=torch.int64, device=payload.device)
+    run_table(build_table([job.copy(payload, None)], payload.device), value, None)
+    return int(value) % (1 << 64)
+
+
+class GoldenSender:
+    """Sends every rectangle of which this rank is the first holder to every worker.
+
+    Args:
+        share: what to send, with the boxes of all trainer ranks.
+        group: the transport.
+        device: where its messages lie.
+        workers: numbers of all workers in the group.
+    """
+
+    def __init__(
+        self, share: Share, group: Group, device: torch.device, workers: list[int]
+    ) -> None:
+        self._share, self._group, self._device, self._workers = share, group, device, workers
+        self._plan = bytes.fromhex(share.held.digest())[:16]
+        pieces = [piece for found in pieces_of(share.held).values() for piece in found]
+        self._pieces = [piece for piece in pieces if piece.rank == share.rank]
+
+    @classmethod
+    def open(cls, choice: Choice, share: Share) -> GoldenSender:
+        """Join the group of an invitation."""
+        source_device = next(iter(share.source.storages().values())).device
+        group, device = join_group(choice, source_device, share.timeout_s)
+        workers = [number for _, number in choice["members"]]
+        return cls(share, group, device, workers)
+
+    def send(self, version: int) -> Sent:
+        """Send the weights as they are now; never raises, so that the vote always takes place."""
+        sent = Sent(self._share.rank)
+        began = time.perf_counter()
+        storages: Storages = {}
+        try:
+            storages = self._share.read()
+        # Workers get every message all the same, marked void.
+        except Exception as error:  # noqa: BLE001
+            sent.error = named_error(error, self._share.rank)
+        try:
+            for piece in self._pieces:
+                message = self._message(piece, version, storages, sent)
+                ticket = self._group.exchange([(message, n) for n in self._workers], [])
+                self._group.wait(ticket, self._workers, "take a tensor")
+                sent.bytes += message.numel() * len(self._workers)
+        except Exception as error:  # noqa: BLE001
+            sent.error = sent.error or named_error(error, self._share.rank)
+        sent.send_s = time.perf_counter() - began
+        return sent
+
+    def close(self) -> None:
+        """Leave the group; a `send` under way ends with an error."""
+        self._group.close()
+
+    def _message(self, piece: Piece, version: int, storages: Storages, sent: Sent) -> torch.Tensor:
+        message = torch.empty(HEADER_BYTES + piece.nbytes, dtype=torch.uint8, device=self._device)
+        payload, value, flags = message[HEADER_BYTES:], 0, ABORT
+        if sent.error is None:
+            box = piece.box
+            x = view(storages, box.at, box.shape).contiguous()
+            parts = [x]
+            if box.scale_at is not None:
+                blocks = touched_blocks((box.start, box.shape))[1]
+                parts.append(view(storages, box.scale_at, blocks).contiguous())
+            payload.copy_(torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]))
+            if x.is_floating_point():
+                bad = int((~torch.isfinite(x.float())).sum())
+                sent.parts.append(PartReport(box.tensor, bad))
+            value, flags = digest_of(payload), 0
+        header = piece.header(version, value, self._plan, flags).pack()
+        message[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+        return message
