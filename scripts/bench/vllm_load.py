@@ -1,9 +1,9 @@
 """What refits cost a vLLM that decodes: tokens per second with and without, and memory after many.
 
-    python -m scripts.bench.vllm_load [--layers 48] [--seconds 10] [--every 5] [--soak 200] [--out FILE]
+    python -m scripts.bench.vllm_load [--layers 48] [--seconds 10] [--every 5] [--soak 200] [--trainer-gpu 1]
 
-Needs two GPUs: an AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for
-decoding) keeps 32 sequences at work; the trainer's random weights lie on GPU 1. Windows without and with
+An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for decoding) keeps 32
+sequences at work; the trainer's random weights lie on GPU 1, or on GPU 0 as well. Windows without and with
 a refit every few seconds take turns. Requests in flight are kept; the engine caches no prefixes, so they
 need not be recomputed. Then, still decoding, --soak refits follow each other as fast as they can.
 """
@@ -38,10 +38,11 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="of each kind")
     parser.add_argument("--every", type=float, default=5.0, help="seconds from refit to refit")
     parser.add_argument("--soak", type=int, default=200)
+    parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    source = qwen30b.RandomQwen(options.layers, torch.device("cuda:1"))
-    torch.cuda.set_device(1)
+    source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))
+    torch.cuda.set_device(options.trainer_gpu)
     with tempfile.TemporaryDirectory() as name:
         qwen30b.write_folder(Path(name), options.layers)
         engine = Busy(Path(name))
@@ -94,7 +95,7 @@ def soak(engine: Busy, link: Any, count: int) -> dict[str, Any]:
     grown = [b - a for a, b in zip(used[20], used[count], strict=True)]
     print(f"soak: {count} refits, median {statistics.median(seconds):.4f} s, ", end="")
     print(f"{engine.tokens - tokens} tokens meanwhile")
-    names = ("GPU 0", "GPU 1", "trainer host, peak")
+    names = (*(f"GPU {n}" for n in range(torch.cuda.device_count())), "trainer host, peak")
     for name, grew in zip(names, grown, strict=True):
         print(f"soak: {name}: {grew / 2**20:+.1f} MiB from refit 20 to refit {count}")
     return {"seconds": seconds, "grown_bytes": grown}
@@ -103,7 +104,7 @@ def soak(engine: Busy, link: Any, count: int) -> dict[str, Any]:
 def memory() -> list[int]:
     """Bytes in use on each GPU, by all processes, and this process's peak on the host."""
     used = []
-    for device in range(2):
+    for device in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(device)
         used.append(total - free)
     return [*used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10]

@@ -1,10 +1,10 @@
 """Refit a live vLLM with the shapes of Qwen3-30B-A3B, full size, from one GPU to another.
 
-    python -m scripts.bench.vllm_refit [--layers 48] [--refits 10] [--native 2] [--out FILE.jsonl]
+    python -m scripts.bench.vllm_refit [--layers 48] [--refits 10] [--native 2] [--trainer-gpu 1]
 
-Needs two GPUs: vLLM runs on GPU 0 in its own process (load_format="dummy"), the trainer's random BF16
-weights lie on GPU 1. Prints one line per refit and the medians, with the wire's bandwidth as measured by
-a peer copy of 1 GiB in the same run; --native measures vLLM's own NCCL transfer of an FP8 checkpoint of
+vLLM runs on GPU 0 in its own process (load_format="dummy"), the trainer's random BF16 weights lie on
+GPU 1, or on GPU 0 as well (not with --native). Prints one line per refit and the medians, with the wire's bandwidth as measured by
+a copy of 1 GiB in the same run; --native measures vLLM's own NCCL transfer of an FP8 checkpoint of
 the same shapes first.
 """
 
@@ -32,12 +32,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--refits", type=int, default=10)
     parser.add_argument("--native", type=int, default=0, help="native transfers to measure first")
+    parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    wire = peer_bandwidth()
-    print(f"peer copy of 1 GiB, GPU 1 -> GPU 0: {wire / 1e9:.0f} GB/s", flush=True)
-    source = qwen30b.RandomQwen(options.layers, torch.device("cuda:1"))
-    torch.cuda.set_device(1)
+    gpu = torch.device("cuda", options.trainer_gpu)
+    wire = copy_bandwidth(gpu)
+    print(f"copy of 1 GiB, {gpu} -> cuda:0: {wire / 1e9:.0f} GB/s", flush=True)
+    source = qwen30b.RandomQwen(options.layers, gpu)
+    torch.cuda.set_device(gpu)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         qwen30b.write_folder(folder, options.layers)
@@ -130,18 +132,18 @@ def beside(call: Any) -> threading.Thread:
     return thread
 
 
-def peer_bandwidth() -> float:
-    """Bytes per second of a large copy from GPU 1 to GPU 0 (median of 10)."""
+def copy_bandwidth(gpu: torch.device) -> float:
+    """Bytes per second of a large copy to GPU 0, counted once (median of 10)."""
     there = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
-    here = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:1")
+    here = torch.empty(1 << 30, dtype=torch.uint8, device=gpu)
     seconds = []
     for _ in range(12):
         torch.cuda.synchronize(0)
-        torch.cuda.synchronize(1)
+        torch.cuda.synchronize(gpu)
         began = time.perf_counter()
         there.copy_(here)
         torch.cuda.synchronize(0)
-        torch.cuda.synchronize(1)
+        torch.cuda.synchronize(gpu)
         seconds.append(time.perf_counter() - began)
     return (1 << 30) / statistics.median(seconds[2:])
 

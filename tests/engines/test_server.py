@@ -11,7 +11,9 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -47,6 +49,7 @@ class Served:
             command += [flag] if value is True else [flag, text]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        self._threads = ThreadPoolExecutor(serving.LANES * len(serving.PROMPTS))
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
         self._wait()
 
@@ -89,9 +92,10 @@ class Served:
             if choice["finish_reason"]:
                 reasons.append(choice["finish_reason"])
 
-        await asyncio.to_thread(
+        request = partial(
             self.complete, note, prompt=prompt, max_tokens=tokens, ignore_eos=True, stream=True
         )
+        await asyncio.get_running_loop().run_in_executor(self._threads, request)
         # A stream that is aborted before its first token ends without a chunk.
         return found, reasons[-1] if found or reasons else "abort"
 
