@@ -3,7 +3,7 @@
 report = fp8sync.refit(model, engine, recipe="blockwise")
 """
 
-from fp8sync.api import close, refit
+from fp8sync.api import close, refit, restore_kv_scales
 from fp8sync.calibrate import calibrate_kv
 from fp8sync.errors import (
     CorruptBucket,
@@ -44,4 +44,5 @@ __all__ = [
     "close",
     "connect",
     "refit",
+    "restore_kv_scales",
 ]

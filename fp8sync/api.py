@@ -6,6 +6,7 @@ import atexit
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.engines.vllm import as_engine
 from fp8sync.link import connect
 from fp8sync.recipe import Recipe
 from fp8sync.sources import as_source
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fp8sync.report import RefitReport
     from fp8sync.sources.kv_scales import KvScales
 
-__all__ = ["close", "refit"]
+__all__ = ["close", "refit", "restore_kv_scales"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,15 @@ def refit(
         known = _links[key] = _Kept(link, held, (_frozen(model), _frozen(engine)))
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
+
+
+def restore_kv_scales(engine: Any) -> None:
+    """Make an engine's KV-cache scales right again after its cache woke up.
+
+    vLLM (0.25 to 0.27 at least) sets them to 1.0 on the device in `wake_up`, whatever they were. Call
+    this after it, before the engine generates.
+    """
+    as_engine(engine).restore_kv_scales()
 
 
 def close(model: Any = None, engine: Any = None) -> None:

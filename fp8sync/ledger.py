@@ -15,7 +15,7 @@ import torch
 
 from fp8sync.manifest import Placement
 from fp8sync.payload import Storages, pack, unpack
-from fp8sync.plan import Bucket, Part, Plan, fill_buckets
+from fp8sync.plan import MISC, Bucket, Part, Plan, fill_buckets
 from fp8sync.recipe import Encoding
 from fp8sync_kernels import canonical_pair, digest
 
@@ -115,6 +115,8 @@ def check_readable(plan: Plan, unit: Unit) -> None:
         raise Unreadable("the trainer's shards cut its blocks")
     if plan.tensors[copy.tensor].misc:
         raise Unreadable(f"loaded by the engine itself: {plan.tensors[copy.tensor].misc}")
+    if copy.scale_at is not None and copy.scale_at.storage.startswith(MISC):
+        raise Unreadable("its scales were loaded by the engine itself")
 
 
 def trainer_ledger(storages: Storages, rank: int, plan: Plan, bucket_bytes: int) -> Ledger:

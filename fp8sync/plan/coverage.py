@@ -8,14 +8,14 @@ from itertools import pairwise, product
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import TensorMismatch, UnsupportedLayout
-from fp8sync.plan.boxes import Rect, overlapping, span, volume
+from fp8sync.plan.boxes import Rect, overlap, overlapping, span, volume
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from fp8sync.manifest import Manifest
 
-__all__ = ["check_all_held", "check_all_used", "check_tiling", "union_volume"]
+__all__ = ["check_all_held", "check_all_used", "check_tiling", "remainder", "union_volume"]
 
 
 def check_all_used(destination: Manifest) -> None:
@@ -31,6 +31,29 @@ def check_all_used(destination: Manifest) -> None:
     ]
     if faults:
         raise TensorMismatch("the engine would use only a part of these tensors", faults)
+
+
+def remainder(whole: Rect, rects: Iterable[Rect]) -> list[Rect]:
+    """Return rectangles that tile what `rects` leave of `whole`."""
+    left = [whole]
+    for rect in rects:
+        left = [piece for old in left for piece in _without(old, rect)]
+    return left
+
+
+def _without(rect: Rect, hole: Rect) -> Iterator[Rect]:
+    common = overlap(rect, hole)
+    if common is None:
+        yield rect
+        return
+    start, shape = list(rect[0]), list(rect[1])
+    for dim, (first, length) in enumerate(zip(*common, strict=True)):
+        before, end = first - start[dim], start[dim] + shape[dim]
+        for low, size in ((start[dim], before), (first + length, end - first - length)):
+            if size:
+                begin, extent = (*start[:dim], low), (*shape[:dim], size)
+                yield (*begin, *start[dim + 1 :]), (*extent, *shape[dim + 1 :])
+        start[dim], shape[dim] = first, length
 
 
 def check_all_held(source: Manifest) -> None:

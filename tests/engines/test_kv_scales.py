@@ -125,14 +125,12 @@ def test_scales_stay_where_none_are_sent(live: Any) -> None:
 
 
 def test_scales_are_right_after_the_cache_woke_up(live: Any) -> None:
-    from fp8sync.engines.vllm.kv_cache import restore_scales
-
     fp8sync.refit(
         world.tiny_model("dense", 5), live, world.recipe("blockwise"), kv_scales=scales(5)
     )
     live.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
     assert {buffer for buffer, _ in held(live).values()} == {1.0}  # what vLLM's wake_up leaves
-    live.apply_model(restore_scales)
+    fp8sync.restore_kv_scales(live)
     assert held(live) == loaded(scales(5))
 
 

@@ -15,7 +15,7 @@ from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests import skips
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping
     from pathlib import Path
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
@@ -57,6 +57,10 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         shape |= {"num_key_value_heads": 4, "num_nextn_predict_layers": 0}
         config = transformers.DeepseekV3Config(**shape | {"topk_method": "noaux_tc"} | changes)
         model = transformers.DeepseekV3ForCausalLM(config)
+    elif kind == "neox":
+        config = transformers.GPTNeoXConfig(**shape | {"rotary_pct": 1.0} | changes)
+        model = transformers.GPTNeoXForCausalLM(config)
+        model.embed_out = model._modules.pop("lm_head")  # as published checkpoints name it
     elif kind == "llama":
         config = transformers.LlamaConfig(**shape | changes)
         model = transformers.LlamaForCausalLM(config)
@@ -101,17 +105,19 @@ def write_checkpoint(
     *,
     fp8: bool = FP8,
     router: bool = False,
+    plain: Collection[str] = (),
     kv_scales: Mapping[str, float] | None = None,
 ) -> Path:
     """Write what a fresh engine would load: FP8 pairs, or their dequantized values in BF16.
 
-    Without a formula nothing is quantized; one formula serves all tensors, or each its own.
+    Without a formula nothing is quantized; one formula serves all tensors, or each its own. `plain`
+    names what is not quantized.
     """
     tensors = {name: torch.tensor(value) for name, value in (kv_scales or {}).items()}
     for name, weight in hf_tensors(model):
         linear = name.endswith(("_proj.weight", "_proj_with_mqa.weight"))
         linear |= router and name.endswith(".mlp.gate.weight")
-        if formula is None or not linear:
+        if formula is None or not linear or name in plain:
             tensors[name] = weight.clone()
             continue
         q = quantize_blockwise(weight, formula[name] if isinstance(formula, dict) else formula)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import combinations, product
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from fp8sync.errors import TensorMismatch, UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.boxes import block_shape, misaligned_dim, overlap, overlapping, volume
-from fp8sync.plan.coverage import check_all_held, check_all_used, union_volume
+from fp8sync.plan.coverage import check_all_held, check_all_used, remainder, union_volume
 
 
 @st.composite
@@ -112,3 +113,11 @@ def test_holes_of_a_trainer_are_refused_and_replicas_cut_differently_are_not() -
         check_all_held(Manifest.of(infos, ranks))
     (fault,) = refusal.value.violations
     assert fault == "hole: expected 32 elements of [8, 4], found 28 on all trainer ranks together"
+
+
+@given(rects(3), st.lists(rects(3), max_size=4))
+def test_remainder_tiles_what_is_left(whole: Any, holes: list[Any]) -> None:
+    found = [points(rect) for rect in remainder(whole, holes)]
+    covered = set().union(*(points(hole) for hole in holes))
+    assert set().union(*found) == points(whole) - covered
+    assert sum(len(piece) for piece in found) == len(points(whole) - covered)

@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import worker_rank
+from fp8sync.engines.vllm.kv_cache import restore_scales
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, load_form_bytes
 
@@ -32,13 +33,17 @@ __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"
 
 @dataclass
 class Fp8SyncInitInfo(WeightTransferInitInfo):
-    """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank."""
+    """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank.
 
-    host: str
-    port: int
-    token: str
-    timeout_s: float
+    With `woken` there is no link to join: vLLM has woken the KV cache, whose scales are put back.
+    """
+
+    host: str = ""
+    port: int = 0
+    token: str = ""
+    timeout_s: float = 0.0
     first_rank: int = 0
+    woken: bool = False
 
 
 @dataclass
@@ -66,6 +71,9 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left."""
+        if init_info.woken:
+            restore_scales(self.model)
+            return
         self.shutdown()
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)

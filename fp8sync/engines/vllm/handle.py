@@ -104,6 +104,14 @@ class Handle(ABC):
     def initialize(self, info: dict[str, Any]) -> None:
         """Let every worker join a link; blocks until they have agreed or refused."""
 
+    def restore_kv_scales(self) -> None:
+        """Give every worker's devices the KV-cache scales that its hosts hold; needs no link.
+
+        vLLM fills them with 1.0 when it wakes a sleeping cache.
+        """
+        with self.exclusive():
+            self.initialize({"woken": True})
+
     @abstractmethod
     def start(self) -> None:
         """Open a version on every worker."""

@@ -142,7 +142,11 @@ class ProcessInstall:
                 continue
             entry = _Processed(prefix, module, ModuleState.capture(module))
             self._modules.append(entry)
+            live = dict(module._buffers)
             to_load_form(module)
+            for local, tensor in module._buffers.items():
+                if local not in staged[prefix] and tensor is not None and tensor.is_meta:
+                    module._buffers[local] = live[local].clone()  # computed by vLLM, never loaded
             for local in staged[prefix]:
                 self._place(module, f"{prefix}.{local}" if prefix else local, local)
 

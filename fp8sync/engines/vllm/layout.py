@@ -174,8 +174,10 @@ class _Describer:
             by_loader |= names
             loose |= {w.storage for n in names for w in pairs.writes[n]}
         storages = {n: self._spec(n, plain) for n in self._touched(plain, pairs)}
-        storages |= {n: storages[n].poisoned() for n in loose if n in storages}
-        storages |= misc_specs(misc, scales=not self.recipe.dequantize) | scale_specs(apart)
+        written = self._written((plain, pairs), by_loader)
+        storages |= {n: storages[n].poisoned(written[n]) for n in loose if n in storages}
+        storages |= misc_specs(misc, scales=not self.recipe.dequantize)
+        storages |= scale_specs(apart, boxes)
         return EngineLayout(
             manifest=Manifest.of(infos.values(), {self.rank: boxes}),
             storages=storages,
@@ -184,6 +186,16 @@ class _Describer:
             open=loose,
             kv_scales=frozenset(kv_scales),
         )
+
+    def _written(self, traces: Iterable[Trace], by_loader: set[str]) -> dict[str, list[Rect]]:
+        """Return what of each storage the trainer writes by itself."""
+        found: dict[str, list[Rect]] = defaultdict(list)
+        for trace in traces:
+            for name, writes in trace.writes.items():
+                if name not in by_loader and name.removesuffix("_scale_inv") not in by_loader:
+                    for write in writes:
+                        found[write.storage].append(write.target)
+        return found
 
     def _kv_scales(self, reached: Mapping[str, set[str]]) -> set[str]:
         """Return the attention modules that are sent KV-cache scales, checked to be whole."""
@@ -266,7 +278,7 @@ class _Describer:
             )
 
     def _touched(self, plain: Trace, pairs: Trace) -> list[str]:
-        """All storages of the modules into which anything is loaded, or may be."""
+        """Return what is loaded, or may be, and all parameters of the modules that own it."""
         direct = {w.storage for t in (plain, pairs) for ws in t.writes.values() for w in ws}
         direct |= set(plain.transformed) | set(pairs.transformed)
         anywhere = bool(plain.failures or pairs.failures)
@@ -276,8 +288,11 @@ class _Describer:
             for n, t in self.targets.items()
             if id(self.modules[n]) in owners
             and not compat.is_attention(self.modules[n])
-            and (t.is_meta or n in direct)
+            and (n in direct or (t.is_meta and self._is_parameter(n)))
         ]
+
+    def _is_parameter(self, storage: str) -> bool:
+        return storage.rpartition(".")[2] in self.modules[storage]._parameters
 
     def _check_filled(
         self, plain: Trace, pairs: Trace, aliases: Mapping[str, str]
@@ -296,8 +311,7 @@ class _Describer:
         anywhere = bool(plain.failures or pairs.failures)
         faults, loose = [], set()
         for name, tensor in self.targets.items():
-            parameter = name.rpartition(".")[2] in self.modules[name]._parameters
-            if not parameter or not tensor.numel() or name in aliases:
+            if not self._is_parameter(name) or not tensor.numel() or name in aliases:
                 continue
             if compat.is_attention(self.modules[name]) or (name in shared and filled[name]):
                 continue

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from fp8sync.manifest import Placement
-from fp8sync.plan.boxes import block_shape
+from fp8sync.plan.boxes import block_shape, touched_blocks
+from fp8sync.plan.coverage import remainder
 from fp8sync.plan.formats import MISC
 from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from fp8sync.manifest import Manifest, TensorInfo
+    from fp8sync.manifest import Box, Manifest, TensorInfo
     from fp8sync.plan import Plan
     from fp8sync.plan.boxes import Rect
     from fp8sync.recipe import Formula
@@ -54,10 +56,14 @@ class StorageSpec:
             tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = value
         return tensor
 
-    def poisoned(self) -> StorageSpec:
-        """Return the spec with NaN wherever nothing else is written: what stays NaN was not loaded."""
+    def poisoned(self, written: Iterable[Rect]) -> StorageSpec:
+        """Return the spec with NaN wherever no constant is and the trainer writes nothing.
+
+        What stays NaN was not loaded. Nothing is put where the trainer writes: it may do so first.
+        """
         whole = (0,) * len(self.size), self.size
-        return replace(self, constants=((whole, math.nan), *self.constants))
+        nans = ((rect, math.nan) for rect in remainder(whole, written))
+        return replace(self, constants=(*nans, *self.constants))
 
 
 @dataclass(frozen=True)
@@ -70,8 +76,8 @@ class EngineLayout:
         aliases: parameters shared by several modules (tied weights): name -> first name.
         processed: modules that vLLM has to process in any case: its loader puts misc tensors into
             them, or it derives other weights from them.
-        open: storages of which only the engine's loader knows what it fills; they are staged full of
-            NaN, and none may be left when it is done.
+        open: storages of which only the engine's loader knows what it fills; what the trainer does
+            not write there is staged as NaN, and none may be left when the loader is done.
         kv_scales: attention modules that are sent KV-cache scales.
         quantize: tensors that arrive whole and unquantized for FP8 parameters, with their formula.
     """
@@ -120,13 +126,19 @@ def misc_specs(infos: Iterable[TensorInfo], *, scales: bool) -> dict[str, Storag
     return specs
 
 
-def scale_specs(infos: Iterable[TensorInfo]) -> dict[str, StorageSpec]:
-    """Return the storages of whole scale_inv; NaN wherever no block of this worker lies."""
-    shapes = {misc_scales(info).storage: block_shape(info.shape) for info in infos}
-    return {
-        name: StorageSpec(shape, contiguous(shape), torch.float32).poisoned()
-        for name, shape in shapes.items()
-    }
+def scale_specs(
+    infos: Iterable[TensorInfo], boxes: Sequence[Box] | None = None
+) -> dict[str, StorageSpec]:
+    """Return the storages of whole scale_inv; with `boxes`, NaN where none of them has a block."""
+    sent: dict[str, list[Rect]] = defaultdict(list)
+    for box in boxes or ():
+        sent[box.tensor].append(touched_blocks((box.start, box.shape)))
+    specs = {}
+    for info in infos:
+        shape = block_shape(info.shape)
+        spec = StorageSpec(shape, contiguous(shape), torch.float32)
+        specs[misc_scales(info).storage] = spec if boxes is None else spec.poisoned(sent[info.name])
+    return specs
 
 
 def misc_scales(info: TensorInfo) -> Placement:

@@ -1,0 +1,139 @@
+"""The misc path on a live engine: what only the engine's own loader can place, one version with the rest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import fp8sync
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.recipe import Encoding, Formula
+from fp8sync.sources import ModuleSource
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+GATE = "model.layers.0.mlp.gate_proj.weight"
+HALF = 192  # rows: one block and a half
+
+
+@pytest.fixture(autouse=True)
+def _no_engines_left() -> Iterator[None]:
+    yield
+    world.forget_engines()
+
+
+def test_transformed_tensors_equal_a_fresh_load(tmp_path: Path) -> None:
+    """GPT-NeoX stores q, k and v head by head; vLLM's loader puts them in another order."""
+    models = [world.tiny_model("neox", seed) for seed in (1, 2)]
+    checkpoint = world.write_checkpoint(models[1], tmp_path / "1", None, fp8=False)
+    fresh = world.start_engine(checkpoint)
+    expected = world.logprobs(fresh)
+    world.stop_engine(fresh)
+    folder = world.write_config(models[0], tmp_path / "config", fp8=False)
+    live = world.start_engine(folder, load_format="dummy")
+    for turn in (0, 1, 0, 1):
+        report = fp8sync.refit(models[turn], live, "bf16")
+        difference = (world.logprobs(live) - expected).abs().max().item()
+        assert (difference == 0.0) == (turn == 1)
+    misc = {t.name: t.reason for t in report.tensors if t.route == "misc"}
+    assert set(misc) == {
+        f"gpt_neox.layers.{layer}.attention.query_key_value.{kind}"
+        for layer in range(2)
+        for kind in ("weight", "bias")
+    }
+    assert set(misc.values()) == {"the loader computes what it stores"}
+
+
+class CutPair:
+    """A trainer with one weight as an FP8 pair in two shards, each quantized by itself: cut inside a block."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._source = ModuleSource(model)
+        weight = model.get_parameter(GATE).detach()
+        self.parts = [quantize_blockwise(half, "pow2") for half in weight.split(HALF)]
+
+    def manifest(self) -> Manifest:
+        own = self._source.manifest()
+        shape = own.tensors[GATE].shape
+        pair = TensorInfo(GATE, shape, "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+        boxes = [b for b in own.ranks[0] if b.tensor != GATE]
+        for n in range(2):
+            at = Placement(f"part{n}", 0, (shape[1], 1))
+            scale_at = Placement(f"part{n}_scale_inv", 0, (shape[1] // 128, 1))
+            boxes.append(Box(GATE, (n * HALF, 0), (HALF, shape[1]), at, scale_at, (0, 0)))
+        return Manifest.of([*({**own.tensors, GATE: pair}).values()], {0: boxes})
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        found = self._source.storages()
+        for n, part in enumerate(self.parts):
+            found[f"part{n}"], found[f"part{n}_scale_inv"] = part.weight, part.scale_inv
+        return found
+
+
+def test_a_pair_cut_inside_a_block_is_quantized_anew_by_the_engine(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 1)
+    source = CutPair(model)
+    folder = world.write_config(model, tmp_path / "config")
+    live = world.start_engine(folder, load_format="dummy")
+    report = fp8sync.refit(source, live, world.recipe("blockwise-pow2"))
+    misc = {t.name: t.reason for t in report.tensors if t.route == "misc"}
+    assert set(misc) == {GATE}
+    assert "holds [0:192, 0:256] of an FP8 pair, which cuts a 128-block" in misc[GATE]
+
+    values = [dequantize_blockwise(p.weight, p.scale_inv, torch.bfloat16) for p in source.parts]
+    with torch.no_grad():
+        model.get_parameter(GATE).copy_(torch.cat(values))  # exact: 4 bits times a power of two
+    plain = () if world.FP8 else (GATE,)  # an engine without FP8 is given the values themselves
+    fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "1", "pow2", plain=plain))
+    assert (world.logprobs(live) - world.logprobs(fresh)).abs().max().item() == 0.0
+
+
+def peeking_model(kept: bool) -> str:
+    """Register a Qwen3 whose loader looks at the value of a norm, and keeps or loses that norm."""
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+    class Peeking(Qwen3ForCausalLM):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+            return super().load_weights(self._looked_at(weights))
+
+        def _looked_at(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Any]:
+            for name, weight in weights:
+                if name != "model.norm.weight" or (weight.sum().item() != 0.0 and kept):
+                    yield name, weight
+
+    name = f"Peeking{'Keeper' if kept else 'Loser'}ForCausalLM"
+    ModelRegistry.register_model(name, Peeking)
+    return name
+
+
+def test_a_loader_that_looks_at_values_gets_them(tmp_path: Path) -> None:
+    """Where the norm goes cannot be traced: every module is staged, and all are one version."""
+    model = world.tiny_model("dense", 1)
+    checkpoint = world.write_checkpoint(model, tmp_path / "1", "pow2")
+    fresh = world.start_engine(checkpoint)
+    expected = world.logprobs(fresh)
+    model.config.architectures = [peeking_model(kept=True)]
+    live = world.start_engine(world.write_config(model, tmp_path / "c"), load_format="dummy")
+    report = fp8sync.refit(model, live, world.recipe("blockwise-pow2"))
+    (misc,) = (t for t in report.tensors if t.route == "misc")
+    assert misc.name == "model.norm.weight"
+    assert "looks at the data" in misc.reason
+    assert (world.logprobs(live) - expected).abs().max().item() == 0.0
+
+
+def test_what_the_loader_loses_is_found_before_the_commit(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 1)
+    model.config.architectures = [peeking_model(kept=False)]
+    live = world.start_engine(world.write_config(model, tmp_path / "c"), load_format="dummy")
+    before = world.logprobs(live)
+    with pytest.raises(fp8sync.InstallFailed) as failure:
+        fp8sync.refit(model, live, world.recipe("blockwise-pow2"))
+    assert "model.norm.weight: 256 of 256 elements were filled by nothing" in str(failure.value)
+    assert (world.logprobs(live) - before).abs().max().item() == 0.0
