@@ -27,7 +27,7 @@ from fp8sync.outgoing import Seat, choose_transport, message_bytes, not_linked
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
-from fp8sync.sender import Sent, named_error
+from fp8sync.sender import Sent, Written, named_error
 from fp8sync.transport import Invitation
 
 if TYPE_CHECKING:
@@ -130,18 +130,11 @@ class Conductor:
         Faults are kept for `commit`, so that every worker hears of them.
         """
         began = time.perf_counter()
-        sent = [self._member.send(version)]
+        sent = [self._member.send(version, self._pass_on)]
         said, lost = self._hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
         self.faults = lost + _failures(sent) or _nonfinite(sent)
-        if self.transport == "ipc":
-            failed = lost or any(s.error is not None for s in sent)
-            for (role, rank), channel in sorted(self._channels.items()):
-                if role == "engine":
-                    written = {str(s.rank): s.digests.get(rank) for s in sent}
-                    digests = None if failed else written
-                    channel.try_send({"type": "written", "digests": digests})
         refused = self._votes()
         self.faults = self.faults or refused
         self._sent = sent
@@ -150,6 +143,16 @@ class Conductor:
             "send": max(s.send_s for s in sent),
             "verify": time.perf_counter() - began - sent_s,
         }
+
+    def _pass_on(self, written: Written | None) -> None:
+        """This rank has written a part: once the others have theirs, workers verify it."""
+        said, lost = self._hear("trainer", "written")
+        shares = [written, *(m["digests"] and dict(m["digests"]) for m in said)]
+        for (role, rank), channel in sorted(self._channels.items()):
+            if role == "engine":
+                whole = not lost and all(share is not None for share in shares)
+                digests = [share[rank] for share in shares if share] if whole else None
+                channel.try_send({"type": "written", "digests": digests})
 
     def abandon(self, error: BaseException) -> None:
         """Tell the trainer's other ranks why a version will not be decided."""

@@ -14,7 +14,7 @@ from fp8sync.manifest import Manifest
 from fp8sync.member import Member
 from fp8sync.plan import LinkPlan
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sender import named_error
+from fp8sync.sender import Written, named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import hear, rank_and_size
 
@@ -59,12 +59,16 @@ class Follower:
             Fp8SyncError: what stopped the refit, on whichever rank.
         """
         version = self._opened(audit=False)
-        sent = self._member.send(version)
+        sent = self._member.send(version, self._tell)
         self._channel.send(sent.to_json())
         error = self._channel.receive("outcome")["error"]
         if error is not None:
             raise from_wire(error)
         return version, sent
+
+    def _tell(self, written: Written | None) -> None:
+        digests = None if written is None else list(written.items())
+        self._channel.try_send({"type": "written", "digests": digests})
 
     def audit(self) -> AuditReport:
         """Show what this rank holds, and return what rank 0 found."""

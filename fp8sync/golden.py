@@ -17,7 +17,7 @@ import torch
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.payload import PartReport, Storages, view
 from fp8sync.plan.boxes import misaligned_dim, touched_blocks
-from fp8sync.sender import Sent, named_error
+from fp8sync.sender import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
@@ -130,7 +130,7 @@ class GoldenSender:
         workers = [number for _, number in choice["members"]]
         return cls(share, group, device, workers)
 
-    def send(self, version: int) -> Sent:
+    def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._share.rank)
         began = time.perf_counter()

@@ -16,7 +16,7 @@ import torch
 
 from fp8sync.payload import PartReport
 from fp8sync.plan import Bucket, in_turns
-from fp8sync.sender import Sent, named_error, own_buckets
+from fp8sync.sender import Sent, Told, named_error, own_buckets
 from fp8sync.tables import PlacedBucket, pack_table
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
@@ -106,7 +106,7 @@ class GroupSender:
         group = NcclGroup.join(choice, device, share.timeout_s)
         return cls(share, group, dict(choice["members"]), choice["bucket_bytes"])
 
-    def send(self, version: int) -> Sent:
+    def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._rank)
         began = time.perf_counter()

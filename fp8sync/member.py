@@ -15,7 +15,7 @@ from fp8sync.trainers import join_team
 
 if TYPE_CHECKING:
     from fp8sync.ledger import Ledger
-    from fp8sync.sender import Sent
+    from fp8sync.sender import Sent, Told
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
 
@@ -76,12 +76,12 @@ class Member:
         self._sender = open_sender(choice, share)
         self.source.release()
 
-    def send(self, version: int) -> Sent:
+    def send(self, version: int, told: Told) -> Sent:
         """Send this rank's share of a version; an error is part of what it returns."""
         if self._sender is None:
             raise Fp8SyncError("the link was not established")
         self.source.prepare()
-        sent = self._sender.send(version)
+        sent = self._sender.send(version, told)
         self.source.release()
         return sent
 

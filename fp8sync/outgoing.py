@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fp8sync.golden import GoldenSender
 from fp8sync.grouped import GroupSender
-from fp8sync.sender import Sender, Sent
+from fp8sync.sender import Sender, Sent, Told
 from fp8sync.tables import unwritable
 from fp8sync.transport.memory import gpu_id, host_id
 from fp8sync.writer import Writer
@@ -37,8 +37,8 @@ __all__ = [
 class Outgoing(Protocol):
     """One trainer rank's way out."""
 
-    def send(self, version: int) -> Sent:
-        """Send this rank's share; never raises."""
+    def send(self, version: int, told: Told) -> Sent:
+        """Send this rank's share; never raises. A way that is one-sided tells of each part."""
 
     def close(self) -> None:
         """Free what the way holds; a `send` under way ends with an error."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +22,18 @@ if TYPE_CHECKING:
     from fp8sync.outgoing import Share
     from fp8sync.transport import Choice
 
-__all__ = ["Sender", "Sent", "named_error", "own_buckets"]
+__all__ = ["Sender", "Sent", "Told", "Written", "named_error", "own_buckets"]
+
+Written = dict[int, str]
+"""By engine rank, the digests of the copies of one part: int64 little-endian, base64."""
+
+Told = Callable[[Written | None], None]
+"""Takes word of each part that lies in staging memory, in order; None for one that never will."""
 
 
 @dataclass
 class Sent:
-    """What one rank sent: filled while it sends, complete or with the error that stopped it.
-
-    `digests` holds, where bytes were written one-sided, by engine rank the digests of all
-    copies, in the plan's order: int64 little-endian, base64.
-    """
+    """What one rank sent: filled while it sends, complete or with the error that stopped it."""
 
     rank: int
     parts: list[PartReport] = field(default_factory=list)
@@ -38,16 +41,13 @@ class Sent:
     quantize_s: float = 0.0
     send_s: float = 0.0
     error: Fp8SyncError | None = None
-    digests: dict[int, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the share as a control message."""
         parts = [[p.tensor, p.nonfinite, p.error_sq, p.norm_sq] for p in self.parts]
         error = self.error and self.error.to_wire()
         times = {"quantize_s": self.quantize_s, "send_s": self.send_s}
-        digests = [[rank, packed] for rank, packed in self.digests.items()]
         own = {"rank": self.rank, "parts": parts, "bytes": self.bytes, "error": error}
-        own["digests"] = digests
         return {"type": "sent", **own, **times}
 
     @classmethod
@@ -56,8 +56,7 @@ class Sent:
         parts = [PartReport(*row) for row in data["parts"]]
         error = from_wire(data["error"]) if data["error"] else None
         times = data["quantize_s"], data["send_s"]
-        digests = {int(rank): packed for rank, packed in data["digests"]}
-        return cls(data["rank"], parts, data["bytes"], *times, error, digests)
+        return cls(data["rank"], parts, data["bytes"], *times, error)
 
 
 class Sender:
@@ -90,11 +89,11 @@ class Sender:
     def close(self) -> None:
         """The group ends with the last reference to it."""
 
-    def send(self, version: int) -> Sent:
+    def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._rank)
         storages: Storages = {}
-        told: set[int] = set()
+        over: set[int] = set()
         began = time.perf_counter()
         try:
             storages = self._share.read()
@@ -103,7 +102,7 @@ class Sender:
             sent.error = named_error(error, self._rank)
         sent.quantize_s = time.perf_counter() - began
         for bucket in self._buckets:
-            if bucket.destination_rank in told:
+            if bucket.destination_rank in over:
                 continue
             message = self._message[: HEADER_BYTES + bucket.nbytes]
             began = time.perf_counter()
@@ -116,14 +115,14 @@ class Sender:
             except Exception as error:  # noqa: BLE001
                 sent.error = named_error(error, self._rank)
             if sent.error is not None:
-                told.add(bucket.destination_rank)
+                over.add(bucket.destination_rank)
             self._write_header(message, bucket, version, value, void=sent.error is not None)
             packed = time.perf_counter()
             try:
                 self._group.send(message, self._members[bucket.destination_rank])
             except Fp8SyncError as error:
                 sent.error = sent.error or error
-                told.add(bucket.destination_rank)
+                over.add(bucket.destination_rank)
             sent.quantize_s += packed - began
             sent.send_s += time.perf_counter() - packed
             sent.bytes += message.numel()

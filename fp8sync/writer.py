@@ -1,7 +1,7 @@
 """One trainer rank's share of a refit, written straight into the engine's staging memory.
 
-One launch per engine worker quantizes, casts and copies everything to where it belongs, counts NaN and
-Inf, and digests what it wrote. No send buffer, nothing on the engine's GPU, no host work per tensor.
+A few launches per engine worker quantize, cast and copy everything to where it belongs, count NaN and
+Inf, and digest what they wrote. No send buffer, no copy on the engine's GPU, no host work per tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import torch
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.payload import PartReport
-from fp8sync.sender import Sent, named_error
+from fp8sync.plan import in_parts
+from fp8sync.sender import Sent, Told, Written, named_error
 from fp8sync.tables import write_table
 from fp8sync.transport.memory import ExportedMemory, MappedMemory
 from fp8sync_kernels import Table, run_table
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from fp8sync.plan import Copy
     from fp8sync.transport import Choice
 
-__all__ = ["StagingPlace", "Writer"]
+__all__ = ["PARTS", "StagingPlace", "Writer"]
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,22 @@ class StagingPlace:
     offsets: Mapping[str, int]
 
 
+PARTS = 8
+"""A share is written in so many launches per worker, so that the worker verifies one part while the next
+is written: what is not hidden is the last part, which a GPU reads ten times faster than it arrives."""
+
+
 @dataclass
 class _Target:
-    """One worker's share: its copies, its table and their counters."""
+    """One worker's share: its parts, their tables, and counters that lie where the host can read."""
 
     rank: int
-    copies: tuple[Copy, ...]
+    parts: list[tuple[Copy, ...]]
     mapped: MappedMemory
     offsets: Mapping[str, int]
-    digests: torch.Tensor
-    nonfinite: torch.Tensor
-    nbytes: int
-    table: Table | None = None
+    counters: list[torch.Tensor]
+    seen: list[torch.Tensor]
+    tables: list[Table | None]
 
 
 class Writer:
@@ -69,17 +74,24 @@ class Writer:
         storages = share.source.storages()
         self._device = next(iter(storages.values())).device
         self._pointers: dict[str, int] = {}
-        self._targets = []
-        for engine_rank, place in places.items():
-            copies = tuple(
-                c for c in share.plan.to_rank(engine_rank) if c.source_rank == share.rank
-            )
-            zeros = torch.zeros(2, max(len(copies), 1), dtype=torch.int64, device=self._device)
+        on_gpu = self._device.type == "cuda"
+        self._targets, self._bytes = [], 0
+        # Every rank begins with another worker: no two write to one at the same time for long.
+        order = list(places)
+        first = share.rank % max(len(order), 1)
+        for engine_rank in order[first:] + order[:first]:
+            place = places[engine_rank]
+            copies = [c for c in share.plan.to_rank(engine_rank) if c.source_rank == share.rank]
+            parts = in_parts(copies, PARTS)
+            counters = [
+                torch.zeros(2, len(p), dtype=torch.int64, device=self._device) for p in parts
+            ]
+            seen = [torch.zeros(2, len(p), dtype=torch.int64, pin_memory=on_gpu) for p in parts]
             mapped = MappedMemory(place.memory, self._device)
-            nbytes = sum(c.weight_bytes + c.scale_bytes for c in copies)
             self._targets.append(
-                _Target(engine_rank, copies, mapped, place.offsets, zeros[0], zeros[1], nbytes)
+                _Target(engine_rank, parts, mapped, place.offsets, counters, seen, [None] * PARTS)
             )
+            self._bytes += sum(c.weight_bytes + c.scale_bytes for c in copies)
         self._prepare(storages)
 
     @classmethod
@@ -91,30 +103,48 @@ class Writer:
         }
         return cls(share, places)
 
-    def send(self, version: int) -> Sent:  # noqa: ARG002  (staging knows one version at a time)
+    def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (staging knows one version)
         """Write the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._rank)
         began = time.perf_counter()
+        number = 0
         try:
             self._prepare(self._share.read())
+            written = [self._launch(part) for part in range(PARTS)]
+            for number, event in enumerate(written, 1):
+                if event is not None:
+                    event.synchronize()
+                told(self._digests(number - 1))
             for target in self._targets:
-                if target.table is not None:
-                    target.digests.zero_()
-                    target.nonfinite.zero_()
-                    run_table(target.table, target.digests, target.nonfinite)
-            for target in self._targets:
-                written = target.digests[: len(target.copies)].cpu().numpy().tobytes()
-                sent.digests[target.rank] = base64.b64encode(written).decode()
-                found = target.nonfinite[: len(target.copies)]
-                for slot in found.nonzero().flatten().tolist():
-                    name = target.copies[slot].tensor
-                    sent.parts.append(PartReport(name, int(found[slot])))
-                sent.bytes += target.nbytes
+                for copies, seen in zip(target.parts, target.seen, strict=True):
+                    for slot in seen[1].nonzero().flatten().tolist():
+                        sent.parts.append(PartReport(copies[slot].tensor, int(seen[1, slot])))
+            sent.bytes = self._bytes
         # Whatever stops writing, the workers that wait have to hear of it.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
+            for _ in range(number, PARTS):
+                told(None)
         sent.quantize_s = time.perf_counter() - began
         return sent
+
+    def _launch(self, part: int) -> torch.cuda.Event | None:
+        """Enqueue a part to every worker; the event follows its counters to the host."""
+        for target in self._targets:
+            table, counters = target.tables[part], target.counters[part]
+            if table is not None:
+                counters.zero_()
+                run_table(table, *counters)
+                target.seen[part].copy_(counters, non_blocking=True)
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def _digests(self, part: int) -> Written:
+        return {
+            target.rank: base64.b64encode(target.seen[part][0].numpy().tobytes()).decode()
+            for target in self._targets
+        }
 
     def close(self) -> None:
         """Unmap the workers' memory."""
@@ -132,12 +162,13 @@ class Writer:
             raise Fp8SyncError(f"expected weights on one device, found {sorted(map(str, devices))}")
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in storages.items()}
         for target in self._targets:
-            if target.copies:
-                target.table = write_table(
-                    target.copies,
-                    lambda name: (pointers[name], dtypes[name]),
-                    lambda name, t=target: t.mapped.address + t.offsets[name],  # type: ignore[misc]
-                    self._device,
-                    self._share.exchange.amax,
-                )
+            for number, copies in enumerate(target.parts):
+                if copies:
+                    target.tables[number] = write_table(
+                        copies,
+                        lambda name: (pointers[name], dtypes[name]),
+                        lambda name, t=target: t.mapped.address + t.offsets[name],  # type: ignore[misc]
+                        self._device,
+                        self._share.exchange.amax,
+                    )
         self._pointers = pointers

@@ -1,7 +1,7 @@
 """Pure planning: intersect two manifests, lay the copies out in buckets, explain and forecast them."""
 
 from fp8sync.plan.amax import AmaxGroup, AmaxPart, teams
-from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES, Bucket, Part, fill_buckets, in_turns
+from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES, Bucket, Part, fill_buckets, in_parts, in_turns
 from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import LinkPlan, explain
@@ -22,6 +22,7 @@ __all__ = [
     "cut_pairs",
     "explain",
     "fill_buckets",
+    "in_parts",
     "in_turns",
     "teams",
 ]

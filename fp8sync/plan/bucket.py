@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
     from fp8sync.plan.copy import Copy
 
-__all__ = ["ALIGN", "DEFAULT_BUCKET_BYTES", "Bucket", "Part", "fill_buckets", "in_turns"]
+__all__ = [
+    "ALIGN",
+    "DEFAULT_BUCKET_BYTES",
+    "Bucket",
+    "Part",
+    "fill_buckets",
+    "in_parts",
+    "in_turns",
+]
 
 ALIGN = 16
 """Every part begins at a multiple of this many bytes, so that kernels move 16 bytes a thread."""
@@ -89,6 +97,17 @@ def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTE
         used += size
     close()
     return buckets
+
+
+def in_parts(copies: Sequence[Copy], count: int) -> list[tuple[Copy, ...]]:
+    """Cut a run of copies into `count` runs of about the same number of bytes; some may be empty."""
+    total = sum(c.weight_bytes + c.scale_bytes for c in copies)
+    parts: list[list[Copy]] = [[] for _ in range(count)]
+    before = 0
+    for copy in copies:
+        parts[min(before * count // max(total, 1), count - 1)].append(copy)
+        before += copy.weight_bytes + copy.scale_bytes
+    return [tuple(part) for part in parts]
 
 
 def in_turns(buckets: Iterable[Bucket]) -> list[list[Bucket]]:

@@ -108,7 +108,7 @@ class Refit:
 
     def run(self, version: int) -> tuple[list[Any], list[BaseException | None]]:
         """What each trainer rank sent, and what each worker raised."""
-        sent = [self.pool.submit(s.send, version) for s in self.senders]
+        sent = [self.pool.submit(s.send, version, lambda _: None) for s in self.senders]
         taken = [
             self.pool.submit(r.receive, version, self.destination[rank])
             for rank, r in self.receivers.items()

@@ -16,23 +16,23 @@ import torch
 import torch.distributed
 
 from fp8sync.exchange import AmaxExchange, open_exchange
-from fp8sync.manifest import Placement
+from fp8sync.manifest import Manifest, Placement
 from fp8sync.outgoing import Share
 from fp8sync.payload import pack, unpack, view
-from fp8sync.plan import MISC, Plan, fill_buckets
+from fp8sync.plan import MISC, Plan, fill_buckets, in_parts
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.tables import check_table
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.memory import export_memory
-from fp8sync.writer import StagingPlace, Writer
+from fp8sync.writer import PARTS, StagingPlace, Writer
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fp8sync.manifest import Box, Manifest
-    from fp8sync.sender import Sent
+    from fp8sync.manifest import Box
+    from fp8sync.sender import Written
 
 dist: Any = torch.distributed
 T = TypeVar("T")
@@ -158,15 +158,21 @@ def write_out(plan: Plan, source: Ranks, destination: Ranks) -> list[str]:
         arenas[rank] = torch.full((used,), GUARD, dtype=torch.uint8)
         places[rank] = StagingPlace(export_memory(arenas[rank]), offsets)
 
-    def write(rank: int, exchange: AmaxExchange) -> Sent:
+    def write(rank: int, exchange: AmaxExchange) -> list[Written]:
         live: Any = SimpleNamespace(storages=lambda: source[rank])
-        return Writer(Share(live, rank, plan, 0, 20.0, exchange), places).send(1)
+        share = Share(live, rank, Manifest({}), plan, 20.0, exchange)
+        told: list[Written] = []
+        sent = Writer(share, places).send(1, told.append)
+        assert sent.error is None
+        assert len(told) == PARTS
+        return told
 
     faults = []
-    for rank, sent in on_every_rank(plan, source, write).items():
-        assert sent.error is None
-        for to, digests in sent.digests.items():
-            copies = [c for c in plan.to_rank(to) if c.source_rank == rank]
+    for rank, told in on_every_rank(plan, source, write).items():
+        for number, (to, digests) in (
+            (n, item) for n, one in enumerate(told) for item in one.items()
+        ):
+            copies = in_parts([c for c in plan.to_rank(to) if c.source_rank == rank], PARTS)[number]
             base, offsets = arenas[to].data_ptr(), places[to].offsets
             table = check_table(copies, lambda n, b=base, o=offsets: b + o[n], torch.device("cpu"))
             found = torch.zeros(len(copies), dtype=torch.int64)

@@ -14,6 +14,7 @@ from fp8sync.payload import Storages, unpack
 from fp8sync.plan import Bucket, fill_buckets
 from fp8sync.transport import GlooGroup
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.writer import PARTS
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
@@ -77,11 +78,19 @@ class StagingReceiver:
         """Nothing is held."""
 
     def receive(self, version: int, staged: Storages) -> None:  # noqa: ARG002  (see Receiver)
-        """Wait for the word that everything is written, and compare digests."""
-        written = self._channel.receive("written")["digests"]
-        if written is None:
-            raise Fp8SyncError("a trainer rank stopped writing")
-        self._staging.verify(written)
+        """Wait for the word that a part is written, and compare digests while the next is."""
+        failure: Fp8SyncError | None = None
+        for part in range(PARTS):
+            written = self._channel.receive("written")["digests"]
+            if written is None:
+                failure = failure or Fp8SyncError("a trainer rank stopped writing")
+            if failure is None:
+                try:
+                    self._staging.verify(part, written)
+                except CorruptBucket as error:  # what is still said has to be heard
+                    failure = error
+        if failure is not None:
+            raise failure
 
 
 class BucketReceiver:

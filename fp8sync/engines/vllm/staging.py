@@ -15,8 +15,10 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
+from fp8sync.plan import in_parts
 from fp8sync.tables import check_table
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
+from fp8sync.writer import PARTS
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
@@ -52,7 +54,7 @@ class Staging:
         self._arena = allocate(nbytes, device)
         self._specs: Mapping[str, StorageSpec] = {}
         self.offsets: dict[str, int] = {}
-        self._checks: list[tuple[int, Sequence[Copy], Table]] = []
+        self._checks: list[list[tuple[int, Sequence[Copy], Table]]] = []
         self._rank = 0
 
     def lay_out(self, specs: Mapping[str, StorageSpec]) -> None:
@@ -82,25 +84,27 @@ class Staging:
         return export_memory(self._arena)
 
     def expect(self, copies: Sequence[Copy], rank: int) -> None:
-        """Prepare to verify what each source rank writes; `rank` is this worker's."""
+        """Prepare to verify what each source rank writes, part by part; `rank` is this worker's."""
         base = self._arena.data_ptr()
+        self._checks = [[] for _ in range(PARTS)]
         for source_rank in sorted({c.source_rank for c in copies}):
             own = [c for c in copies if c.source_rank == source_rank]
-            table = check_table(own, lambda name: base + self.offsets[name], self._device)
-            self._checks.append((source_rank, own, table))
+            for checks, part in zip(self._checks, in_parts(own, PARTS), strict=True):
+                table = check_table(part, lambda name: base + self.offsets[name], self._device)
+                checks.append((source_rank, part, table))
         self._rank = rank
 
-    def verify(self, written: Mapping[str, str]) -> None:
-        """Compare the digests that source ranks sent with those of the bytes that are here.
+    def verify(self, part: int, written: Sequence[str]) -> None:
+        """Compare the digests of a part, by source rank, with those of the bytes that are here.
 
         Raises:
             CorruptBucket: naming every tensor that differs.
         """
         faults = []
-        for source_rank, copies, table in self._checks:
+        for source_rank, copies, table in self._checks[part]:
             found = torch.zeros(len(copies), dtype=torch.int64, device=self._device)
             run_table(table, found, None)
-            sent = np.frombuffer(base64.b64decode(written[str(source_rank)]), dtype="<i8")
+            sent = np.frombuffer(base64.b64decode(written[source_rank]), dtype="<i8")
             here = found.cpu().numpy()
             faults += [
                 f"{copies[i].tensor}: engine rank {self._rank} expected digest {sent[i]:#x} from "
