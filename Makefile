@@ -22,7 +22,12 @@ MEGATRON_PIP    := $(MEGATRON_PY) -m pip --quiet --quiet --disable-pip-version-c
 MEGATRON_PYTHON ?= $(shell for python in python3.12 $$HOME/.pyenv/versions/3.12*/bin/python3.12; do \
     $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
 
-.PHONY: help demo test test-megatron slurm-test lint format setup clean
+# The documentation's tools touch nothing of the package: its docstrings are read, not imported.
+DOCS_VENV  := .venv-docs
+DOCS_LOCK  := requirements/docs.txt
+DOCS_STAMP := $(DOCS_VENV)/.stamp
+
+.PHONY: help demo docs dist test test-megatron slurm-test lint format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +35,8 @@ help:
 	@echo "make test     run the tests; a skip that tests/allowed_skips.txt does not list fails"
 	@echo "make test-megatron   the tests on real Megatron-Core models (Python 3.12, 4.7 GB, once)"
 	@echo "make slurm-test  install a one-node SLURM (root, Debian) and run a part of the matrix on it"
+	@echo "make docs     build the documentation; a broken link or a warning fails"
+	@echo "make dist     build wheel and sdist, and try both in a clean environment"
 	@echo "make lint     ruff, mypy, codespell, module sizes"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove .venv, caches and reports"
@@ -42,6 +49,12 @@ test: $(STAMP)
 
 test-megatron: $(MEGATRON_STAMP)
 	@$(MEGATRON_PY) -W ignore -m pytest --strict-skips tests/megatron $(PYTEST_ARGS)
+
+docs: $(DOCS_STAMP)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+
+dist: $(STAMP)
+	@scripts/try_dist.sh
 
 slurm-test: $(STAMP)
 	@PYTHON=$(abspath $(PY)) scripts/slurm/local/test.sh
@@ -80,6 +93,11 @@ $(MEGATRON_STAMP): pyproject.toml setup.py $(MEGATRON_LOCK)
 	@$(MEGATRON_PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+$(DOCS_STAMP): $(DOCS_LOCK)
+	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement $(DOCS_LOCK)
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(MEGATRON_VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist reports *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) $(MEGATRON_VENV) .cache .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist reports *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -150,14 +150,15 @@ class Link:
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
+        After an error the engine serves its old weights, if it serves at all; but a worker that is lost,
+        or fails, after all had agreed to install leaves the others with the new ones: then refit again
+        before the engine is used.
+
         Raises:
             ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
             RefitInProgress: the engine is already being refitted or connected.
-            In each case the engine serves its old weights, if it serves at all; but a worker that is
-            lost, or fails, after all had agreed to install leaves the others with the new ones: then
-            refit again before the engine is used.
         """
         check_in_flight(in_flight)
         with Opening() as opening, self._engine.exclusive():

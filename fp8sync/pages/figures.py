@@ -98,7 +98,8 @@ def sqnr_map(name: str, sqnr: Mapping[tuple[int, str], float]) -> str:
                     column + 0.5, row + 0.5, f"{value:.1f}", ha="center", va="center", color=color
                 )
         scale = axes.figure.colorbar(shown, ax=axes, label="dB")
-        scale.solids.set_rasterized(False)  # stays vectors
+        if scale.solids is not None:
+            scale.solids.set_rasterized(False)  # stays vectors
 
     return figure(draw, 1.8 + min(0.3 * len(layers), 6), name)
 
