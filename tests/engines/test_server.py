@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class Served:
     """vLLM's own server in a process of its own, on a free port of the loopback."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -39,6 +39,7 @@ class Served:
             "host": "127.0.0.1",
             "port": self.port,
             "served_model_name": "tiny",
+            **changes,
         }
         options.pop("disable_log_stats")
         # The entry point of `vllm serve`, which wheels for the processor cannot start by that name.

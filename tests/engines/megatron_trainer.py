@@ -1,0 +1,94 @@
+"""A Megatron-Core trainer of two ranks, for torchrun in Megatron's own environment.
+
+    python -m torch.distributed.run --nproc_per_node=2 -m tests.engines.megatron_trainer URL FOLDER RECIPE LAYOUT...
+
+For each LAYOUT (`tp=2`), loads FOLDER/LAYOUT/hf into a model so divided and refits the server at URL from
+it. Writes FOLDER/LAYOUT/RANK.json, with the collectives that ran meanwhile, and waits for FOLDER/LAYOUT/seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+
+import fp8sync
+from tests.megatron import cpu
+from tests.megatron.watch import Watch
+
+LIMIT = timedelta(seconds=120)
+COLLECTIVES = [
+    name
+    for name in dir(dist)
+    if name.startswith(("all_", "gather", "broadcast", "reduce", "scatter"))
+    and callable(getattr(dist, name))
+]
+
+
+def main(url: str, folder: Path, recipe: fp8sync.Recipe, layouts: list[str]) -> None:
+    dist.init_process_group("gloo", timeout=LIMIT)
+    cpu.import_bridge()
+    from megatron.bridge import AutoBridge
+
+    rank = dist.get_rank()
+    engine = url if rank == 0 else None
+    for layout in layouts:
+        place = folder / layout
+        axes = {axis: int(size) for axis, size in (a.split("=") for a in layout.split(","))}
+        bridge = AutoBridge.from_hf_pretrained(str(place / "hf"))
+        chunks = cpu.build_chunks(bridge, axes)
+        fp8sync.refit(chunks, engine, recipe, bridge=bridge)  # makes the link
+        weights = [p for chunk in chunks for p in chunk.parameters()]
+        with Watch(weights) as watch, counted() as collectives:
+            report = fp8sync.refit(chunks, engine, recipe, bridge=bridge)
+        told = {"version": report.version, "bytes": report.bytes_sent}
+        weights_sent = [fault for fault in watch.faults if fault.startswith("c10d")]
+        told |= {"collectives": collectives, "weights_in_collectives": weights_sent}
+        (place / f"{rank}.json").write_text(json.dumps(told))
+        wait_for(place / "seen")
+
+
+class counted:
+    """Counts calls of every collective of torch.distributed, in all threads."""
+
+    def __enter__(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        self._stack = ExitStack()
+
+        def counting(name: str, real: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                found[name] += 1
+                return real(*args, **kwargs)
+
+            return call
+
+        for name in COLLECTIVES:
+            self._stack.enter_context(patch.object(dist, name, counting(name, getattr(dist, name))))
+        return found
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+
+def wait_for(path: Path) -> None:
+    ends = time.monotonic() + LIMIT.seconds
+    while not path.exists():
+        if time.monotonic() > ends:
+            raise TimeoutError(f"{path} did not come")
+        time.sleep(0.1)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    given = fp8sync.Recipe.from_json(json.loads(sys.argv[3]))
+    main(sys.argv[1], Path(sys.argv[2]), given, sys.argv[4:])
