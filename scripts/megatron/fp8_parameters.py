@@ -71,7 +71,8 @@ def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
             source, folder / f"step{step}", "blockwise", config=folder / "hf", progress=False
         )
         found[made.folder] = world.logprobs(llm)
-        moved = max_difference(found[made.folder], found.get(folder / f"step{step - 1}"))
+        before = found.get(folder / f"step{step - 1}", torch.zeros_like(found[made.folder]))
+        moved = max_difference(found[made.folder], before)
         print(
             f"{kind} step {step}: loss {loss:.3f}, refit {seconds:.3f} s, {report.bytes_sent} bytes; "
             f"exported {made.tensors} tensors, {made.quantized} FP8; moved by {moved:.3f}; "
@@ -87,7 +88,7 @@ def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
 
 
 def from_masters(source: MegatronSource, llm: Any) -> torch.Tensor | None:
-    """Log-probabilities after the masters were quantized by us, as Transformer Engine quantizes them."""
+    """Log-probabilities after the masters were quantized by us; Transformer Engine rounds them first."""
     try:
         link = fp8sync.connect(source, llm, "blockwise-pow2")
         link.refit()
@@ -158,7 +159,7 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
 
 
 def of_masters(chunks: list) -> str:
-    """How many of the FP8 parameters are their FP32 masters, quantized by `pow2`, to the byte."""
+    """How many of the FP8 parameters are their masters, rounded to BF16 and quantized by `pow2`."""
     same = count = 0
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -167,9 +168,10 @@ def of_masters(chunks: list) -> str:
                 continue
             count += 1
             codes = parameter.get_metadata()["rowwise_data"]
-            expected = quantize_blockwise(master.detach().view(parameter.shape), "pow2").weight
+            rounded = master.detach().view(parameter.shape).bfloat16()
+            expected = quantize_blockwise(rounded, "pow2").weight
             same += torch.equal(expected.view(torch.uint8), codes)
-    return f"{same} of {count} FP8 parameters are their masters by pow2"
+    return f"{same} of {count} FP8 parameters are their masters, rounded to BF16, by pow2"
 
 
 def compare(refitted: dict[Path, torch.Tensor]) -> int:
