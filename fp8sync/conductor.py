@@ -212,7 +212,7 @@ class Conductor:
         self._tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
         check_all_used(wanted)
-        plan = self._member.make_plan(held, wanted)
+        plan = self._member.make_plan(held, wanted, self._recipe)
         team = {"team": secrets.token_hex(8), "host": listener.host}
         self._tell("trainer", {**opening, "destination": wanted.to_json(), **team})
         self._compare(plan)

@@ -13,6 +13,7 @@ from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, TransferTimeo
 from fp8sync.manifest import Manifest
 from fp8sync.member import Member
 from fp8sync.plan import LinkPlan
+from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sender import Written, named_error
 from fp8sync.sources import LiveSource, as_source
@@ -21,7 +22,6 @@ from fp8sync.trainers import hear, rank_and_size
 if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.plan import Plan
-    from fp8sync.recipe import Recipe
     from fp8sync.sender import Sent
 
 __all__ = ["Follower", "FollowerLink"]
@@ -101,7 +101,8 @@ class Follower:
         channel.send({"type": "manifest", "manifest": own, "seat": seat})
         message = channel.receive("source")
         wanted = Manifest.from_json(message["destination"])
-        plan = member.make_plan(Manifest.from_json(message["manifest"]), wanted)
+        recipe = Recipe.from_json(message["recipe"])
+        plan = member.make_plan(Manifest.from_json(message["manifest"]), wanted, recipe)
         mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
         channel.send({"type": "plan", "digests": mine})
         if channel.receive("agreed")["digests"] != mine:

@@ -15,6 +15,7 @@ from fp8sync.trainers import join_team
 
 if TYPE_CHECKING:
     from fp8sync.ledger import Ledger
+    from fp8sync.recipe import Recipe
     from fp8sync.sender import Sent, Told
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
@@ -50,10 +51,11 @@ class Member:
         """Where this rank's weights are."""
         return Seat.of(self.source)
 
-    def make_plan(self, held: Manifest, wanted: Manifest) -> Plan:
+    def make_plan(self, held: Manifest, wanted: Manifest, recipe: Recipe) -> Plan:
         """Plan between all trainer ranks and all engine workers."""
         self._held = held
-        self._plan = build_plan(held, wanted, exchange_amax=True)
+        requantize = recipe.requantizes
+        self._plan = build_plan(held, wanted, exchange_amax=True, requantize=requantize)
         return self._plan
 
     def open(

@@ -66,14 +66,15 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax
     copy = part.copy
     x = view(storages, copy.source_at, copy.shape)
     out = _elements(payload, part.offset, copy.shape, copy.dtype)
+    anew = copy.source_scale_at is not None and bool(copy.source_origin)
+    if anew:
+        x = _held_values(copy, x, storages)
     if copy.encoding is Encoding.PLAIN:
-        if copy.source_scale_at is not None:
-            x = _held_values(copy, x, storages)
         out.copy_(x)
         bad = int((~torch.isfinite(out.float())).sum()) if out.is_floating_point() else 0
         return PartReport(copy.tensor, bad)
     scales = _elements(payload, part.scale_offset, copy.scale_shape, "float32")
-    if copy.source_scale_at is not None:
+    if copy.source_scale_at is not None and not anew:
         out.copy_(x)
         scales.copy_(view(storages, copy.source_scale_at, copy.scale_shape))
         return PartReport(copy.tensor, int((~torch.isfinite(out.float())).sum()))

@@ -48,6 +48,9 @@ class Recipe:
             engine has no opinion of its own. An FP8 engine is asked instead.
         scales: `paired` puts each scale_inv where the engine keeps it, as its weight; `misc` gives all
             of them, as whole tensors, to the engine's own loader. The bytes are the same.
+        on_format_mismatch: what becomes of an FP8 pair of the trainer that the engine cannot take as
+            it is: `error` refuses it by name; `requantize` quantizes its values anew, or dequantizes
+            them for an engine that keeps them unquantized. The report has the error that this makes.
 
     Raises:
         ValueError: unknown name, `dequantize` with `bf16`, or `misc` where there are no scales.
@@ -57,6 +60,7 @@ class Recipe:
     dequantize: bool = False
     unquantized: tuple[str, ...] = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
     scales: str = "paired"
+    on_format_mismatch: str = "error"
 
     def __post_init__(self) -> None:
         if self.name not in _FORMULAS:
@@ -65,6 +69,10 @@ class Recipe:
             raise ValueError("dequantize has no meaning with recipe 'bf16'")
         if self.scales not in {"paired", "misc"}:
             raise ValueError(f"unknown scales {self.scales!r}; known: paired, misc")
+        if self.on_format_mismatch not in {"error", "requantize"}:
+            raise ValueError(
+                f"unknown on_format_mismatch {self.on_format_mismatch!r}; known: error, requantize"
+            )
         if self.scales == "misc" and (self.dequantize or not self.quantizes):
             raise ValueError("scales='misc' is for engines that hold FP8 weights")
         object.__setattr__(self, "unquantized", tuple(self.unquantized))
@@ -74,6 +82,11 @@ class Recipe:
         """Return `recipe` itself, or the recipe of that name; with `scales`, if given."""
         found = recipe if isinstance(recipe, Recipe) else cls(recipe)
         return found if scales is None else replace(found, scales=scales)
+
+    @property
+    def requantizes(self) -> bool:
+        """Whether pairs that do not fit may be quantized anew."""
+        return self.on_format_mismatch == "requantize"
 
     @property
     def quantizes(self) -> bool:
@@ -96,4 +109,4 @@ class Recipe:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Recipe:
         """Rebuild a recipe from `to_json`."""
-        return cls(data["name"], data["dequantize"], tuple(data["unquantized"]), data["scales"])
+        return cls(**{**data, "unquantized": tuple(data["unquantized"])})

@@ -45,7 +45,7 @@ def unwritable(copies: Sequence[Copy]) -> str:
     for copy in copies:
         if copy.encoding is Encoding.BLOCKWISE and copy.scale_at is None:
             return "the engine dequantizes what it receives"
-        if copy.encoding is Encoding.PLAIN and copy.source_scale_at is not None:
+        if copy.source_origin:
             return f"{copy.tensor} is an FP8 pair that is dequantized first"
         for at in (copy.source_at, copy.at):
             if copy.shape and copy.shape[-1] > 1 and at.strides[-1] != 1:

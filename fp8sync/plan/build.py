@@ -75,7 +75,13 @@ class Plan:
         return hashlib.sha256(canonical_json(items)).hexdigest()
 
 
-def build_plan(source: Manifest, destination: Manifest, *, exchange_amax: bool = False) -> Plan:
+def build_plan(
+    source: Manifest,
+    destination: Manifest,
+    *,
+    exchange_amax: bool = False,
+    requantize: bool = False,
+) -> Plan:
     """Intersect two manifests.
 
     Args:
@@ -83,6 +89,7 @@ def build_plan(source: Manifest, destination: Manifest, *, exchange_amax: bool =
         destination: the engine's boxes, of one rank or of all.
         exchange_amax: whether the trainer's ranks can exchange `Plan.amax`, and packing quantizes with
             it. Without, a block that the trainer's boxes cut is refused.
+        requantize: whether FP8 pairs that do not fit are quantized anew, or dequantized.
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
@@ -90,7 +97,8 @@ def build_plan(source: Manifest, destination: Manifest, *, exchange_amax: bool =
         UnsupportedLayout: source boxes leave a hole, an engine's box cuts a 128-block, or a trainer's
             does and `exchange_amax` is not given.
     """
-    return Planner(source, exchange_amax=exchange_amax).plan(destination)
+    planner = Planner(source, exchange_amax=exchange_amax, requantize=requantize)
+    return planner.plan(destination)
 
 
 class Planner:
@@ -102,10 +110,14 @@ class Planner:
     Args:
         source: the trainer's boxes, all ranks.
         exchange_amax: see `build_plan`.
+        requantize: see `build_plan`.
     """
 
-    def __init__(self, source: Manifest, *, exchange_amax: bool = False) -> None:
+    def __init__(
+        self, source: Manifest, *, exchange_amax: bool = False, requantize: bool = False
+    ) -> None:
         self._source, self._exchange_amax = source, exchange_amax
+        self._requantize = requantize
         self._held = holdings(source)
         self._spreads = {name: h.spread for name, h in self._held.items()}
         self._first = first_senders(self._spreads)
@@ -125,7 +137,11 @@ class Planner:
             TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
         """
         infos = agree_on_tensors(
-            self._source.tensors, destination.tensors, self._spreads, self._unsliced
+            self._source.tensors,
+            destination.tensors,
+            self._spreads,
+            self._unsliced,
+            requantize=self._requantize,
         )
         own = None if source_rank is None else self._tensors_of(source_rank)
         copies: list[Copy] = []
@@ -172,7 +188,8 @@ class Planner:
                 faults.append(
                     f"{box.tensor}: trainer rank {source_rank} holds codes without scales"
                 )
-            copies.append(_copy(part.rect, source_rank, owner, rank, box, info, pair))
+            anew = pair and info.formula != self._source.tensors[box.tensor].formula
+            copies.append(_copy(part.rect, source_rank, owner, rank, box, info, pair, anew=anew))
         if filling.cut and info.encoding is Encoding.BLOCKWISE:
             faults += self._cut_faults(box, rank, info, copies)
         return copies
@@ -229,7 +246,15 @@ def _misc_box(info: TensorInfo, *, scales: bool) -> Box:
 
 
 def _copy(
-    part: Rect, source_rank: int, owner: Box, rank: int, box: Box, info: TensorInfo, pair: bool
+    part: Rect,
+    source_rank: int,
+    owner: Box,
+    rank: int,
+    box: Box,
+    info: TensorInfo,
+    pair: bool,
+    *,
+    anew: bool,
 ) -> Copy:
     start, shape = part
     blockwise = info.encoding is Encoding.BLOCKWISE
@@ -243,7 +268,7 @@ def _copy(
         origin = owner.scale_origin or tuple(a % BLOCK for a in owner.start)
         local = [i + o for i, o in zip(index, origin, strict=True)]
         source_scale_at = source_scale_at.at([i // BLOCK for i in local])
-        source_origin = () if blockwise else tuple(i % BLOCK for i in local)
+        source_origin = tuple(i % BLOCK for i in local) if anew else ()
     if start != box.start:
         at = at.at(_difference(start, box.start))
         if scale_at is not None:

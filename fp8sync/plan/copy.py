@@ -28,9 +28,9 @@ class Copy:
     by the one copy that holds the block's first element: `scale_rect` says which blocks those are.
     A destination without scales dequantizes each copy by itself and is given all it touches.
 
-    With `source_scale_at` the source holds an FP8 pair. A blockwise copy passes its codes and scales
-    through. A plain one dequantizes them; `source_origin` is the position of its first element within
-    the source's own block there.
+    With `source_scale_at` the source holds an FP8 pair. Its codes and scales are passed through unless
+    there is a `source_origin`, the position of the first element within the source's own block: then
+    the pair is dequantized, and quantized anew where the copy is blockwise.
     """
 
     tensor: str

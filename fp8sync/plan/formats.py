@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
 
+_SECOND_ROUNDING = "2.6 %"
 MISC = "misc/"
 """Prefix of the storages that hold whole HF tensors for the engine's own loader."""
 
@@ -31,6 +32,8 @@ def agree_on_tensors(
     destination: Mapping[str, TensorInfo],
     spreads: Mapping[str, Spread],
     unsliced: Collection[str] = (),
+    *,
+    requantize: bool = False,
 ) -> dict[str, TensorInfo]:
     """Return the destination's tensors as they will be sent.
 
@@ -42,6 +45,7 @@ def agree_on_tensors(
         destination: the engine's.
         spreads: where the trainer keeps them.
         unsliced: FP8 pairs of which the trainer's blocks are not the tensor's.
+        requantize: whether pairs that do not fit keep the engine's format, and are converted.
 
     Raises:
         TensorMismatch: a tensor is missing on one side, or shapes differ.
@@ -61,16 +65,20 @@ def agree_on_tensors(
     ]
     if faults:
         raise TensorMismatch("trainer and engine hold different tensors", faults)
-    faults = [f for n, info in destination.items() if (f := _misfit(source[n], info))]
-    if faults:
-        raise RecipeMismatch("trainer and engine hold different formats", faults)
+    misfits = {n: f for n, info in destination.items() if (f := _misfit(source[n], info))}
+    if misfits and not requantize:
+        summary = (
+            "trainer and engine hold different formats; "
+            "Recipe(on_format_mismatch='requantize') converts these FP8 pairs on the way"
+        )
+        raise RecipeMismatch(summary, list(misfits.values()))
     cut = _cut_pairs(source, spreads, unsliced)
     agreed = {}
     for name, info in destination.items():
         if name in cut:
             reason = info.misc or cut[name]
             agreed[name] = TensorInfo(name, info.shape, "float32", misc=reason)
-        elif source[name].encoding is Encoding.BLOCKWISE:
+        elif source[name].encoding is Encoding.BLOCKWISE and name not in misfits:
             agreed[name] = replace(info, formula=source[name].formula)
         else:
             agreed[name] = info
@@ -85,7 +93,8 @@ def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
     if held.formula is Formula.FP32 and wanted.formula is Formula.POW2:
         return (
             f"{held.name}: the trainer holds {_format(held)}, the engine keeps {_format(wanted)}; "
-            "its kernel would round every scale a second time"
+            "its kernel would round every scale a second time, "
+            f"quantizing anew adds {_SECOND_ROUNDING} (relative error, normal weights)"
         )
     return ""
 

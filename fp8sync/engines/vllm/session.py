@@ -157,7 +157,9 @@ class WorkerSession:
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
         self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
-        plan = build_plan(source, layout.manifest, exchange_amax=True)
+        plan = build_plan(
+            source, layout.manifest, exchange_amax=True, requantize=recipe.requantizes
+        )
         self._compare(plan)
         layout = layout.with_misc_of(plan)
         direct = direct_modules(self._model, layout, self._device, self._dtype)
