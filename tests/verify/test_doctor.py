@@ -26,4 +26,4 @@ def test_two_vllms_exclude_each_other(monkeypatch) -> None:
 
 def test_versions_out_of_range_are_named(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "0.99.0" if name == "vllm" else "")
-    assert "0.99.0 is not one of those known: 0.24" in doctor._engine(cuda=True).why_not
+    assert "0.99.0 is not one of those known: 0.25" in doctor._engine(cuda=True).why_not

@@ -17,6 +17,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import worker_rank
 from fp8sync.engines.vllm.kv_cache import restore_scales
@@ -82,7 +83,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         dtype = self.model_config.dtype
         session = WorkerSession(channel, self.model, rank, self._staging, self.device, dtype)
         # 0.25 does not set the current config around these calls; later versions do.
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), uncollected():
             if session.agree():
                 self._session = session
             else:

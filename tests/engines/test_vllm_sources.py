@@ -1,0 +1,149 @@
+"""What fp8sync uses of vLLM exists in its sources: the installed ones, and unpacked wheels.
+
+FP8SYNC_VLLM_SOURCES names more directories (as PATH does) that hold a `vllm` package; only its text is
+read, so that any version can be tried anywhere.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+SIGNATURES = {
+    "distributed/weight_transfer/base.py": {
+        "WeightTransferEngine.__init__": ["config", "vllm_config", "device", "model"],
+        "WeightTransferEngine.init_transfer_engine": ["init_info"],
+        "WeightTransferEngine.start_weight_update": [],
+        "WeightTransferEngine.receive_weights": ["update_info"],
+        "WeightTransferEngine.finish_weight_update": [],
+        "WeightTransferEngine.shutdown": [],
+    },
+    "distributed/weight_transfer/factory.py": {
+        "WeightTransferEngineFactory.register_engine": ["name"],
+    },
+    "model_executor/model_loader/reload/layerwise.py": {"get_layerwise_info": ["layer"]},
+    "model_executor/model_loader/reload/meta.py": {"restore_layer_on_meta": ["layer", "info"]},
+    "utils/deep_gemm.py": {"is_deep_gemm_e8m0_used": []},
+    "v1/engine/async_llm.py": {
+        "AsyncLLM.init_weight_transfer_engine": ["request"],
+        "AsyncLLM.start_weight_update": [],
+        "AsyncLLM.update_weights": ["request"],
+        "AsyncLLM.finish_weight_update": [],
+        "AsyncLLM.resume_generation": [],
+        "AsyncLLM.reset_prefix_cache": ["reset_running_requests"],
+        "AsyncLLM.errored": [],
+    },
+    "v1/engine/core_client.py": {"AsyncMPClient.pause_scheduler_async": ["mode", "clear_cache"]},
+    "v1/engine/llm_engine.py": {
+        "LLMEngine.get_num_unfinished_requests": [],
+        "LLMEngine.abort_request": ["request_ids", "internal"],
+    },
+}
+LLM_CALLS = {
+    "init_weight_transfer_engine",
+    "start_weight_update",
+    "update_weights",
+    "finish_weight_update",
+    "reset_prefix_cache",
+}
+ROUTES = {
+    "/pause",
+    "/resume",
+    "/get_world_size",
+    "/init_weight_transfer_engine",
+    "/start_weight_update",
+    "/update_weights",
+    "/finish_weight_update",
+    "/reset_prefix_cache",
+}
+
+
+def source_trees() -> list[Path]:
+    spec = find_spec("vllm")
+    installed = [Path(p) for p in spec.submodule_search_locations or ()] if spec else []
+    more = os.environ.get("FP8SYNC_VLLM_SOURCES", "").split(os.pathsep)
+    return installed + [Path(p) / "vllm" for p in more if p]
+
+
+@pytest.fixture(params=source_trees(), ids=str)
+def tree(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+@cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def defined(path: Path) -> dict[str, ast.AST]:
+    """Everything that a module defines or imports, methods as `Class.method`."""
+    found: dict[str, ast.AST] = {}
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found[node.name] = node
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                    found[f"{node.name}.{inner.name}"] = inner
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {alias.asname or alias.name: node for alias in node.names}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.setdefault(node.value, node)  # names that a package imports when first asked for
+    return found
+
+
+def module_of(tree: Path, name: str) -> Path:
+    path = tree.joinpath(*name.split(".")[1:])
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def test_imported_names_exist(tree: Path) -> None:
+    missing = []
+    for path in sorted((ROOT / "fp8sync").rglob("*.py")):
+        for node in ast.walk(parsed(path)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("vllm"):
+                module = module_of(tree, node.module or "")
+                names = {alias.name for alias in node.names}
+                here = set(defined(module)) if module.exists() else set()
+                parts = {n for n in names if module_of(tree, f"{node.module}.{n}").exists()}
+                lacking = names - here - parts
+                missing += [f"{path.name}: {node.module}.{name}" for name in sorted(lacking)]
+    assert not missing
+
+
+def test_signatures(tree: Path) -> None:
+    faults = []
+    for place, functions in SIGNATURES.items():
+        known = defined(tree / place)
+        for name, wanted in functions.items():
+            node = known.get(name)
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                faults.append(f"{place}: no {name}")
+                continue
+            arguments = [a.arg for a in (*node.args.args, *node.args.kwonlyargs)]
+            found = [a for a in arguments if a not in {"self", "cls"}]
+            if found[: len(wanted)] != wanted:
+                faults.append(f"{place}: {name} takes {found}, expected {wanted}")
+    assert not faults
+
+
+def test_calls_of_llm(tree: Path) -> None:
+    """They moved from the class to a mixin after 0.32."""
+    known = set(defined(tree / "entrypoints/llm.py"))
+    for path in sorted((tree / "entrypoints").rglob("offline.py")):
+        known |= set(defined(path))
+    assert known >= LLM_CALLS
+
+
+def test_routes(tree: Path) -> None:
+    known: set[str] = set()
+    for path in sorted((tree / "entrypoints").rglob("api_router.py")):
+        known |= set(defined(path))
+    assert known >= ROUTES
