@@ -16,7 +16,6 @@ from fp8sync_kernels.descriptor import CUT, DIVISION, Path
 from fp8sync_kernels.gpu.canonical import canonical_block
 from fp8sync_kernels.gpu.columns import BLOCK_COLS, FIRST_BLOCK, PATH, ROW_LENGTH
 from fp8sync_kernels.gpu.copy import cast_elements, copy_bytes, copy_words
-from fp8sync_kernels.gpu.prefetch import PREFETCHED, prefetch_rows
 from fp8sync_kernels.gpu.quantize import quantize_block
 
 _WIDE_BF16 = tl.constexpr(int(Path.WIDE_BF16))
@@ -34,9 +33,6 @@ _CAST = tl.constexpr(int(Path.CAST))
 _DIVISION = tl.constexpr(DIVISION)
 _CUT = tl.constexpr(CUT)
 _PATH_BITS = tl.constexpr(DIVISION - 1)
-
-# A program starts every 12 ns or so; memory under load answers within a microsecond or two.
-_AHEAD = tl.constexpr(1024)
 
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
 _LARGEST_FP16 = tl.constexpr(65504.0)
@@ -77,8 +73,7 @@ def _run_block(
     PATHS: tl.constexpr,
 ) -> None:
     desc = table + tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
-    if block % PREFETCHED == 0:
-        prefetch_rows(table, block_row, block + _AHEAD, blocks)
+    later = (table, block_row, block, blocks)
     path = tl.load(desc + PATH)
     divides: tl.constexpr = (_DIVISION & PATHS) != 0
     cut: tl.constexpr = (_CUT & PATHS) != 0
@@ -91,39 +86,79 @@ def _run_block(
     if _WIDE_BF16 & PATHS:
         if only == _WIDE_BF16 or path == _WIDE_BF16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, True, divides, cut
+                desc,
+                later,
+                i,
+                j,
+                digests,
+                nonfinite,
+                tl.bfloat16,
+                _LARGEST_BF16,
+                True,
+                divides,
+                cut,
             )
     if _WIDE_FP16 & PATHS:
         if only == _WIDE_FP16 or path == _WIDE_FP16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True, divides, cut
+                desc, later, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, True, divides, cut
             )
     if _WIDE_FP32 & PATHS:
         if only == _WIDE_FP32 or path == _WIDE_FP32:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides, cut
+                desc, later, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides, cut
             )
     if _WIDE_CODES & PATHS:
         if only == _WIDE_CODES or path == _WIDE_CODES:
-            canonical_block(desc, i, j, digests, True, cut)
+            canonical_block(desc, later, i, j, digests, True, cut)
     if _ANY_BF16 & PATHS:
         if only == _ANY_BF16 or path == _ANY_BF16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.bfloat16, _LARGEST_BF16, False, divides, cut
+                desc,
+                later,
+                i,
+                j,
+                digests,
+                nonfinite,
+                tl.bfloat16,
+                _LARGEST_BF16,
+                False,
+                divides,
+                cut,
             )
     if _ANY_FP16 & PATHS:
         if only == _ANY_FP16 or path == _ANY_FP16:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float16, _LARGEST_FP16, False, divides, cut
+                desc,
+                later,
+                i,
+                j,
+                digests,
+                nonfinite,
+                tl.float16,
+                _LARGEST_FP16,
+                False,
+                divides,
+                cut,
             )
     if _ANY_FP32 & PATHS:
         if only == _ANY_FP32 or path == _ANY_FP32:
             quantize_block(
-                desc, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, False, divides, cut
+                desc,
+                later,
+                i,
+                j,
+                digests,
+                nonfinite,
+                tl.float32,
+                _LARGEST_FP32,
+                False,
+                divides,
+                cut,
             )
     if _ANY_CODES & PATHS:
         if only == _ANY_CODES or path == _ANY_CODES:
-            canonical_block(desc, i, j, digests, False, cut)
+            canonical_block(desc, later, i, j, digests, False, cut)
     if _COPY_16 & PATHS:
         if only == _COPY_16 or path == _COPY_16:
             copy_words(desc, i, j, digests, True, 32 if alone else 16)

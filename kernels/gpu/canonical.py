@@ -11,6 +11,7 @@ import triton.language as tl
 
 from fp8sync_kernels.gpu.columns import DIGEST_BASE, SCALE_INV, SCALE_STRIDE, SLOT
 from fp8sync_kernels.gpu.digest import add_digest, digest_scale
+from fp8sync_kernels.gpu.prefetch import prefetch_rows
 from fp8sync_kernels.gpu.scale import INF_BITS, pow2_multiplier, pow2_scale_inv
 from fp8sync_kernels.gpu.sliced import encode_slices, sliced_amax_bits
 from fp8sync_kernels.gpu.tile import BLOCK, digest_codes, load_tile, tile_amax_bits
@@ -19,6 +20,7 @@ from fp8sync_kernels.gpu.tile import BLOCK, digest_codes, load_tile, tile_amax_b
 @triton.jit
 def canonical_block(
     desc: tl.tensor,
+    later: tl.tuple,
     block_row: tl.tensor,
     block_col: tl.tensor,
     digests: tl.tensor,
@@ -30,10 +32,12 @@ def canonical_block(
     Blocks whose scale_inv is no power of two, or whose values are not all finite, are their own
     canonical form.
     """
+    first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
     offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
     scale_inv = tl.load(tl.load(desc + SCALE_INV).to(tl.pointer_type(tl.float32)) + offset)
     if WIDE:
         codes = load_tile(desc, block_row, block_col, tl.uint8, CUT)
+        prefetch_rows(later)
         largest_bits = tile_amax_bits(codes, tl.uint8)
     else:
         largest_bits = sliced_amax_bits(desc, block_row, block_col, tl.uint8)
@@ -53,7 +57,6 @@ def canonical_block(
         while doublings > 0:
             codes = _doubled(codes)
             doublings -= 1
-        first_word = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32)
         codes = tl.reshape(codes, [BLOCK, BLOCK // 4])
         value = digest_codes(desc, first_word, codes, block_row, block_col, CUT)
     if slow or not WIDE:

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102 - the outer test is decided at compile time, the inner one is not
 """Bringing descriptors into the L2 cache before anybody asks for them.
 
 A small matrix brings a row that no cache holds. Its programs would wait for memory twice, for
@@ -12,19 +13,26 @@ import triton.language as tl
 from fp8sync_kernels.gpu.cast import INTERPRETED
 from fp8sync_kernels.gpu.columns import ROW_LENGTH
 
-PREFETCHED = tl.constexpr(32)  # blocks in a cache line of block_row
+_LINE = tl.constexpr(32)  # blocks in a cache line of block_row
+# A program starts every 12 ns or so; memory under load answers within a microsecond or two.
+_AHEAD = tl.constexpr(1024)
 
 
 @triton.jit
-def prefetch_rows(
-    table: tl.tensor, block_row: tl.tensor, block: tl.tensor, blocks: tl.tensor
-) -> None:
-    """Ask for the rows of PREFETCHED blocks from `block` on: of the first and of the last."""
+def prefetch_rows(later: tl.tuple) -> None:
+    """Now and then, ask for the rows of a cache line of blocks to come: its first and its last.
+
+    Call it when the tile is on its way: at the start of a program, its waiting costs a percent or two.
+
+    later: table, block_row, this program's block and the number of blocks.
+    """
+    table, block_row, block, blocks = later
     if not INTERPRETED:
-        first = tl.load(block_row + tl.minimum(block, blocks - 1))
-        last = tl.load(block_row + tl.minimum(block + PREFETCHED - 1, blocks - 1))
-        _prefetch(table + first.to(tl.int64) * ROW_LENGTH)
-        _prefetch(table + last.to(tl.int64) * ROW_LENGTH)
+        if block % _LINE == 0:
+            first = tl.load(block_row + tl.minimum(block + _AHEAD, blocks - 1))
+            last = tl.load(block_row + tl.minimum(block + _AHEAD + _LINE - 1, blocks - 1))
+            _prefetch(table + first.to(tl.int64) * ROW_LENGTH)
+            _prefetch(table + last.to(tl.int64) * ROW_LENGTH)
 
 
 @triton.jit

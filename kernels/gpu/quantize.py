@@ -19,6 +19,7 @@ from fp8sync_kernels.gpu.columns import (
     SLOT,
 )
 from fp8sync_kernels.gpu.digest import add_digest, digest_scale
+from fp8sync_kernels.gpu.prefetch import prefetch_rows
 from fp8sync_kernels.gpu.scale import (
     INF_BITS,
     fp32_multiplier,
@@ -43,6 +44,7 @@ OP_AMAX = tl.constexpr(int(Op.AMAX))
 @triton.jit
 def quantize_block(
     desc: tl.tensor,
+    later: tl.tuple,
     block_row: tl.tensor,
     block_col: tl.tensor,
     digests: tl.tensor,
@@ -66,6 +68,7 @@ def quantize_block(
         stored &= tl.load(desc + DESTINATION) != 0
     if WIDE:
         tile = load_tile(desc, block_row, block_col, DTYPE, CUT)
+        prefetch_rows(later)
         own_amax_bits = tile_amax_bits(tile, DTYPE)
     else:
         own_amax_bits = sliced_amax_bits(desc, block_row, block_col, DTYPE)
