@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import refit_peers
 import refit_world
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ import torch.multiprocessing as mp
 
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.layouts.presets import PRESETS
-from fp8sync.plan import DEFAULT_BUCKET_BYTES
+from fp8sync.plan import DEFAULT_BUCKET_BYTES, build_plan
 
 if TYPE_CHECKING:
     from fp8sync.plan import Plan
@@ -79,6 +80,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="*", default=list(CASES))
     parser.add_argument("--transports", nargs="*", default=["ipc", "nccl"])
+    parser.add_argument("--peers", nargs="*", default=list(refit_peers.PEERS))
+    parser.add_argument(
+        "--peer-cases", nargs="*", default=["1 -> 1", "TP2 -> TP2.EP2", "FSDP2 -> TP2"]
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-bytes", type=int, default=DEFAULT_BUCKET_BYTES)
     parser.add_argument("--out", type=Path)
@@ -110,6 +115,9 @@ def run_rank(rank: int, gpus: int, port: int, options: argparse.Namespace) -> No
                 print(f"{name:26s} needs {case.ranks} GPUs", flush=True)
             continue
         Run(rank, device, store, name, case, wire, options).all()
+    if rank == 0 and options.peers:
+        for name, why in refit_peers.absent().items():
+            print(f"{name:26s} {why}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -174,6 +182,10 @@ class Run:
         torch.cuda.synchronize(self._device)
         for way in self._options.transports:
             self._refit(way, held, worker, expected)
+        for peer in self._options.peers:
+            sharded = self._case.trainer.fsdp == self._case.trainer.ranks
+            if self._name in self._options.peer_cases and (peer == "packed" or sharded):
+                self._peer(peer, held, worker, expected)
         del held, expected, worker
         gc.collect()
         torch.cuda.empty_cache()
@@ -215,6 +227,31 @@ class Run:
         extra = torch.cuda.max_memory_allocated(self._device) - before
         assert extra <= 2 * size + TABLES, f"rank {self._rank} took {extra} bytes by {way}"
         self._row(way, seconds[2:], plan, extra, worker, expected)
+
+    def _peer(
+        self,
+        peer: str,
+        held: refit_world.Tensors,
+        worker: refit_world.Worker | None,
+        expected: refit_world.Tensors,
+    ) -> None:
+        """Time a peer; its floor is ours, for the shards that are kept."""
+        trainers = self._case.trainer.ranks
+        groups = (
+            dist.new_group([0, *range(trainers, self._case.ranks)]),
+            dist.new_group(list(range(trainers))),
+        )
+        sides = self._source, self._wanted
+        staged = worker.staged if worker else {}
+        stage = refit_peers.Stage(self._rank, trainers, sides, held, staged, self._device, groups)
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        made = refit_peers.PEERS[peer](stage)
+        seconds = refit_peers.timed(made, 4)
+        extra = torch.cuda.max_memory_allocated(self._device) - before
+        plan = build_plan(*sides, exchange_amax=True) if self._rank == 0 else None
+        self._row(made.name, seconds[1:], plan, extra, worker, expected)
 
     def _row(
         self,
