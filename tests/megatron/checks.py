@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
+from fp8sync.plan import MISC
 from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
 from fp8sync.sources.megatron import MegatronSource
-from fp8sync_kernels import quantize_blockwise
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests.megatron import cpu, pairs
 from tests.megatron.transfer import SCALES, assemble, destination, transfer
 from tests.megatron.watch import Watch
@@ -75,6 +76,30 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
                 parameter.metadata["rowwise_scale_inv"].copy_(scale_inv)
         moved = {n: t * 1.5 if n in formulas else t for n, t in expected.items()}
         faults += differences(assemble(merged, source.storages()), _quantized(moved, formulas))
+    return faults
+
+
+def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Shards, or heads, that are not made of whole blocks: compared with the same values in BF16."""
+    bridge, chunks = load(checkpoint, axes)
+    for _, parameter in pairs.linear_weights(chunks):
+        q = quantize_blockwise(parameter.detach(), "pow2")
+        exact = dequantize_blockwise(q.weight, q.scale_inv, torch.bfloat16)
+        parameter.detach().copy_(exact)  # 4 bits times a power of two
+    source = MegatronSource(chunks, bridge)
+    merged = gather(source.manifest())
+    expected = transfer(merged, destination(merged, {}), source.storages())
+    source, merged = _paired(chunks, bridge, Formula.POW2)
+    arrived = transfer(merged, destination(merged, _pairs(merged)), source.storages())
+    values = {n.removeprefix(MISC): t for n, t in arrived.items() if n.startswith(MISC)}
+    faults = differences(values, {n: expected[n].float() for n in values})
+    cut = {
+        "qwen3-narrow": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
+        "qwen3-head64": {"self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"},
+    }[checkpoint.name]
+    found = {".".join(n.split(".")[-3:-1]) for n in values}
+    if dist.get_rank() == 0 and not (found and found <= cut):
+        faults.append(f"expected some of {sorted(cut)} by misc, found {sorted(found)}")
     return faults
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.coverage import check_tiling
-from fp8sync.sources.megatron.boxes import boxes_of, misaligned
+from fp8sync.sources.megatron.boxes import boxes_of
 from fp8sync.sources.megatron.held import Held
 from fp8sync.sources.megatron.masters import Master, master_boxes, rectangles
 from fp8sync.sources.megatron.pieces import Layout, Piece, Run, columns, concatenated, fused, rows
@@ -72,21 +74,23 @@ def test_scales_are_read_past_their_padding() -> None:
     scale_inv = torch.arange(16.0).view(2, 8)[:, :8]
     layout = concatenated(["g", "u"], (256, 640), (1, 2))
     _, up = boxes_of("w", layout, Held(codes, scale_inv))
-    assert up.scale_at == Placement("w_scale_inv", 8, (8, 1))
-    assert not list(misaligned(layout, (256, 640)))
+    assert (up.scale_at, up.scale_origin) == (Placement("w_scale_inv", 8, (8, 1)), ())
 
 
 @pytest.mark.parametrize(
-    ("layout", "local", "cut"),
+    ("layout", "found"),
     [
-        (columns("w", (200, 128), (1, 2)), (200, 128), False),  # ragged, at both ends
-        (rows("w", (192, 128), (0, 2)), (192, 128), True),
-        (rows("w", (192, 128), (1, 2)), (192, 128), True),
-        (concatenated(["g", "u"], (400, 128), (0, 1)), (400, 128), True),  # one block, two tensors
+        (columns("w", (200, 128), (1, 2)), [(0, ())]),  # ragged, at both ends
+        (rows("w", (192, 128), (0, 2)), [(0, ())]),
+        (rows("w", (192, 128), (1, 2)), [(0, (0, 0))]),  # the second rank's blocks begin at row 192
+        (concatenated(["g", "u"], (400, 128), (0, 1)), [(0, ()), (1, (72, 0))]),
     ],
 )
-def test_cut_blocks_are_found(layout: Layout, local: tuple[int, ...], cut: bool) -> None:
-    assert bool(list(misaligned(layout, local))) is cut
+def test_boxes_say_where_their_own_blocks_begin(layout: Layout, found: list[Any]) -> None:
+    """Row of the first scale, and the box's first element within that block."""
+    held = Held(torch.zeros(400, 128, dtype=torch.float8_e4m3fn), torch.zeros(4, 1))
+    boxes = list(boxes_of("w", layout, held))
+    assert [(b.scale_at and b.scale_at.offset, b.scale_origin) for b in boxes] == found
 
 
 @given(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.payload import pack, unpack, view
-from fp8sync.plan import build_plan, fill_buckets
+from fp8sync.plan import MISC, build_plan, fill_buckets
 from fp8sync.plan.boxes import block_shape
 from fp8sync.recipe import BLOCK, Encoding, Formula
 
@@ -43,6 +43,9 @@ def transfer(source: Manifest, wanted: Manifest, live: Storages) -> dict[str, to
     plan = build_plan(source, wanted)
     rank = dist.get_rank()
     staging = _staging(wanted) if rank == 0 else {}
+    if rank == 0:
+        misc = [i for i in plan.tensors.values() if i.misc]
+        staging |= {MISC + i.name: torch.zeros(i.shape, dtype=_dtype(i)) for i in misc}
     for bucket in fill_buckets(plan.to_rank(0), 1 << 20):
         payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
         if rank == bucket.source_rank:
@@ -99,10 +102,14 @@ def _whole(storage: str, shape: tuple[int, ...]) -> Placement:
     return Placement(storage, 0, torch.empty(shape, device="meta").stride())
 
 
+def _dtype(info: TensorInfo) -> torch.dtype:
+    return getattr(torch, info.dtype)
+
+
 def _staging(wanted: Manifest) -> dict[str, torch.Tensor]:
     made = {}
     for name, info in wanted.tensors.items():
-        made[name] = torch.zeros(info.shape, dtype=getattr(torch, info.dtype))
+        made[name] = torch.zeros(info.shape, dtype=_dtype(info))
         if info.encoding is Encoding.BLOCKWISE:
             made[name + SCALES] = torch.zeros(block_shape(info.shape))
     return made

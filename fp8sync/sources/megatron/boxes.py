@@ -5,16 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp8sync.manifest import Box, Placement, TensorInfo
-from fp8sync.plan.boxes import span
 from fp8sync.recipe import BLOCK
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fp8sync.sources.megatron.held import Held
-    from fp8sync.sources.megatron.pieces import Layout, Piece, Shape
+    from fp8sync.sources.megatron.pieces import Layout
 
-__all__ = ["SCALE_SUFFIX", "boxes_of", "infos_of", "misaligned"]
+__all__ = ["SCALE_SUFFIX", "boxes_of", "infos_of"]
 
 SCALE_SUFFIX = "_scale_inv"
 """A parameter's scales are a storage of their own, named as a checkpoint would name them."""
@@ -27,39 +26,18 @@ def infos_of(layout: Layout, held: Held) -> Iterator[TensorInfo]:
 
 
 def boxes_of(storage: str, layout: Layout, held: Held) -> Iterator[Box]:
-    """Yield one box per piece, in the storage named `storage`."""
+    """Yield one box per piece, in the storage named `storage`.
+
+    A parameter's blocks begin at its own first row and column. Where those are not the HF tensor's
+    blocks, the box says where in its first block it begins.
+    """
     codes = Placement(storage, 0, held.weight.stride())
     for piece in layout.pieces:
         scale_at = None
+        origin: tuple[int, ...] = ()
         if held.scale_inv is not None:
             scales = Placement(storage + SCALE_SUFFIX, 0, held.scale_inv.stride())
             scale_at = scales.at([i // BLOCK for i in piece.local])
-        yield Box(piece.tensor, piece.start, piece.shape, codes.at(piece.local), scale_at)
-
-
-def misaligned(layout: Layout, local: Shape) -> Iterator[str]:
-    """Yield one line per HF tensor of which an FP8 parameter holds a part of a block.
-
-    Such a block's scale belongs to more than the piece; sending it would be a wrong scale.
-    """
-    told = set()
-    for piece in layout.pieces:
-        full = layout.shapes[piece.tensor]
-        if piece.tensor not in told and not _aligned(piece, full, local):
-            told.add(piece.tensor)
-            yield (
-                f"{piece.tensor}: expected FP8 pieces with boundaries at multiples of {BLOCK}, "
-                f"found {span((piece.start, piece.shape))} of {list(full)} at "
-                f"{span((piece.local, piece.shape))} of the local {list(local)}"
-            )
-
-
-def _aligned(piece: Piece, full: Shape, local: Shape) -> bool:
-    for start, at, size, end, local_end in zip(
-        piece.start, piece.local, piece.shape, full, local, strict=True
-    ):
-        if start % BLOCK or at % BLOCK:
-            return False
-        if size % BLOCK and (start + size != end or at + size != local_end):
-            return False
-    return True
+            if any((i - a) % BLOCK for i, a in zip(piece.local, piece.start, strict=True)):
+                origin = tuple(i % BLOCK for i in piece.local)
+        yield Box(piece.tensor, piece.start, piece.shape, codes.at(piece.local), scale_at, origin)

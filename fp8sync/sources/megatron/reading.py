@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from fp8sync.manifest import Box, TensorInfo
-from fp8sync.sources.megatron.boxes import SCALE_SUFFIX, boxes_of, infos_of, misaligned
+from fp8sync.sources.megatron.boxes import SCALE_SUFFIX, boxes_of, infos_of
 from fp8sync.sources.megatron.held import held
 from fp8sync.sources.megatron.mappings import Site, layout_of
 from fp8sync.sources.megatron.masters import MASTER_SUFFIX, master_boxes
@@ -24,7 +24,6 @@ class Described(NamedTuple):
 
     infos: list[TensorInfo]
     boxes: list[Box]
-    faults: list[str]
 
 
 def describe(parameter: LocalParameter, masters: Masters | None) -> Described:
@@ -40,12 +39,9 @@ def describe(parameter: LocalParameter, masters: Masters | None) -> Described:
     if master is not None:
         infos = [TensorInfo(name, shape, "float32") for name, shape in layout.shapes.items()]
         boxes = master_boxes(parameter.name + MASTER_SUFFIX, layout, site.shape, master)
-        return Described(infos, list(boxes), [])
+        return Described(infos, list(boxes))
     state = held(tensor)
-    faults = [] if state.scale_inv is None else list(misaligned(layout, site.shape))
-    return Described(
-        list(infos_of(layout, state)), list(boxes_of(parameter.name, layout, state)), faults
-    )
+    return Described(list(infos_of(layout, state)), list(boxes_of(parameter.name, layout, state)))
 
 
 def live(parameter: LocalParameter, masters: Masters | None) -> dict[str, torch.Tensor]:

@@ -75,7 +75,6 @@ class MegatronSource:
                 continue
             infos += described.infos
             boxes += described.boxes
-            faults += described.faults
         if faults:
             summary = "parameters that cannot be sent as they lie"
             raise UnsupportedLayout(summary, self._at_rank(faults))
