@@ -31,6 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--refits", type=int, default=10)
+    parser.add_argument("--misc", type=int, default=0, help="refits with scales='misc' to add")
     parser.add_argument("--native", type=int, default=0, help="native transfers to measure first")
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--out", type=Path)
@@ -51,6 +52,10 @@ def main() -> None:
         print(f"connect: {connect_s:.2f} s; {link.transport}")
         print(link.plan.explain().splitlines()[0])
         rows = [refit(link) for _ in range(options.refits)]
+        if options.misc:
+            print("scales='misc':")
+            link = fp8sync.connect(source, llm, "blockwise-pow2", scales="misc")
+        misc = [refit(link) for _ in range(options.misc)]
         llm.llm_engine.engine_core.shutdown()
     keys = ("total", "quantize", "verify", "prepare", "commit", "pause")
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in keys}
@@ -61,7 +66,8 @@ def main() -> None:
         print("vLLM's own NCCL transfer: " + ", ".join(f"{s:.2f} s" for s in native))
     if options.out:
         record = {"wire_bytes_per_s": wire, "layers": options.layers, "connect_s": connect_s}
-        options.out.write_text(json.dumps(record | {"native_s": native, "rows": rows}) + "\n")
+        record |= {"native_s": native, "rows": rows, "misc_rows": misc}
+        options.out.write_text(json.dumps(record) + "\n")
 
 
 def start(folder: Path, backend: str) -> Any:
