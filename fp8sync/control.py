@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
+from fp8sync.waiting import waiting
 
 __all__ = ["Channel", "Listener", "Message"]
 
@@ -57,7 +58,8 @@ class Channel:
         data = json.dumps(message, allow_nan=False).encode()
         try:
             self._sock.settimeout(self.timeout_s)
-            self._sock.sendall(_LENGTH.pack(len(data)) + data)
+            with waiting():
+                self._sock.sendall(_LENGTH.pack(len(data)) + data)
         except TimeoutError as error:
             raise self._late("reads nothing", self.timeout_s) from error
         except OSError as error:
@@ -115,7 +117,8 @@ class Channel:
             # A deadline for the whole, so that a peer that drips bytes is late as well.
             self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
             try:
-                piece = self._sock.recv(min(size - len(data), 1 << 20))
+                with waiting():
+                    piece = self._sock.recv(min(size - len(data), 1 << 20))
             except TimeoutError as error:
                 raise self._late(f"sent no {kind!r}", limit_s) from error
             except OSError as error:

@@ -22,6 +22,7 @@ from fp8sync.plan import teams
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import BLOCK
 from fp8sync.tables import matrix
+from fp8sync.waiting import device_work, waiting
 from fp8sync_kernels import Table, build_table, job, partial_amax, run_table
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ class AmaxExchange:
         # A rank may hold several parts of a block; each has a plane of its own.
         depth = 1 + max((plane for _, plane, _, _ in self._parts), default=0)
         self._planes = torch.zeros(depth, offset, device=device)
+        self._names = {part.at.storage for part, _, _, _ in self._parts}
         self._pointers: dict[str, int] = {}
         self._table: Table | None = None
         self._strided: list[tuple[AmaxPart, torch.Tensor]] = []
@@ -97,7 +99,8 @@ class AmaxExchange:
             raise
         if self._team is not None:
             self._team.maximum(self._joint)
-            failed = int(self._joint[0])
+            with waiting():
+                failed = int(self._joint[0])
             if failed:
                 raise PeerFailed(f"trainer rank {failed - 1} failed before amax was exchanged")
         return storages
@@ -110,17 +113,17 @@ class AmaxExchange:
     def _measure(self, storages: Storages) -> None:
         """Put this rank's share of every block's amax into the packed vector."""
         self._prepare(storages)
-        if self._table is not None:
-            run_table(self._table, None, None)
-        for part, target in self._strided:
-            x = view(storages, part.at, part.shape)
-            target.copy_(partial_amax(x, origin=_origin(part)))
-        torch.amax(self._planes, 0, out=self._joint)
+        with device_work(self._device):
+            if self._table is not None:
+                run_table(self._table, None, None)
+            for part, target in self._strided:
+                x = view(storages, part.at, part.shape)
+                target.copy_(partial_amax(x, origin=_origin(part)))
+            torch.amax(self._planes, 0, out=self._joint)
 
     def _prepare(self, storages: Storages) -> None:
         """Lay out the launch, unless the weights still lie where they lay."""
-        names = {part.at.storage for part, _, _, _ in self._parts}
-        pointers = {name: storages[name].data_ptr() for name in names}
+        pointers = {name: storages[name].data_ptr() for name in self._names}
         if pointers == self._pointers:
             return
         jobs, self._strided = [], []

@@ -18,6 +18,7 @@ from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sender import Written, named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import hear, rank_and_size
+from fp8sync.waiting import HostTime
 
 if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
@@ -145,7 +146,7 @@ class FollowerLink:
         said = self._heard()
         if "open" in said:
             self._join(said)
-        began = time.perf_counter()
+        began, host = time.perf_counter(), HostTime()
         self._current = said["link"]
         follower = self._connected()
         try:
@@ -160,7 +161,7 @@ class FollowerLink:
             "total": time.perf_counter() - began,
         }
         tensors = LazyTensorReports(follower.plan, sent.parts, {sent.rank})
-        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors)
+        return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors, host_s=host.seconds)
 
     def audit(self) -> AuditReport:
         """Show this rank's weights to the audit that rank 0 leads, and return what it found."""

@@ -19,6 +19,7 @@ from fp8sync.plan import Bucket, in_turns
 from fp8sync.sender import Sent, Told, named_error, own_buckets
 from fp8sync.tables import PlacedBucket, pack_table
 from fp8sync.transport.nccl import NcclGroup
+from fp8sync.waiting import waiting
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import Table, run_table
 
@@ -117,7 +118,9 @@ class GroupSender:
             sent.error = named_error(error, self._rank)
         try:
             self._send_turns(version, sent)
-            for slot in self._counters[1].nonzero().flatten().tolist():
+            with waiting():
+                bad = self._counters[1].nonzero().flatten().tolist()
+            for slot in bad:
                 count = int(self._counters[1, slot])
                 sent.parts.append(PartReport(self._tensors[slot], count))
         except Exception as error:  # noqa: BLE001

@@ -31,6 +31,7 @@ from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.together import together
 from fp8sync.trainers import Opening, rank_and_size
+from fp8sync.waiting import HostTime, waiting
 
 if TYPE_CHECKING:
     from fp8sync.audit import AuditReport
@@ -255,12 +256,14 @@ class Link:
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version = self.version + 1
-        began = time.perf_counter()
+        began, host = time.perf_counter(), HostTime()
         try:
             conductor.open(version)
-            self._engine.start()
+            with waiting():
+                self._engine.start()
             conductor.send(version)
-            self._engine.update(version)
+            with waiting():
+                self._engine.update(version)
         except BaseException as error:
             conductor.abandon(error)
             self._disconnect()
@@ -270,7 +273,8 @@ class Link:
             self._commit(conductor)
         arrived = time.perf_counter()
         try:
-            self._engine.pause(in_flight)
+            with waiting():
+                self._engine.pause(in_flight)
         except Fp8SyncError as error:  # requests that do not end, say: every worker is told
             conductor.refuse(error)
         drained = time.perf_counter()
@@ -278,20 +282,28 @@ class Link:
         stopped = drained if in_flight == "wait" else arrived
         with self._engine.resuming():
             outcome = self._commit(conductor)
-            self._engine.reset_caches(in_flight)
-            labelled = self._engine.label(str(version))
+            with waiting():
+                self._engine.reset_caches(in_flight)
+                labelled = self._engine.label(str(version))
         ended = time.perf_counter()
         self.version = version
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         label = str(version) if labelled else None
         return RefitReport(
-            version, outcome.bytes_sent, seconds, ended - stopped, outcome.tensors, label
+            version,
+            outcome.bytes_sent,
+            seconds,
+            ended - stopped,
+            outcome.tensors,
+            label,
+            host.seconds,
         )
 
     def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)
         try:
-            return together(task, self._engine.finish, conductor.close, self._timeout_s)
+            with waiting():
+                return together(task, self._engine.finish, conductor.close, self._timeout_s)
         except BaseException:
             if conductor.decided:  # some workers may hold the new weights
                 with suppress(Exception):

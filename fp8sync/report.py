@@ -60,6 +60,8 @@ class RefitReport:
         tensors: one entry per tensor of the plan.
         weight_version: what the engine calls its weights from now on (vLLM keeps such a label from 0.27
             on; later versions put it on every output), None where it cannot tell.
+        host_s: seconds in which this rank's calling thread neither waited (for a GPU, the wire, a peer,
+            vLLM) nor, on a trainer without a GPU, quantized.
     """
 
     version: int
@@ -68,6 +70,7 @@ class RefitReport:
     pause_s: float
     tensors: Sequence[TensorReport] = field(repr=False)
     weight_version: str | None = None
+    host_s: float = math.nan
 
 
 class LazyTensorReports(Sequence[TensorReport]):

@@ -13,6 +13,7 @@ from fp8sync.errors import Fp8SyncError, from_wire
 from fp8sync.payload import Amax, PartReport, Storages, pack
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.transport.gloo import GlooGroup
+from fp8sync.waiting import device_work
 from fp8sync.wire import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import digest
 
@@ -110,8 +111,9 @@ class Sender:
             try:
                 if sent.error is None:
                     amax = self._share.exchange.amax
-                    sent.parts += _pack(bucket, storages, message[HEADER_BYTES:], amax)
-                    value = digest(message[HEADER_BYTES:])
+                    with device_work(message.device):
+                        sent.parts += _pack(bucket, storages, message[HEADER_BYTES:], amax)
+                        value = digest(message[HEADER_BYTES:])
             except Exception as error:  # noqa: BLE001
                 sent.error = named_error(error, self._rank)
             if sent.error is not None:

@@ -18,6 +18,7 @@ from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.memory import gpu_id
 from fp8sync.transport.nccl import NcclGroup, new_unique_id
 from fp8sync.transport.rendezvous import own_host
+from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -84,7 +85,8 @@ def hear(timeout_s: float) -> dict[str, Any]:
     heard = store.add(own, 0)
     turn = max(heard + 1, store.add(_TURN, 0))
     try:
-        store.wait([f"{_TURN}/{turn}"], timedelta(seconds=timeout_s))
+        with waiting():
+            store.wait([f"{_TURN}/{turn}"], timedelta(seconds=timeout_s))
     except RuntimeError as error:
         text = f"trainer rank 0 made no call to connect or refit within {timeout_s:g} s"
         raise TransferTimeout(text) from error

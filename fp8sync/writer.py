@@ -19,6 +19,7 @@ from fp8sync.plan import in_parts
 from fp8sync.sender import Sent, Told, Written, named_error
 from fp8sync.tables import write_table
 from fp8sync.transport.memory import ExportedMemory, MappedMemory
+from fp8sync.waiting import device_work, waiting
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ class Writer:
             written = [self._launch(part) for part in range(PARTS)]
             for number, event in enumerate(written, 1):
                 if event is not None:
-                    event.synchronize()
+                    with waiting():
+                        event.synchronize()
                 told(self._digests(number - 1))
             for target in self._targets:
                 for copies, seen in zip(target.parts, target.seen, strict=True):
@@ -134,7 +136,8 @@ class Writer:
             table, counters = target.tables[part], target.counters[part]
             if table is not None:
                 counters.zero_()
-                run_table(table, *counters)
+                with device_work(self._device):
+                    run_table(table, *counters)
                 target.seen[part].copy_(counters, non_blocking=True)
         if self._device.type != "cuda":
             return None

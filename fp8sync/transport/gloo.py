@@ -14,6 +14,7 @@ import torch.distributed
 
 from fp8sync.errors import EngineLost, TransferTimeout
 from fp8sync.transport.rendezvous import own_host, reach
+from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -124,7 +125,8 @@ class GlooGroup:
 
     def _wait(self, start: Callable[[], Any], peer: str, what: str) -> None:
         try:
-            start().wait(self._timeout)
+            with waiting():
+                start().wait(self._timeout)
         except RuntimeError as error:
             text = str(error)
             if "imed out" in text or "imeout" in text:

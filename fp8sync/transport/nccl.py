@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -168,12 +169,13 @@ class NcclGroup:
 
     def _until(self, done: Callable[[], bool], peers: Sequence[int], verb: str) -> None:
         ends = time.monotonic() + self._timeout_s
-        while not done():
-            if time.monotonic() > ends:
-                self.close()
-                text = f"{self._who(peers)} did not {verb} within {self._timeout_s:g} s"
-                raise TransferTimeout(text)
-            time.sleep(_POLL_S)
+        with waiting():
+            while not done():
+                if time.monotonic() > ends:
+                    self.close()
+                    text = f"{self._who(peers)} did not {verb} within {self._timeout_s:g} s"
+                    raise TransferTimeout(text)
+                time.sleep(_POLL_S)
 
     def _raise_failure(self, peers: Sequence[int]) -> None:
         state = self._state()

@@ -201,7 +201,9 @@ def test_source_that_fails(engine: Any) -> None:
         link.refit()
     assert torch.equal(world.logprobs(engine), before)
     source.error = None
-    assert link.refit().version == 1
+    report = link.refit()
+    assert report.version == 1
+    assert 0.0 < report.host_s < report.seconds["total"]
     assert not torch.equal(world.logprobs(engine), before)
     link.close()
 

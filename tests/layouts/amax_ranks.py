@@ -47,9 +47,9 @@ def check(rank: int, device: torch.device, formula: Formula) -> str:
         used += -(-tensor.numel() * tensor.element_size() // ALIGN) * ALIGN
     arena = allocate(used, device).zero_()
     live: Any = SimpleNamespace(storages=lambda: held)
-    share = Share(live, rank, plan, 0, 60.0, exchange)
+    share = Share(live, rank, source, plan, 60.0, exchange)
     writer = Writer(share, {0: StagingPlace(export_memory(arena), offsets)})
-    sent = writer.send(1)
+    sent = writer.send(1, lambda _: None)
     assert sent.error is None, sent.error
     dist.all_reduce(arena)
     for name, tensor in wanted.items():

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from fp8sync.errors import EngineLost, RefitInProgress, TransferTimeout, UnsupportedLayout
+from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -145,7 +146,8 @@ class Handle(ABC):
             with suppress(Exception):
                 self.resume()
             raise
-        self.resume()
+        with waiting():
+            self.resume()
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight) -> None:

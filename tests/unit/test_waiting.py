@@ -1,0 +1,37 @@
+"""The host's own time is what is left of the wall's without waits, each counted once."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from fp8sync.waiting import HostTime, waiting
+
+
+def test_waits_are_left_out_once_however_they_nest() -> None:
+    host = HostTime()
+    began = time.perf_counter()
+    with waiting():
+        time.sleep(0.05)
+        with waiting():
+            time.sleep(0.05)
+    busy_until = time.perf_counter() + 0.05
+    while time.perf_counter() < busy_until:
+        pass
+    wall = time.perf_counter() - began
+    assert 0.05 <= host.seconds <= wall - 0.1
+
+
+def test_waits_of_other_threads_and_before_do_not_count() -> None:
+    with waiting():
+        time.sleep(0.05)
+    host = HostTime()
+
+    def wait() -> None:
+        with waiting():
+            time.sleep(0.05)
+
+    other = threading.Thread(target=wait)
+    other.start()
+    other.join()
+    assert host.seconds >= 0.05
