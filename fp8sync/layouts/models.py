@@ -207,7 +207,7 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
         return ModelShape(
             **common,
             qk_norm=True,
-            experts=config["num_experts"],
+            experts=config.get("num_experts") or config["num_local_experts"],
             expert_intermediate=config["moe_intermediate_size"],
         )
     return ModelShape(**common, qk_norm=kind == "qwen3")

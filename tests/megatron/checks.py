@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,14 +12,16 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fp8sync.errors import Fp8SyncError
+from fp8sync.layouts import EngineLayout, from_config, manifest
 from fp8sync.manifest import Manifest
-from fp8sync.plan import MISC
+from fp8sync.plan import MISC, build_plan
 from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
 from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from tests.layouts import wire
 from tests.megatron import cpu, pairs
-from tests.megatron.transfer import SCALES, assemble, destination, transfer
+from tests.megatron.transfer import SCALES, assemble, carry_out, destination, transfer
 from tests.megatron.watch import Watch
 
 if TYPE_CHECKING:
@@ -34,11 +37,11 @@ def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
         source = MegatronSource(chunks, bridge)
         names_gathered = watch.collectives
-        manifest = source.manifest()
+        own = source.manifest()
     faults = list(watch.faults)
     if watch.collectives != names_gathered:
         faults.append(f"manifest() ran {watch.collectives - names_gathered} collectives")
-    merged = gather(manifest)
+    merged = gather(own)
     check_tiling(merged)
     live = source.storages()
     expected = reference(checkpoint)
@@ -49,6 +52,50 @@ def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         formulas = {name: formula for name in merged.tensors if LINEAR.search(name)}
         arrived = transfer(merged, destination(merged, formulas), live)
         faults += differences(arrived, _quantized(expected, formulas))
+    return faults
+
+
+ENGINES = {
+    "qwen3": [EngineLayout(), EngineLayout(tp=2), EngineLayout(tp=4), EngineLayout(tp=2, pp=2)],
+    "qwen3-moe": [
+        EngineLayout(),
+        EngineLayout(tp=2),
+        EngineLayout(tp=2, expert_parallel=True),
+        EngineLayout(tp=2, dp=2, expert_parallel=True),
+    ],
+}
+ENGINES |= dict.fromkeys(("qwen3-4layers", "qwen3-tied", "llama"), ENGINES["qwen3"])
+ENGINES["deepseek-v3"] = ENGINES["qwen3-moe"]
+
+
+def check_engines(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Refit engines of several layouts: every byte of their staging memory, and no collective.
+
+    Engines hold blockwise FP8, fused and cut as vLLM does; the layouts are those on paper.
+    """
+    bridge, chunks = load(checkpoint, axes)
+    source = MegatronSource(chunks, bridge)
+    merged = gather(source.manifest())
+    model = from_config(json.loads((checkpoint / "config.json").read_text()))
+    whole = reference(checkpoint)
+    faults = []
+    for layout in ENGINES[checkpoint.name]:
+        wanted = manifest(layout, model)
+        plan = build_plan(merged, wanted)
+        expected = wire.storages(wanted, wire.quantized(wanted, whole))
+        staging = wire.storages(wanted, None)
+        with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
+            for rank in wanted.ranks:
+                carry_out(plan, rank, source.storages(), staging[rank])
+        faults += [name for name in watch.names if name not in {"c10d.send", "c10d.recv_"}]
+        if dist.get_rank() == 0:
+            faults += [
+                f"{layout}: engine rank {rank}, {name} differs"
+                for rank, held in expected.items()
+                for name, tensor in held.items()
+                if not torch.equal(tensor.view(torch.uint8), staging[rank][name].view(torch.uint8))
+            ]
+        dist.barrier()
     return faults
 
 
@@ -214,10 +261,10 @@ def load(checkpoint: Path, axes: dict[str, int], **changes: Any) -> tuple[Any, l
     return bridge, cpu.build_chunks(bridge, axes, **changes)
 
 
-def gather(manifest: Manifest) -> Manifest:
+def gather(own: Manifest) -> Manifest:
     """All ranks' manifests as one, through their JSON."""
     found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, manifest.to_json())
+    dist.all_gather_object(found, own.to_json())
     parts = [Manifest.from_json(data) for data in found]
     tensors = {name: info for part in parts for name, info in part.tensors.items()}
     ranks = {rank: boxes for part in parts for rank, boxes in part.ranks.items()}

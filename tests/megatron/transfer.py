@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from fp8sync.payload import Storages
+    from fp8sync.plan import Plan
 
 SCALES = ".scale_inv"
 
@@ -41,12 +42,19 @@ def destination(source: Manifest, formulas: Mapping[str, Formula]) -> Manifest:
 def transfer(source: Manifest, wanted: Manifest, live: Storages) -> dict[str, torch.Tensor]:
     """Carry out the plan over gloo; rank 0 returns what arrived, the others nothing."""
     plan = build_plan(source, wanted)
-    rank = dist.get_rank()
-    staging = _staging(wanted) if rank == 0 else {}
-    if rank == 0:
+    staging = {}
+    if dist.get_rank() == 0:
         misc = [i for i in plan.tensors.values() if i.misc]
+        staging = _staging(wanted)
         staging |= {MISC + i.name: torch.zeros(i.shape, dtype=_dtype(i)) for i in misc}
-    for bucket in fill_buckets(plan.to_rank(0), 1 << 20):
+    carry_out(plan, 0, live, staging)
+    return staging
+
+
+def carry_out(plan: Plan, engine_rank: int, live: Storages, staging: Storages) -> None:
+    """Bring what one engine rank is sent into `staging`, which is on rank 0."""
+    rank = dist.get_rank()
+    for bucket in fill_buckets(plan.to_rank(engine_rank), 1 << 20):
         payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
         if rank == bucket.source_rank:
             pack(bucket, live, payload)
@@ -56,7 +64,6 @@ def transfer(source: Manifest, wanted: Manifest, live: Storages) -> dict[str, to
             if bucket.source_rank:
                 dist.recv(payload, bucket.source_rank)
             unpack(bucket, payload, staging)
-    return staging
 
 
 def assemble(source: Manifest, live: Storages) -> dict[str, torch.Tensor]:

@@ -17,6 +17,7 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         collectives: how many collectives ran, of whatever.
+        names: of the operations of torch.distributed that ran.
         faults: one line for each weight in a collective and for each allocation of floats.
     """
 
@@ -24,6 +25,7 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self._weights = {_storage(w) for w in weights}
         self.collectives = 0
+        self.names: list[str] = []
         self.faults: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,6 +34,7 @@ class Watch(TorchDispatchMode):
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if func.namespace == "c10d":
             self.collectives += 1
+            self.names.append(str(func).removesuffix(".default"))
             sent = [t for t in tensors if t.is_floating_point() or _storage(t) in self._weights]
             self.faults += [f"{func} of {t.dtype} {list(t.shape)}" for t in sent]
             return result
