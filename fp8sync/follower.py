@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Follower", "FollowerLink"]
 
+_PATIENCE = 4
+"""Timeouts until the outcome: rank 0 lets requests in flight end for up to three, and commits in one."""
+
 
 class Follower:
     """One trainer rank's side of a link.
@@ -62,7 +65,7 @@ class Follower:
         version = self._opened(audit=False)
         sent = self._member.send(version, self._tell)
         self._channel.send(sent.to_json())
-        error = self._channel.receive("outcome")["error"]
+        error = self._channel.receive("outcome", _PATIENCE * self._channel.timeout_s)["error"]
         if error is not None:
             raise from_wire(error)
         return version, sent
