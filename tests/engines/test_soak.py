@@ -19,14 +19,14 @@ LIMIT_BYTES = 16 << 20
 
 
 def test_two_hundred_refits(tmp_path: Path) -> None:
-    models = [world.tiny_model("dense", seed) for seed in (1, 2, 3)]
+    models = [world.tiny_model("dense", seed, max_position_embeddings=512) for seed in (1, 2, 3)]
     expected = []
     for seed, model in enumerate(models):
         fresh = world.start_engine(world.write_checkpoint(model, tmp_path / str(seed), "pow2"))
         expected.append((world.logprobs(fresh), world.generate(fresh)))
         del fresh
         world.forget_engines()
-    trained = world.tiny_model("dense", 1)
+    trained = world.tiny_model("dense", 1, max_position_embeddings=512)
     engine = Engine(world.write_config(trained, tmp_path / "config"))
     link = fp8sync.connect(trained, engine.llm, world.recipe("blockwise-pow2"))
     differing, used = 0, {}
