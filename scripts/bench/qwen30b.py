@@ -63,6 +63,7 @@ def options(folder: Path, backend: str, **changes: Any) -> dict[str, Any]:
         "max_num_seqs": 32,
         "load_format": "dummy",
         "kv_cache_memory_bytes": 2 << 30,
+        "gpu_memory_utilization": 0.4,  # only compared with what is free at the start
         "weight_transfer_config": {"backend": backend},
         **changes,
     }
