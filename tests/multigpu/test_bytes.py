@@ -1,0 +1,77 @@
+"""Between GPUs, by every transport: one process per rank, real staging memory, every byte compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from fp8sync.layouts import manifest
+from scripts.bench import refit_world
+from tests.layouts.cases import PAIRS
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+BUCKET_BYTES = 1 << 19
+VERSIONS = 3
+NAMES = ["1-1", "1-tp2", "tp2-1", "fsdp3-1", "fsdp2-tp2", "moe-ep2-ep2", "pairs-moe-ep2-tp2"]
+
+
+def ranks(name: str) -> int:
+    return PAIRS[name].trainer.ranks + PAIRS[name].engine.ranks
+
+
+CASES = [pytest.param(name, marks=pytest.mark.multigpu(ranks(name))) for name in NAMES]
+
+
+@pytest.mark.parametrize("transport", ["ipc", "nccl", "golden"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_byte(name: str, transport: str, tmp_path: Path) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    mp.spawn(member, (name, transport, store.port, str(tmp_path)), ranks(name))
+
+
+def member(rank: int, name: str, transport: str, port: int, folder: str) -> None:
+    """One rank of either side; what it raises fails the test."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    store: Any = dist.TCPStore("127.0.0.1", port, None, False)
+    meeting = dist.FileStore(f"{folder}/group", ranks(name))
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks(name))
+    case = PAIRS[name]
+    source, wanted = manifest(case.trainer, case.model), manifest(case.engine, case.model)
+    counts = case.trainer.ranks, case.engine.ranks
+    if rank >= case.trainer.ranks:
+        receive(rank - case.trainer.ranks, wanted, device, store)
+    else:
+        held = refit_world.allocated(source, rank, device)
+        refit_world.fill(source, rank, held)
+        paper = refit_world.PaperSource(refit_world.own(source, rank), held)
+        if rank == 0:
+            link = refit_world.lead(paper, store, "link", transport, counts, BUCKET_BYTES)
+            assert link.transport == transport
+            for version in range(1, VERSIONS + 1):
+                refit_world.timed_refit(link, version)
+            link.close()
+        else:
+            follower = refit_world.follow(paper, rank, store, "link")
+            for _ in range(VERSIONS):
+                follower.transfer()
+            follower.close()
+    dist.barrier()
+
+
+def receive(rank: int, wanted: Any, device: torch.device, store: Any) -> None:
+    """Take every version anew into zeroed staging memory."""
+    expected = refit_world.allocated(wanted, rank, device)
+    refit_world.fill(wanted, rank, expected)
+    worker = refit_world.Worker(refit_world.own(wanted, rank), rank, device)
+    worker.join(store, "link")
+    for _ in range(VERSIONS):
+        worker.take()
+        assert not refit_world.differing(worker.staged, expected)
+    worker.leave()
