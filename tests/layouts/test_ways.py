@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from fp8sync.manifest import Manifest
+
+    Change = Callable[[int, torch.Tensor], torch.Tensor | None]
 
 BUCKET_BYTES = 60_000
 CPU = torch.device("cpu")
@@ -69,8 +72,9 @@ class Refit:
         plan: Plan,
         source: wire.Ranks,
         destination: wire.Ranks,
+        limit_s: float = WAIT_S,
     ) -> None:
-        self.destination = destination
+        self.destination, self._sides = destination, sides
         self._teams: dict[tuple[int, ...], Team] = {}
         trainers, workers = list(source), list(destination)
         peers = {("trainer", r): f"trainer rank {r}" for r in trainers if r}
@@ -80,7 +84,7 @@ class Refit:
         self.pool = ThreadPoolExecutor(len(trainers) + len(workers))
 
         def group(role: str, rank: int) -> GlooGroup:
-            return GlooGroup.join(invitation.to(role, rank), WAIT_S)
+            return GlooGroup.join(invitation.to(role, rank), limit_s)
 
         def sender(rank: int) -> GroupSender | GoldenSender:
             held = SimpleNamespace(storages=lambda: source[rank])
@@ -102,6 +106,12 @@ class Refit:
         receivers = [self.pool.submit(receiver, rank) for rank in workers]
         self.senders = [f.result() for f in senders]
         self.receivers = dict(zip(workers, (f.result() for f in receivers), strict=True))
+
+    def wanted(self) -> wire.Ranks:
+        """What every worker should hold."""
+        source, destination = self._sides
+        tensors = wire.quantized(destination, wire.random_tensors(source))
+        return wire.storages(destination, tensors)
 
     def _team(self, ranks: tuple[int, ...]) -> Team:
         return self._teams.setdefault(ranks, Team(len(ranks)))
@@ -147,13 +157,31 @@ def test_bytes_are_those_of_the_whole_tensor(way: str, name: str) -> None:
 class Meddler:
     """A member's group, with something done to what it sends."""
 
-    def __init__(self, group: Any, change: Callable[[int, torch.Tensor], None]) -> None:
+    def __init__(self, group: Any, change: Change) -> None:
         self._group, self._change, self._count = group, change, 0
 
     def exchange(self, sends: Any, receives: Any) -> Any:
-        for message, _ in sends:
-            self._change(self._count, message)
+        changed = []
+        for message, peer in sends:
+            now = self._change(self._count, message)
+            changed.append((message if now is None else now, peer))
             self._count += 1
+        return self._group.exchange(changed, receives)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._group, name)
+
+
+class Late:
+    """A member's group, of which nothing is heard for a while."""
+
+    def __init__(self, group: Any, seconds: float) -> None:
+        self._group, self._seconds, self._count = group, seconds, 0
+
+    def exchange(self, sends: Any, receives: Any) -> Any:
+        self._count += 1
+        if self._count == 2:
+            time.sleep(self._seconds)
         return self._group.exchange(sends, receives)
 
     def __getattr__(self, name: str) -> Any:
@@ -163,22 +191,25 @@ class Meddler:
 @pytest.fixture(params=["grouped", "golden"])
 def refit(request: pytest.FixtureRequest) -> Iterator[Refit]:
     """Two trainer ranks and two workers; what a test leaves behind, the next version replaces."""
-    case = PAIRS["moe-ep2-ep2"]
-    source, destination = manifest(case.trainer, case.model), manifest(case.engine, case.model)
-    held = wire.storages(source, wire.quantized(source, wire.random_tensors(source)))
-    found = wire.storages(destination, None)
-    plan = build_plan(source, destination)
-    refit = Refit(request.param, (source, destination), plan, held, found)
+    refit = two_and_two(request.param)
     yield refit
     refit.senders[0]._group = getattr(refit.senders[0]._group, "_group", None)
     sent, raised = refit.run(9)
     assert not [s.error for s in sent if s.error]
     assert raised == [None, None]
-    wanted = wire.quantized(destination, wire.random_tensors(source))
-    assert not wire.differing(found, wire.storages(destination, wanted))
+    assert not wire.differing(refit.destination, refit.wanted())
 
 
-def meddle(refit: Refit, change: Callable[[int, torch.Tensor], None]) -> list[BaseException | None]:
+def two_and_two(way: str, limit_s: float = WAIT_S) -> Refit:
+    """Two trainer ranks and two workers, with experts on both."""
+    case = PAIRS["moe-ep2-ep2"]
+    source, destination = manifest(case.trainer, case.model), manifest(case.engine, case.model)
+    held = wire.storages(source, wire.quantized(source, wire.random_tensors(source)))
+    found = wire.storages(destination, None)
+    return Refit(way, (source, destination), build_plan(source, destination), held, found, limit_s)
+
+
+def meddle(refit: Refit, change: Change) -> list[BaseException | None]:
     refit.senders[0]._group = Meddler(refit.senders[0]._group, change)
     return refit.run(1)[1]
 
@@ -213,6 +244,27 @@ def test_messages_out_of_order(refit: Refit) -> None:
 
     raised = meddle(refit, swap)
     assert re.search(r"index expected \d+, found \d+", str(next(filter(None, raised))))
+
+
+def test_a_truncated_message(refit: Refit) -> None:
+    raised = meddle(refit, lambda count, message: message[:-16] if count == 2 else message)
+    errors = [error for error in raised if error]
+    assert errors
+    assert all(isinstance(error, CorruptBucket) for error in errors), errors
+    assert ": digest expected" in str(errors[0])
+
+
+@pytest.mark.parametrize("side", ["trainer", "engine"])
+def test_a_member_that_falls_silent(side: str) -> None:
+    """The others name it within the limit, and nobody waits for ever."""
+    refit = two_and_two("grouped", limit_s=1.0)
+    began = time.monotonic()
+    late = refit.senders[0] if side == "trainer" else refit.receivers[0]
+    late._group = Late(late._group, 3.0)
+    sent, raised = refit.run(1)
+    assert time.monotonic() - began < 20
+    text = " ".join(str(e) for e in [*(s.error for s in sent), *raised] if e)
+    assert re.search(rf"{side} rank 0 (did not (send|take) a bucket within 1 s|is gone)", text)
 
 
 def test_weights_that_cannot_be_read(refit: Refit) -> None:
