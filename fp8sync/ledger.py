@@ -23,8 +23,22 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fp8sync.control import Channel
+    from fp8sync.manifest import TensorInfo
 
-__all__ = ["Held", "Ledger", "Unit", "Unreadable", "check_readable", "trainer_ledger", "units_of"]
+__all__ = [
+    "Held",
+    "Ledger",
+    "Unit",
+    "Unreadable",
+    "as_kv_scale",
+    "check_readable",
+    "is_kv_scale",
+    "trainer_ledger",
+    "units_of",
+]
+
+
+_KV_SCALES = {"k_scale", "v_scale", "q_scale", "prob_scale"}
 
 
 class Unreadable(Exception):
@@ -113,10 +127,21 @@ def check_readable(plan: Plan, unit: Unit) -> None:
     copy = unit.part.copy
     if plan.is_cut(copy):
         raise Unreadable("the trainer's shards cut its blocks")
-    if plan.tensors[copy.tensor].misc:
-        raise Unreadable(f"loaded by the engine itself: {plan.tensors[copy.tensor].misc}")
+    info = plan.tensors[copy.tensor]
+    if info.misc and not is_kv_scale(info):
+        raise Unreadable(f"loaded by the engine itself: {info.misc}")
     if copy.scale_at is not None and copy.scale_at.storage.startswith(MISC):
         raise Unreadable("its scales were loaded by the engine itself")
+
+
+def is_kv_scale(info: TensorInfo) -> bool:
+    """Whether this is a scale of an FP8 KV cache, which an engine keeps as it is."""
+    return not info.shape and info.name.rpartition(".")[2] in _KV_SCALES
+
+
+def as_kv_scale(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Round a KV-cache scale as vLLM's parameters do, which have the model's dtype: BF16."""
+    return value.to(torch.bfloat16).to(dtype)
 
 
 def trainer_ledger(storages: Storages, rank: int, plan: Plan, bucket_bytes: int) -> Ledger:
@@ -126,7 +151,10 @@ def trainer_ledger(storages: Storages, rank: int, plan: Plan, bucket_bytes: int)
 
     def read(unit: Unit) -> Held:
         check_readable(plan, unit)
-        return Held.of(*_as_it_arrives(unit.part, plan, storages))
+        weight, scale_inv = _as_it_arrives(unit.part, plan, storages)
+        if is_kv_scale(plan.tensors[unit.part.copy.tensor]):
+            weight = as_kv_scale(weight, weight.dtype)
+        return Held.of(weight, scale_inv)
 
     return Ledger([u for u in units if u.part.copy.source_rank == rank], read)
 

@@ -13,8 +13,10 @@ mkdir -p "$home/source" "$home/dist"
 git archive --format=tar HEAD | tar -x -C "$home/source"
 (
     cd "$home/source"
-    "$builder" -c 'from setuptools import build_meta as b; import sys; b.build_sdist(sys.argv[1]), b.build_wheel(sys.argv[1])' \
-        "$home/dist" >"$home/log" 2>&1 || { cat "$home/log"; exit 1; }
+    for kind in sdist wheel; do
+        "$builder" -c "from setuptools import build_meta; build_meta.build_$kind('$home/dist')" \
+            >"$home/log" 2>&1 || { cat "$home/log"; exit 1; }
+    done
 )
 
 unset PYTHONPATH

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["bars", "curves", "figure", "note", "sqnr_by_layer", "sqnr_map", "stages"]
 
 WIDTH_INCHES = 4.7
+LEAST_DB = 6.0
 
 
 def curves(
@@ -84,6 +85,8 @@ def sqnr_map(name: str, sqnr: Mapping[tuple[int, str], float]) -> str:
 
     def draw(axes: Axes) -> None:
         low, high = min(sqnr.values()), max(sqnr.values())
+        if high - low < LEAST_DB:  # tenths of a decibel are not worth a colour each
+            low, high = (low + high - LEAST_DB) / 2, (low + high + LEAST_DB) / 2
         shown = axes.pcolormesh(grid, cmap="viridis", vmin=low, vmax=high)
         axes.invert_yaxis()
         axes.grid(visible=False)

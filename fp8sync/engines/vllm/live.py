@@ -20,7 +20,16 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.install import default_dtype, place, process_module
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
-from fp8sync.ledger import Held, Ledger, Unit, Unreadable, check_readable, units_of
+from fp8sync.ledger import (
+    Held,
+    Ledger,
+    Unit,
+    Unreadable,
+    as_kv_scale,
+    check_readable,
+    is_kv_scale,
+    units_of,
+)
 from fp8sync.payload import view
 
 if TYPE_CHECKING:
@@ -71,6 +80,15 @@ class LiveWeights:
             self._read = {name: self._find(name)}
             self._name = name
         return self._read[name]
+
+    def kv_scale(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """Return a KV-cache scale; NaN where the device's and the host's disagree."""
+        prefix, _, scale = name.rpartition(".")
+        module: Any = self._model.get_submodule(prefix)
+        device = getattr(module, f"_{scale}").to("cpu", torch.float32)
+        host = torch.tensor(getattr(module, f"_{scale}_float"))
+        agreed = torch.where(device == host, device, torch.nan)
+        return as_kv_scale(agreed.reshape(()), dtype)
 
     def _find(self, name: str) -> torch.Tensor:
         prefix, _, local = name.rpartition(".")
@@ -153,6 +171,8 @@ def worker_ledger(
     def read(unit: Unit) -> Held:
         check_readable(plan, unit)
         copy = unit.part.copy
+        if is_kv_scale(plan.tensors[copy.tensor]):
+            return Held.of(live.kv_scale(copy.tensor, getattr(torch, copy.dtype)), None)
         weight = view({copy.at.storage: live.storage(copy.at.storage)}, copy.at, copy.shape)
         if copy.scale_at is None:
             return Held.of(weight, None)

@@ -60,7 +60,10 @@ down() {
     export SLURM_CONF=$home/slurm.conf
     scontrol shutdown 2>/dev/null || true
     for name in slurmd slurmctld munged; do
-        [[ -s $home/$name.pid ]] && kill "$(cat "$home/$name.pid")" 2>/dev/null || true
+        [[ -s $home/$name.pid ]] || continue
+        pid=$(cat "$home/$name.pid")
+        kill "$pid" 2>/dev/null || true
+        for _ in $(seq 50); do kill -0 "$pid" 2>/dev/null && sleep 0.1; done
     done
 }
 
