@@ -53,7 +53,11 @@ class StorageSpec:
     def fill(self, tensor: torch.Tensor) -> torch.Tensor:
         """Write the constants into a tensor of this form and return it."""
         for (start, shape), value in self.constants:
-            tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))] = value
+            part = tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
+            if tensor.dtype == torch.float8_e4m3fn and math.isnan(value):
+                part.view(torch.uint8).fill_(0x7F)  # not every device fills codes
+            else:
+                part.fill_(value)
         return tensor
 
     def poisoned(self, written: Iterable[Rect]) -> StorageSpec:
