@@ -1,17 +1,20 @@
 """Train a Megatron model with FP8 parameters, refit a live vLLM after each step, compare with a fresh one.
 
     python -m scripts.megatron.fp8_parameters [--kinds dense,moe] [--steps 3]
+    torchrun --nproc_per_node=2 -m scripts.megatron.fp8_parameters --engine-tp 2 [...]
 
-Needs two Hopper GPUs, Transformer Engine, Megatron-Bridge and vLLM. The trainer runs on GPU 1: blockwise
-FP8 parameters, AdamW in the distributed optimizer with FP32 masters. The engine runs on GPU 0, on dummy
-weights. After each step: `fp8sync.refit`, log-probabilities; `export_checkpoint` of the same step, and the
-log-probabilities of a vLLM that loads it in a process of its own.
+Needs Hopper GPUs, Transformer Engine, Megatron-Bridge and vLLM: the first GPUs for the engine, then one
+for each trainer rank. Trainer: blockwise FP8 parameters, Adam in the distributed optimizer with FP32
+masters; as many tensor (and expert) parallel ranks as there are. Engine: dummy weights. After each step:
+`refit`, log-probabilities; `export_checkpoint` of the same step, and the log-probabilities of a vLLM that
+loads it in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,6 +31,7 @@ from fp8sync.recipe import Encoding
 from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import quantize_blockwise
 from tests.engines import world
+from tests.engines.two_ranks import without_torchrun
 
 LENGTH, BATCH = 128, 4
 
@@ -37,30 +41,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kinds", default="dense,moe")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--engine-tp", type=int, default=1)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        refitted: dict[Path, torch.Tensor] = {}
-        for kind in options.kinds.split(","):
-            refitted |= run(kind, options.steps, Path(folder) / kind)
-        bad = compare(refitted)
-    sys.exit(1 if bad else 0)
+    rank = int(os.environ.get("RANK", "0"))
+    torch.cuda.set_device(options.engine_tp + rank)
+    started = os.environ.get("MASTER_PORT", os.getpid())
+    folder = Path(tempfile.gettempdir()) / f"fp8_parameters-{started}"
+    join(rank)
+    refitted: dict[Path, torch.Tensor] = {}
+    for kind in options.kinds.split(","):
+        refitted |= run(kind, options.steps, folder / kind, options.engine_tp)
+    if rank == 0:
+        bad = without_torchrun(lambda: compare(refitted, options.engine_tp))
+        shutil.rmtree(folder)
+        sys.exit(1 if bad else 0)
 
 
-def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
-    """Train, refit and export; log-probabilities of the live engine by exported directory."""
+def join(rank: int) -> None:
+    """Join the trainer's ranks, one or those of torchrun."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True) if "RANK" not in os.environ else None
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    dist.init_process_group("nccl", rank=rank, world_size=size, store=store)
+
+
+def start_engine(kind: str, folder: Path, tp: int) -> Any:
+    """Write the model that the trainer begins with, and start an engine on dummy weights."""
     hf = world.tiny_model(kind, 1, intermediate_size=512, **wider(kind))
     hf.save_pretrained(folder / "hf")
-    llm = world.start_engine(
-        world.write_config(hf, folder / "engine"), load_format="dummy", multiprocess=True
-    )
-    torch.cuda.set_device(1)
-    bridge, chunks, optimizer = build(folder / "hf")
+    config = world.write_config(hf, folder / "engine")
+    options = {"load_format": "dummy", "multiprocess": True, "tensor_parallel_size": tp}
+    return without_torchrun(lambda: world.start_engine(config, **options))
+
+
+def run(kind: str, steps: int, folder: Path, engine_tp: int) -> dict[Path, torch.Tensor]:
+    """Train, refit and export; on rank 0, the live engine's log-probabilities by exported directory."""
+    leads = dist.get_rank() == 0
+    llm = start_engine(kind, folder, engine_tp) if leads else None
+    dist.barrier()
+    bridge, chunks, optimizer = build(folder / "hf", kind)
     source = MegatronSource(chunks, bridge)
-    held = source.manifest().tensors.values()
+    held = source.manifest().tensors.values()  # of this rank
     pairs = sum(info.encoding is Encoding.BLOCKWISE for info in held)
     print(f"{kind}: {len(held)} tensors, {pairs} of them FP8 pairs of Transformer Engine")
     link = fp8sync.connect(source, llm)
-    print(f"{kind}: {link.transport}")
+    print(f"{kind}: {link.transport if leads else 'follows'}")
     found = {}
     for step in range(1, steps + 1):
         loss = train(chunks, optimizer, seed=step)
@@ -70,6 +94,8 @@ def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
         made = export_checkpoint(
             source, folder / f"step{step}", "blockwise", config=folder / "hf", progress=False
         )
+        if not leads:
+            continue
         found[made.folder] = world.logprobs(llm)
         before = found.get(folder / f"step{step - 1}", torch.zeros_like(found[made.folder]))
         moved = max_difference(found[made.folder], before)
@@ -80,6 +106,10 @@ def run(kind: str, steps: int, folder: Path) -> dict[Path, torch.Tensor]:
             flush=True,
         )
     link.close()
+    if dist.get_world_size() > 1:
+        if leads:
+            world.stop_engine(llm)
+        return found
     again = from_masters(MegatronSource(chunks, bridge, masters=optimizer), llm)
     moved = max_difference(again, found[folder / f"step{steps}"])
     print(f"{kind}: refitted from the FP32 masters instead: max |difference| {moved}", flush=True)
@@ -104,21 +134,26 @@ def wider(kind: str) -> dict[str, int]:
     return {"moe_intermediate_size": 256} if kind == "moe" else {}
 
 
-def build(checkpoint: Path) -> tuple[Any, list, Any]:
+def build(checkpoint: Path, kind: str) -> tuple[Any, list, Any]:
     """The bridge, the chunks in DDP with FP8 parameters, and the distributed optimizer."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    if not dist.is_initialized():
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True)
-        dist.init_process_group("nccl", rank=0, world_size=1, store=store)
-        parallel_state.initialize_model_parallel()
-        tensor_parallel.model_parallel_cuda_manual_seed(1)
+    ranks = dist.get_world_size()
+    axes = {
+        "tensor_model_parallel_size": ranks,
+        "expert_model_parallel_size": ranks if kind == "moe" else 1,
+        "expert_tensor_parallel_size": 1,
+    }
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(**axes)
+    tensor_parallel.model_parallel_cuda_manual_seed(1)
     bridge = AutoBridge.from_hf_pretrained(str(checkpoint))
     provider = bridge.to_megatron_provider(load_weights=True)
-    settings = {
+    settings = axes | {
+        "sequence_parallel": ranks > 1,
         "fp8": "e4m3",
         "fp8_recipe": "blockwise",
         "fp8_param": True,
@@ -142,7 +177,9 @@ def build(checkpoint: Path) -> tuple[Any, list, Any]:
 
 
 def train(chunks: list, optimizer: Any, seed: int) -> float:
-    """One step on random tokens."""
+    """One step on random tokens, the same on all ranks."""
+    from megatron.core.distributed import finalize_model_grads
+
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(256, (BATCH, LENGTH + 1), generator=generator).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(BATCH, LENGTH)
@@ -152,7 +189,7 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
     optimizer.zero_grad()
     loss = chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
     loss.mean().backward()
-    chunk.finish_grad_sync()
+    finalize_model_grads(chunks)
     updated, norm, _ = optimizer.step()
     assert updated, f"no step was made, gradient norm {norm}"
     return loss.mean().item()
@@ -174,11 +211,13 @@ def of_masters(chunks: list) -> str:
     return f"{same} of {count} FP8 parameters are their masters, rounded to BF16, by pow2"
 
 
-def compare(refitted: dict[Path, torch.Tensor]) -> int:
+def compare(refitted: dict[Path, torch.Tensor], engine_tp: int) -> int:
     """Start a fresh vLLM on every directory, all at once; print and count the differences."""
     command = [sys.executable, "-m", "scripts.megatron.fresh"]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "0"}
-    running = [subprocess.Popen([*command, str(folder)], env=env) for folder in refitted]
+    gpus = ",".join(str(n) for n in range(engine_tp))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    given = [[*command, str(folder), str(engine_tp)] for folder in refitted]
+    running = [subprocess.Popen(one, env=env) for one in given]
     bad = 0
     for process, (folder, live) in zip(running, refitted.items(), strict=True):
         ended = process.wait(150)
