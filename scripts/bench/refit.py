@@ -248,7 +248,7 @@ class Run:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         made = refit_peers.PEERS[peer](stage)
-        seconds = refit_peers.timed(made, 4)
+        seconds = refit_peers.timed(made, 3)
         extra = torch.cuda.max_memory_allocated(self._device) - before
         plan = build_plan(*sides, exchange_amax=True) if self._rank == 0 else None
         self._row(made.name, seconds[1:], plan, extra, worker, expected)

@@ -25,53 +25,62 @@ def ranks(name: str) -> int:
     return PAIRS[name].trainer.ranks + PAIRS[name].engine.ranks
 
 
-CASES = [pytest.param(name, marks=pytest.mark.multigpu(ranks(name))) for name in NAMES]
-
-
 @pytest.mark.parametrize("transport", ["ipc", "nccl", "golden"])
-@pytest.mark.parametrize("name", CASES)
-def test_every_byte(name: str, transport: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("gpus", [pytest.param(n, marks=pytest.mark.multigpu(n)) for n in (2, 4)])
+def test_every_byte(gpus: int, transport: str, tmp_path: Path) -> None:
+    """All layouts that need more than half as many GPUs, one after the other in the same processes."""
+    names = [name for name in NAMES if gpus / 2 < ranks(name) <= gpus]
+    assert names
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    mp.spawn(member, (name, transport, store.port, str(tmp_path)), ranks(name))
+    mp.spawn(member, (names, transport, store.port, str(tmp_path)), gpus)
 
 
-def member(rank: int, name: str, transport: str, port: int, folder: str) -> None:
+def member(rank: int, names: list[str], transport: str, port: int, folder: str) -> None:
     """One rank of either side; what it raises fails the test."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     store: Any = dist.TCPStore("127.0.0.1", port, None, False)
-    meeting = dist.FileStore(f"{folder}/group", ranks(name))
-    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=ranks(name))
+    gpus = max(2, *map(ranks, names))
+    meeting = dist.FileStore(f"{folder}/group", gpus)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=gpus)
+    for name in names:
+        if rank < ranks(name):
+            take_part(rank, name, transport, device, store)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def take_part(rank: int, name: str, transport: str, device: torch.device, store: Any) -> None:
+    """One layout."""
     case = PAIRS[name]
     source, wanted = manifest(case.trainer, case.model), manifest(case.engine, case.model)
     counts = case.trainer.ranks, case.engine.ranks
     if rank >= case.trainer.ranks:
-        receive(rank - case.trainer.ranks, wanted, device, store)
+        receive(rank - case.trainer.ranks, name, wanted, device, store)
     else:
         held = refit_world.allocated(source, rank, device)
         refit_world.fill(source, rank, held)
         paper = refit_world.PaperSource(refit_world.own(source, rank), held)
         if rank == 0:
-            link = refit_world.lead(paper, store, "link", transport, counts, BUCKET_BYTES)
+            link = refit_world.lead(paper, store, name, transport, counts, BUCKET_BYTES)
             assert link.transport == transport
             for version in range(1, VERSIONS + 1):
                 refit_world.timed_refit(link, version)
             link.close()
         else:
-            follower = refit_world.follow(paper, rank, store, "link")
+            follower = refit_world.follow(paper, rank, store, name)
             for _ in range(VERSIONS):
                 follower.transfer()
             follower.close()
-    dist.barrier()
 
 
-def receive(rank: int, wanted: Any, device: torch.device, store: Any) -> None:
+def receive(rank: int, name: str, wanted: Any, device: torch.device, store: Any) -> None:
     """Take every version anew into zeroed staging memory."""
     expected = refit_world.allocated(wanted, rank, device)
     refit_world.fill(wanted, rank, expected)
     worker = refit_world.Worker(refit_world.own(wanted, rank), rank, device)
-    worker.join(store, "link")
+    worker.join(store, name)
     for _ in range(VERSIONS):
         worker.take()
-        assert not refit_world.differing(worker.staged, expected)
+        assert not refit_world.differing(worker.staged, expected), name
     worker.leave()
