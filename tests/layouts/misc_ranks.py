@@ -31,13 +31,13 @@ BUCKET_BYTES = 4 << 20
 TIMEOUT_S = 60.0
 
 
-def plan() -> Plan:
+def plan() -> tuple[Manifest, Plan]:
     at, half = Placement("w", 0, (COLS, 1)), ROWS // 2
     boxes = {r: [Box("w", (r * half, 0), (half, COLS), at)] for r in range(2)}
     source = Manifest.of([TensorInfo("w", (ROWS, COLS), "bfloat16")], boxes)
     wanted = TensorInfo("w", (ROWS, COLS), "bfloat16", misc="a transform")
     whole = Box("w", (0, 0), (ROWS, COLS), Placement("misc/w", 0, (COLS, 1)))
-    return build_plan(source, Manifest.of([wanted], {0: [whole]}))
+    return source, build_plan(source, Manifest.of([wanted], {0: [whole]}))
 
 
 def shard(rank: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def shard(rank: int) -> torch.Tensor:
 def main(rank: int, port: int) -> None:
     store = TCPStore("127.0.0.1", port, 3, rank == 0, timedelta(seconds=TIMEOUT_S))
     group = GlooGroup(store, rank, 3, "127.0.0.1", TIMEOUT_S)
-    made = plan()
+    listed, made = plan()
     if rank == 2:
         whole = torch.zeros(ROWS, COLS, dtype=torch.bfloat16)
         for bucket in fill_buckets(made.to_rank(0), BUCKET_BYTES):
@@ -61,10 +61,12 @@ def main(rank: int, port: int) -> None:
     held = {"w": shard(rank)}
     live: Any = SimpleNamespace(storages=lambda: held)
     exchange = open_exchange(made.amax, rank, torch.device("cpu"), lambda _: group)
-    sender = Sender(Share(live, rank, made, TIMEOUT_S, exchange), group, {0: 2}, BUCKET_BYTES)
+    sender = Sender(
+        Share(live, rank, listed, made, TIMEOUT_S, exchange), group, {0: 2}, BUCKET_BYTES
+    )
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmHWM")
-    sent = sender.send(1)
+    sent = sender.send(1, lambda _: None)
     grown = memory("VmHWM") - before
     print(json.dumps({"error": str(sent.error), "sent": sent.bytes, "grown": grown}))
 
