@@ -112,11 +112,12 @@ class Writer:
         try:
             self._prepare(self._share.read())
             written = [self._launch(part) for part in range(PARTS)]
-            for number, event in enumerate(written, 1):
+            for event in written:
                 if event is not None:
                     with waiting():
                         event.synchronize()
-                told(self._digests(number - 1))
+                told(self._digests(number))
+                number += 1
             for target in self._targets:
                 for copies, seen in zip(target.parts, target.seen, strict=True):
                     for slot in seen[1].nonzero().flatten().tolist():
