@@ -1,0 +1,74 @@
+"""Which transport is taken, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.outgoing import Seat, choose_transport, message_bytes
+from fp8sync.plan import build_plan
+from fp8sync.transport.memory import host_id
+from tests.layouts.cases import PAIRS
+
+MODEL = PAIRS["tp2-tp2"].model
+PLAN = build_plan(manifest(TrainerLayout(tp=2), MODEL), manifest(EngineLayout(tp=2), MODEL))
+CUT = "NCCL takes one rank per GPU, and 2 share a"
+
+
+def seats(*gpus: str, host: str = host_id()) -> list[Seat]:
+    return [Seat(host, gpu) for gpu in gpus]
+
+
+def places(*gpus: str, host: str = host_id()) -> dict[int, dict[str, Any]]:
+    return {
+        n: {"gpu": gpu, "memory": {"host": host} if gpu else None} for n, gpu in enumerate(gpus)
+    }
+
+
+@pytest.mark.parametrize(
+    ("trainer", "engine", "kind", "why"),
+    [
+        (seats("a", "b"), places("c", "d"), "ipc", "share a host"),
+        (seats("a", "b"), places("a", "b"), "ipc", "share a host"),
+        (
+            seats("a", "b"),
+            places("c", "d", host="far"),
+            "nccl",
+            "on different hosts; every rank has",
+        ),
+        (seats("a", "b"), places("a", "c", host="far"), "gloo", f"on different hosts; {CUT}"),
+        (seats("", ""), places("c", "d"), "gloo", "the trainer's weights are not on a GPU"),
+        (seats("a", "b"), places("", ""), "gloo", "the engine's staging memory is not on a GPU"),
+    ],
+)
+def test_auto_goes_by_where_everyone_is(trainer: Any, engine: Any, kind: str, why: str) -> None:
+    found, reason = choose_transport("auto", PLAN, trainer, engine)
+    assert found == kind
+    assert why in reason
+
+
+@pytest.mark.parametrize("wanted", ["ipc", "nccl", "gloo", "golden"])
+def test_what_is_asked_for_is_taken_where_it_is_possible(wanted: str) -> None:
+    together = seats("a", "b"), places("c", "d")
+    assert choose_transport(wanted, PLAN, *together) == (wanted, "asked for")
+
+
+def test_what_is_not_possible_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=f"'nccl' is not possible: {CUT}"):
+        choose_transport("nccl", PLAN, seats("a", "b"), places("a", "c"))
+    with pytest.raises(ValueError, match=r"'ipc' is not possible: .* different hosts"):
+        choose_transport("ipc", PLAN, seats("a", "b"), places("c", "d", host="far"))
+    with pytest.raises(ValueError, match="unknown transport 'rdma'; known: auto, ipc, nccl"):
+        choose_transport("rdma", PLAN, seats("a", "b"), places("c", "d"))
+
+
+def test_the_messages_of_a_turn_share_a_bucket() -> None:
+    model = PAIRS["tp2-tp4"].model
+    plan = build_plan(manifest(TrainerLayout(tp=2), model), manifest(EngineLayout(tp=4), model))
+    routes = {(c.source_rank, c.destination_rank) for c in plan.copies}
+    widest = max(sum(a == s for a, _ in routes) for s in (0, 1))
+    assert widest > 1
+    assert message_bytes("nccl", plan, 1 << 20) == (1 << 20) // widest
+    assert message_bytes("gloo", plan, 1 << 20) == 1 << 20
