@@ -50,6 +50,38 @@ def test_transformed_tensors_equal_a_fresh_load(tmp_path: Path) -> None:
     assert set(misc.values()) == {"the loader computes what it stores"}
 
 
+def test_each_worker_takes_its_shard_of_whole_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers with processes of their own, and KV-cache scales on both."""
+    workers = 2 if torch.cuda.device_count() != 1 else 1
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(n) for n in range(workers)))
+    options = {"multiprocess": True, "tensor_parallel_size": workers, "kv_cache_dtype": "fp8"}
+    models = [world.tiny_model("neox", seed) for seed in (1, 2)]
+    folder = world.write_config(models[0], tmp_path / "config", fp8=False)
+    live = world.start_engine(folder, load_format="dummy", **options)
+    scales = {
+        f"gpt_neox.layers.{layer}.attention.attn.{kind}_scale": 0.01 * (layer + 1)
+        for layer in range(2)
+        for kind in "kv"
+    }
+    found = []
+    ones = dict.fromkeys(
+        scales, 1.0
+    )  # what a fresh BF16 engine has, and vLLM cannot load otherwise
+    for turn, given in ((0, scales), (1, scales), (1, ones)):
+        report = fp8sync.refit(models[turn], live, "bf16", kv_scales=given)
+        assert sum(t.route == "misc" for t in report.tensors) == 4 + len(scales)
+        found.append(torch.cat([world.logprobs(live), world.decoded_logprobs(live)]))
+    world.stop_engine(live)
+    checkpoint = world.write_checkpoint(models[1], tmp_path / "1", None, fp8=False)
+    fresh = world.start_engine(checkpoint, **options)
+    expected = torch.cat([world.logprobs(fresh), world.decoded_logprobs(fresh)])
+    world.stop_engine(fresh)
+    differences = [(f - expected).abs().max().item() for f in found]
+    assert differences[2] == 0.0 < min(differences[:2])
+
+
 class CutPair:
     """A trainer with one weight as an FP8 pair in two shards, each quantized by itself: cut inside a block."""
 
