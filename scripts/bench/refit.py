@@ -183,8 +183,8 @@ class Run:
         for way in self._options.transports:
             self._refit(way, held, worker, expected)
         for peer in self._options.peers:
-            sharded = self._case.trainer.fsdp == self._case.trainer.ranks
-            if self._name in self._options.peer_cases and (peer == "packed" or sharded):
+            unfused = 1 < self._case.trainer.fsdp == self._case.trainer.ranks
+            if self._name in self._options.peer_cases and (peer == "packed" or unfused):
                 self._peer(peer, held, worker, expected)
         del held, expected, worker
         gc.collect()

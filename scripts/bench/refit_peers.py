@@ -131,7 +131,7 @@ class Packed:
 
 
 class FullTensor:
-    """torch: `full_tensor()` of every parameter, a broadcast in BF16, quantized by the worker."""
+    """torch: `full_tensor()` of every FSDP parameter, a broadcast in BF16, quantized by the worker."""
 
     name = "full_tensor()"
 
