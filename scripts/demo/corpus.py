@@ -74,6 +74,17 @@ def decode(token_ids: list[int]) -> str:
     return bytes(token_ids).decode(errors="replace")
 
 
+def nats_per_byte(log_probabilities: torch.Tensor, windows: torch.Tensor) -> float:
+    """Mean negative log-probability of the bytes that really follow.
+
+    Args:
+        log_probabilities: natural logarithms [rows, length - 1, vocabulary].
+        windows: token ids, int64 [rows, length].
+    """
+    chosen = log_probabilities.gather(-1, windows[:, 1:].unsqueeze(-1))
+    return -chosen.double().mean().item()
+
+
 def _read(paths: list[Path]) -> torch.Tensor:
     joined = bytearray(b"\n".join(path.read_bytes() for path in paths))
     return torch.frombuffer(joined, dtype=torch.uint8)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from scripts.demo import engine, verdict
+from fp8sync.engines.vllm import probe
+from scripts.demo import verdict
 from scripts.demo.corpus import read_corpus
 from scripts.demo.models import KINDS
 from scripts.demo.rounds import run_model
@@ -34,7 +35,7 @@ def main(stopwatch: Stopwatch, arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # Matrices this small gain little from a second thread, and lose much when the other core is busy.
     torch.set_num_threads(1)
-    fp8 = engine.fp8_is_supported()
+    fp8 = probe.fp8_is_supported()
     mode = _mode(fp8=fp8)
     print(mode, flush=True)
     with stopwatch.phase("read the text"):

@@ -21,8 +21,8 @@ def divergence_plot(run: ModelRun) -> str:
     ages = {}
     for age in ("stale", "fresh"):
         pairs = [getattr(each, age) for each in run.rounds]
-        forth = [pair.engine_trainer for pair in pairs], {"marker": "o"}
-        back = [pair.trainer_engine for pair in pairs], {"marker": "x", "linestyle": "--"}
+        forth = [pair.kl_engine_trainer for pair in pairs], {"marker": "o"}
+        back = [pair.kl_trainer_engine for pair in pairs], {"marker": "x", "linestyle": "--"}
         for label, (values, options) in {
             f"{age}, engine ‖ trainer": forth,
             f"{age}, trainer ‖ engine": back,

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import fp8sync
-from scripts.demo import corpus, divergence, engine
+from fp8sync.engines.vllm import probe
+from fp8sync.verify import compare
+from scripts.demo import corpus, engine
+from scripts.demo.corpus import nats_per_byte
 from scripts.demo.models import build_model
 from scripts.demo.training import Trainer
 
@@ -18,8 +21,8 @@ if TYPE_CHECKING:
     import torch
 
     from fp8sync import RefitReport
+    from fp8sync.verify import Agreement
     from scripts.demo.corpus import Corpus
-    from scripts.demo.divergence import Divergence
     from scripts.demo.stopwatch import Stopwatch
 
 SEED = 20260
@@ -38,8 +41,8 @@ class Round:
 
     number: int
     steps: int
-    stale: Divergence
-    fresh: Divergence
+    stale: Agreement
+    fresh: Agreement
     trainer_loss: float
     engine_loss: float
     text: str
@@ -84,7 +87,7 @@ def run_model(kind: str, text: Corpus, stopwatch: Stopwatch, *, fp8: bool) -> Mo
             rounds.append(done)
     finally:
         with stopwatch.phase("stop engines"):
-            engine.stop_engine(llm)
+            probe.stop_engine(llm)
     return ModelRun(
         kind=kind,
         architecture=type(trainer.model).__name__,
@@ -117,10 +120,10 @@ def _run_round(
     return Round(
         number=number,
         steps=steps,
-        stale=divergence.measure(stale, expected),
-        fresh=divergence.measure(fresh, expected),
-        trainer_loss=divergence.nats_per_byte(expected, windows),
-        engine_loss=divergence.nats_per_byte(fresh, windows),
+        stale=compare(stale, expected, windows),
+        fresh=compare(fresh, expected, windows),
+        trainer_loss=nats_per_byte(expected, windows),
+        engine_loss=nats_per_byte(fresh, windows),
         text=corpus.decode(new_ids),
         report=report,
     )

@@ -38,7 +38,7 @@ def table(runs: tuple[ModelRun, ...]) -> str:
 
 
 def _faults(each: Round) -> list[str]:
-    stale, fresh = each.stale.engine_trainer, each.fresh.engine_trainer
+    stale, fresh = each.stale.kl_engine_trainer, each.fresh.kl_engine_trainer
     faults = []
     # Both are written so that a NaN, of which every comparison is false, is a fault.
     if not fresh <= FRESH_LIMIT:
@@ -53,16 +53,16 @@ def _faults(each: Round) -> list[str]:
 
 def ratio(each: Round) -> float:
     """How many times further from the trainer the stale engine is than the fresh one."""
-    fresh = each.fresh.engine_trainer
-    return each.stale.engine_trainer / fresh if fresh > 0 else math.inf
+    fresh = each.fresh.kl_engine_trainer
+    return each.stale.kl_engine_trainer / fresh if fresh > 0 else math.inf
 
 
 def _line(kind: str, each: Round) -> str:
     report = each.report
     return (
         f"{kind:6} {each.number:5}{'':4} "
-        f"{each.stale.engine_trainer:11.2e}{each.fresh.engine_trainer:11.2e} "
-        f"{each.stale.trainer_engine:11.2e}{each.fresh.trainer_engine:11.2e} "
+        f"{each.stale.kl_engine_trainer:11.2e}{each.fresh.kl_engine_trainer:11.2e} "
+        f"{each.stale.kl_trainer_engine:11.2e}{each.fresh.kl_trainer_engine:11.2e} "
         f"{ratio(each):9.0f} {each.trainer_loss:9.3f}{each.engine_loss:8.3f} "
         f"{report.bytes_sent / 1e6:9.2f} {report.seconds['total'] * 1e3:8.0f}"
     )

@@ -1,7 +1,7 @@
 """Made-up runs, for the tests of what the demo says about a run."""
 
 from fp8sync import RefitReport, TensorReport
-from scripts.demo.divergence import Divergence
+from fp8sync.verify import Agreement
 from scripts.demo.rounds import ModelRun, Round
 
 
@@ -28,8 +28,8 @@ def sample_round(number=1, stale=0.2, fresh=1e-4, text="x"):
     return Round(
         number=number,
         steps=40,
-        stale=Divergence(stale, stale),
-        fresh=Divergence(fresh, fresh),
+        stale=Agreement(stale, stale, 1.0, 0.0),
+        fresh=Agreement(fresh, fresh, 1.0, 0.0),
         trainer_loss=2.3,
         engine_loss=2.31,
         text=text,

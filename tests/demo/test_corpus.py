@@ -1,7 +1,9 @@
+import math
+
 import pytest
 import torch
 
-from scripts.demo.corpus import HELD_OUT_FILES, decode, encode, read_corpus
+from scripts.demo.corpus import HELD_OUT_FILES, decode, encode, nats_per_byte, read_corpus
 
 
 @pytest.fixture
@@ -52,3 +54,10 @@ def test_the_running_python_ships_enough_text():
 def test_text_is_its_bytes():
     assert decode(encode("naïve")) == "naïve"
     assert decode([0xFF, 0x61]) == "\ufffda"
+
+
+def test_loss_is_that_of_the_next_byte():
+    windows = torch.tensor([[7, 1, 0]])
+    policy = torch.tensor([[[0.1, 0.9], [0.6, 0.4]]]).log()
+
+    assert nats_per_byte(policy, windows) == pytest.approx(-math.log(0.9 * 0.6) / 2)

@@ -81,7 +81,9 @@ def has_scaled_kv_cache(module: Any) -> bool:
     )
 
     dtype = module.kv_cache_dtype
-    dynamic = kv_cache_uses_per_token_head_scales(dtype) or module.calculate_kv_scales
+    # Versions after 0.27 have no scales that are computed on the way.
+    computed = getattr(module, "calculate_kv_scales", False)
+    dynamic = kv_cache_uses_per_token_head_scales(dtype) or computed
     return bool(is_quantized_kv_cache(dtype) and not dynamic)
 
 

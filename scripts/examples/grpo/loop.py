@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import fp8sync
+from fp8sync.engines.vllm import probe
 from scripts.demo import engine
 from scripts.examples.grpo.policy import Policy, stack
 from scripts.examples.grpo.task import ANSWER_BYTES, draw
@@ -49,7 +50,7 @@ def run(seed: int, steps: int) -> Iterator[Step]:
         fp8sync.Fp8SyncError: a refit failed.
     """
     policy = Policy(seed)
-    fp8 = engine.fp8_is_supported()
+    fp8 = probe.fp8_is_supported()
     recipe = fp8sync.Recipe("blockwise", dequantize=not fp8)
     llm = engine.start_engine(policy.model.config, fp8=fp8, seed=seed)
     try:
@@ -58,7 +59,7 @@ def run(seed: int, steps: int) -> Iterator[Step]:
         for number in range(steps):
             yield _step(number, policy, llm, recipe)
     finally:
-        engine.stop_engine(llm)
+        probe.stop_engine(llm)
 
 
 def gain(rewards: list[float]) -> float:

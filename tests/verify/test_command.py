@@ -1,0 +1,37 @@
+"""The whole proof as users run it: two trainer ranks, two engine workers, every tensor read back."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import skips
+from tests.engines import world
+
+ROOT = Path(__file__).parents[2]
+# On GPUs every trainer rank and every worker wants one of its own; on the processor they share.
+pytestmark = [pytest.mark.multigpu(4)] if skips.cuda_devices() else []
+
+
+def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 1, intermediate_size=512)
+    model.save_pretrained(tmp_path / "model")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "fp8sync.verify.command", str(tmp_path / "model"), "--trainer", "fsdp2"]
+    command += ["--engine-tp", "2", "--rows", "2", "--length", "32"]
+    command += ["--json", str(tmp_path / "result.json"), "--report", str(tmp_path / "page.html")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["failures"] == []
+    assert result["fresh_difference"] == 0.0
+    assert result["unread"] == {}
+    assert {tuple(link[:2]) for link in result["links"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert all(trainer == engine for trainer, engine in result["layers"].values())
+    assert "1 of 1 kept to every limit" in (tmp_path / "page.html").read_text(encoding="utf-8")
