@@ -171,6 +171,7 @@ def settings(folder: Path, *, load_format: str = "auto") -> dict[str, Any]:
         "max_logprobs": 256,
         "dtype": "bfloat16",
         "kv_cache_memory_bytes": 64 << 20,
+        "gpu_memory_utilization": 0.2,  # asked of what is free at the start: engines share a GPU
         "disable_log_stats": True,
         "load_format": load_format,
         "weight_transfer_config": {"backend": "fp8sync"},
