@@ -54,7 +54,9 @@ def main() -> None:
         time.sleep(3)
         record = measure(engine, link, options)
         record["soak"] = soak(engine, link, options.soak) if options.soak else None
-        record["requests_lost"] = engine.end()
+        record["requests_lost"] = engine.drain()
+        link.close()
+        engine.llm.shutdown()
     print(f"requests that did not end with all their tokens: {record['requests_lost']}")
     if options.out:
         options.out.write_text(json.dumps(record) + "\n")
@@ -130,12 +132,11 @@ class Busy:
             for index in range(SEQUENCES)
         ]
 
-    def end(self) -> int:
+    def drain(self) -> int:
         """Let all sequences end and return how many lacked tokens."""
         self._stop = True
         for stream in self._streams:
             stream.result(120)
-        self.llm.shutdown()
         return self._short
 
     def _run(self, coroutine: Any) -> Any:

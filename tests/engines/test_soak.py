@@ -38,6 +38,7 @@ def test_two_hundred_refits(tmp_path: Path) -> None:
         differing += int((engine.logprobs() != logprobs).sum())
         differing += engine.greedy(world.PROMPT, 12) != tokens
         used[numbers[-1]] = _used_on_gpu() if gpu else 0
+    link.close()
     engine.close()
     assert link.version == REFITS
     assert differing == 0
