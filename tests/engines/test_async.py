@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import fp8sync
-from fp8sync.api import close_links
 from tests.engines import serving, world
 
 if TYPE_CHECKING:
@@ -62,7 +61,7 @@ class Engine:
         return world.rows_of(last.prompt_logprobs)
 
     def close(self) -> None:
-        close_links()  # while what they wrote to is still there
+        fp8sync.close(engine=self.llm)  # while what they wrote to is still there
         self.llm.shutdown()
         self.loop.close()
 
