@@ -91,7 +91,7 @@ class PeerFailed(Fp8SyncError):
 
 
 class RefitInProgress(Fp8SyncError):
-    """A second refit was asked for while one runs on the same link."""
+    """Another refit of the same engine runs, through any link of this process."""
 
 
 _BY_NAME: dict[str, type[Fp8SyncError]] = {

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Follower", "FollowerLink"]
 
-_PATIENCE = 4
-"""Timeouts until the outcome: rank 0 lets requests in flight end for up to three, and commits in one."""
+_PATIENCE = 10
+"""Timeouts until the outcome. Rank 0 may spend nine: one on votes, three on vLLM's update, three on
+requests in flight, one on preparing and one on the commit."""
 
 
 class Follower:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.engines.vllm.handle import Handle, InFlight, in_thread, settle
-from fp8sync.errors import EngineLost, Fp8SyncError, UnsupportedLayout
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 __all__ = ["Fleet"]
 
 T = TypeVar("T")
+
+_CALLS = 4
+"""More calls into one engine, each with its own limit, than a step of a refit makes."""
 
 
 class Fleet(Handle):
@@ -105,7 +109,7 @@ class Fleet(Handle):
         settle(answers[here], partial(call, here))
         errors: list[BaseException] = []
         for number, engine in enumerate(self._engines):
-            error = answers[engine].exception()
+            error = _error_of(answers[engine], _CALLS * engine.timeout_s)
             if isinstance(error, Fp8SyncError):
                 text = f"engine {number} of the list: {error.summary}"
                 errors.append(type(error)(text, error.violations))
@@ -114,3 +118,11 @@ class Fleet(Handle):
         if errors:
             raise next((e for e in errors if isinstance(e, EngineLost)), errors[0])
         return [answers[engine].result() for engine in self._engines]
+
+
+def _error_of(answer: Future[Any], timeout_s: float) -> BaseException | None:
+    """Return what a call raised, or that it did not end in time."""
+    try:
+        return answer.exception(timeout_s)
+    except FutureTimeout:
+        return TransferTimeout(f"it did not answer within {timeout_s:g} s")

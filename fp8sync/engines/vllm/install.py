@@ -90,15 +90,15 @@ class ProcessInstall:
                     process_module(entry.module)
                     entry.after = ModuleState.capture(entry.module)
                 self._attention.process()
+            self._attention.restore()
+            for entry in self._modules:
+                entry.before.restore()
+            faults += [fault for entry in self._modules for fault in _misfits(entry)]
+            faults += self._attention.misfits()
         # vLLM's processing may raise anything; whatever it is, the old weights go back first.
         except Exception as error:
             self.abandon()
             raise InstallFailed(f"{type(error).__name__}: {error}") from error
-        self._attention.restore()
-        for entry in self._modules:
-            entry.before.restore()
-        faults += [fault for entry in self._modules for fault in _misfits(entry)]
-        faults += self._attention.misfits()
         if faults:
             self.abandon()
             raise InstallFailed("processed weights do not fit the live storages", faults)

@@ -39,6 +39,9 @@ __all__ = ["WorkerSession"]
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE = 10
+"""Timeouts until all bytes are here; each of their waits has a timeout of its own."""
+
 
 class WorkerSession:
     """A worker's side of a link.
@@ -97,7 +100,10 @@ class WorkerSession:
     def wait_received(self) -> None:
         """Wait until all bytes are staged and verified, or until that has failed."""
         if self._thread is not None and not self._auditing:
-            self._thread.join()
+            self._thread.join(_PATIENCE * self._channel.timeout_s)
+            if self._thread.is_alive():
+                logger.error("fp8sync: engine rank %d: receiving does not end", self._rank)
+                self._channel.close()  # the trainer hears of it; `finish` keeps the old weights
 
     def finish(self) -> None:
         """Take part in the two-phase commit: prepare, vote, then install or abandon.
@@ -220,13 +226,18 @@ class WorkerSession:
         staged, self._staged = self._staged, {}
         if not go or self._failure is not None or self._layout is None:
             return None
-        install = ProcessInstall(
-            self._model, self._layout, staged, self._device, self._dtype, self._direct_modules
-        )
         try:
+            install = ProcessInstall(
+                self._model, self._layout, staged, self._device, self._dtype, self._direct_modules
+            )
             install.prepare()
         except InstallFailed as error:
             self._failure = error
+            return None
+        # Whatever it is, the trainer waits for a vote.
+        except Exception as error:
+            logger.exception("fp8sync: engine rank %d could not prepare", self._rank)
+            self._failure = InstallFailed(f"{type(error).__name__}: {error}")
             return None
         return install
 
