@@ -129,7 +129,9 @@ def test_scales_are_right_after_the_cache_woke_up(live: Any) -> None:
         world.tiny_model("dense", 5), live, world.recipe("blockwise"), kv_scales=scales(5)
     )
     live.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
-    assert {buffer for buffer, _ in held(live).values()} == {1.0}  # what vLLM's wake_up leaves
+    # One of vLLM's two model runners resets the scales to 1.0, the other leaves them.
+    assert {buffer for buffer, _ in held(live).values()} == {1.0} or held(live) == loaded(scales(5))
+    set_by_hand(live, dict.fromkeys(loaded(scales(5)), (1.0, 1.0)))
     fp8sync.restore_kv_scales(live)
     assert held(live) == loaded(scales(5))
 
