@@ -27,6 +27,7 @@ from fp8sync.member import Member
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, LinkPlan
 from fp8sync.recipe import Recipe
 from fp8sync.report import RefitReport
+from fp8sync.sender import named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.together import together
@@ -154,7 +155,8 @@ class Link:
 
         After an error the engine serves its old weights, if it serves at all; but a worker that is lost,
         or fails, after all had agreed to install leaves the others with the new ones: then refit again
-        before the engine is used.
+        before the engine is used. `version` says whether the new weights were installed: if so, it is the
+        prefix cache that could not be emptied.
 
         Raises:
             ValueError: unknown `in_flight`.
@@ -187,18 +189,22 @@ class Link:
             Digests of every tensor on every worker, and what differs; `report.explain()` as text.
 
         Raises:
-            TransferTimeout, EngineLost: a peer did not answer, or is gone.
+            TransferTimeout, EngineLost: a peer did not answer, or is gone; or another link has the engine.
         """
         with self._engine.exclusive():
             conductor = self._connected()
+            if not self._engine.follows(conductor):
+                raise EngineLost(
+                    "another link has taken the engine; the next refit() connects again"
+                )
             try:
                 conductor.open(self.version, audit=True)
                 self._engine.start()
                 task = self._threads.submit(conductor.audit)
                 self._engine.update(self.version)
                 return together(task, self._engine.finish, conductor.close, self._timeout_s)
-            except (TransferTimeout, EngineLost):
-                self._disconnect()
+            except BaseException:
+                self._disconnect()  # messages of this audit may still be under way
                 raise
 
     def __enter__(self) -> Link:
@@ -272,21 +278,25 @@ class Link:
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._commit(conductor)
         arrived = time.perf_counter()
-        try:
-            with waiting():
-                self._engine.pause(in_flight)
-        except Fp8SyncError as error:  # requests that do not end, say: every worker is told
-            conductor.refuse(error)
-        drained = time.perf_counter()
-        # With `wait` it generates until the last request has ended.
-        stopped = drained if in_flight == "wait" else arrived
         with self._engine.resuming():
+            try:
+                with waiting():
+                    self._engine.pause(in_flight)
+            except BaseException as error:  # requests that do not end, say: every worker is told
+                conductor.refuse(named_error(error, 0))
+                if not isinstance(error, Exception):
+                    with suppress(Exception):
+                        self._commit(conductor)
+                    raise
+            drained = time.perf_counter()
+            # With `wait` it generates until the last request has ended.
+            stopped = drained if in_flight == "wait" else arrived
             outcome = self._commit(conductor)
+            self.version = version
             with waiting():
                 self._engine.reset_caches(in_flight)
                 labelled = self._engine.label(str(version))
         ended = time.perf_counter()
-        self.version = version
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         label = str(version) if labelled else None
         return RefitReport(

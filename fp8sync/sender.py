@@ -168,7 +168,7 @@ def _pack(
     return reports
 
 
-def named_error(error: Exception, rank: int) -> Fp8SyncError:
+def named_error(error: BaseException, rank: int) -> Fp8SyncError:
     """Return `error` as one of ours, naming the rank."""
     if isinstance(error, Fp8SyncError):
         return error

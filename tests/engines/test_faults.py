@@ -191,6 +191,37 @@ def test_trainer_lost_before_the_decision(
         link.refit()
 
 
+@pytest.mark.usefixtures("untouched")
+def test_engine_that_cannot_be_paused(link: fp8sync.Link, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: str) -> None:
+        raise RuntimeError("the scheduler is busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link._engine, "pause", fail)
+        with pytest.raises(fp8sync.Fp8SyncError, match="the scheduler is busy"):
+            link.refit()
+
+
+def test_cache_that_is_not_emptied(engine: Any, link: fp8sync.Link, monkeypatch: Any) -> None:
+    """The commit is done by then: the error and the version say that the new weights serve."""
+    before = world.logprobs(engine)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "reset_prefix_cache", lambda *_: False)
+        with pytest.raises(fp8sync.InstallFailed, match="the new weights serve"):
+            link.refit()
+    assert link.version == 2
+    assert not torch.equal(world.logprobs(engine), before)
+    assert link.refit().version == 3
+
+
+def test_link_that_lost_its_engine_to_another(engine: Any, link: fp8sync.Link) -> None:
+    fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
+    with pytest.raises(fp8sync.EngineLost, match="another link"):
+        link.audit()
+    assert link.refit().version == 2
+    assert link.audit().equal
+
+
 def test_source_that_fails(engine: Any) -> None:
     source = Held(world.tiny_model("dense", 3))
     source.go.set()

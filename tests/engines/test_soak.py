@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import psutil
+import pytest
 import torch
 
 import fp8sync
@@ -13,6 +14,8 @@ from tests.engines.test_async import Engine
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 REFITS, SETTLED, SAMPLES = 200, 20, 10
 LIMIT_BYTES = 16 << 20

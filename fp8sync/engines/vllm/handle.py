@@ -11,7 +11,13 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
-from fp8sync.errors import EngineLost, RefitInProgress, TransferTimeout, UnsupportedLayout
+from fp8sync.errors import (
+    EngineLost,
+    InstallFailed,
+    RefitInProgress,
+    TransferTimeout,
+    UnsupportedLayout,
+)
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ __all__ = [
     "Handle",
     "InFlight",
     "check_backend",
+    "check_forgotten",
     "check_in_flight",
     "in_thread",
     "settle",
@@ -151,7 +158,11 @@ class Handle(ABC):
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight) -> None:
-        """Forget prefixes computed with the old weights; they live in the scheduler."""
+        """Forget prefixes computed with the old weights; they live in the scheduler.
+
+        Raises:
+            InstallFailed: vLLM kept them, because requests hold some.
+        """
 
     @abstractmethod
     def label(self, version: str) -> bool:
@@ -166,6 +177,15 @@ def check_backend(config: Any) -> None:
         raise UnsupportedLayout(
             "the engine was not made for fp8sync: expected "
             f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"
+        )
+
+
+def check_forgotten(answer: object) -> None:
+    """Raise InstallFailed where vLLM says that it did not empty its prefix cache."""
+    if answer is False:
+        raise InstallFailed(
+            "the new weights serve, but vLLM kept prefixes computed with the old ones: "
+            "expected an empty prefix cache; refit again before the engine is used"
         )
 
 

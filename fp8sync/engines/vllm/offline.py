@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fp8sync.engines.vllm.handle import Handle, check_backend, in_thread, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
 from fp8sync.errors import Fp8SyncError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class LLMHandle(Handle):
 
     def reset_caches(self, in_flight: InFlight) -> None:
         if self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
-            self._call("reset_prefix_cache", in_flight == "keep")
+            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
 
     def label(self, version: str) -> bool:
         known = hasattr(self._llm, "update_weight_version")
@@ -70,11 +70,10 @@ class LLMHandle(Handle):
             self._call("update_weight_version", version)
         return known
 
-    def _call(self, method: str, *args: Any) -> None:
+    def _call(self, method: str, *args: Any) -> Any:
         call = getattr(self._llm, method)
         resources = self._resources
         if resources is None:
-            call(*args)
-            return
+            return call(*args)
         answer = in_thread(lambda: call(*args))
-        settled(answer, method, self.timeout_s, lambda: resources.engine_dead)
+        return settled(answer, method, self.timeout_s, lambda: resources.engine_dead)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.handle import Handle, check_backend, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, settled
 from fp8sync.errors import Fp8SyncError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class AsyncHandle(Handle):
 
     def reset_caches(self, in_flight: InFlight) -> None:
         if self._engine.vllm_config.cache_config.enable_prefix_caching:
-            self._call("reset_prefix_cache", in_flight == "keep")
+            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
 
     def label(self, version: str) -> bool:
         known = hasattr(self._engine, "update_weight_version")
@@ -85,12 +85,12 @@ class AsyncHandle(Handle):
             self._call("update_weight_version", version)
         return known
 
-    def _call(self, method: str, *args: Any) -> None:
-        self._run(method, getattr(self._engine, method)(*args))
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._run(method, getattr(self._engine, method)(*args))
 
-    def _run(self, name: str, call: Coroutine[Any, Any, Any]) -> None:
+    def _run(self, name: str, call: Coroutine[Any, Any, Any]) -> Any:
         answer = asyncio.run_coroutine_threadsafe(call, self._loop)
-        settled(answer, name, self.timeout_s, lambda: self._engine.errored)
+        return settled(answer, name, self.timeout_s, lambda: self._engine.errored)
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

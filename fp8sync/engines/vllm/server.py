@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
-from fp8sync.engines.vllm.handle import Handle, in_thread, settled
+from fp8sync.engines.vllm.handle import Handle, check_forgotten, in_thread, settled
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ class Server(Handle):
 
     def reset_caches(self, in_flight: InFlight) -> None:
         recompute = str(in_flight == "keep").lower()
-        self._post("/reset_prefix_cache", reset_running_requests=recompute)
+        answer = self._post("/reset_prefix_cache", reset_running_requests=recompute)
+        check_forgotten(answer.get("success"))
 
     def label(self, version: str) -> bool:
         path = "/update_weight_version"
@@ -93,11 +94,11 @@ class Server(Handle):
         self._good(path, status, body)
         return True
 
-    def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> None:
+    def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
         target = f"{path}?{urlencode(query)}" if query else path
         answer = in_thread(lambda: self._ask("POST", target, body))
         # A server whose engine has died may leave a call unanswered for ever.
-        self._good(path, *settled(answer, path, self.timeout_s, self._is_dead))
+        return self._good(path, *settled(answer, path, self.timeout_s, self._is_dead))
 
     def _is_dead(self) -> bool:
         if time.monotonic() - self._seen < _HEALTH_S:

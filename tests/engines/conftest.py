@@ -1,0 +1,18 @@
+"""Fixtures of tests on live engines."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Give a processor's engine one thread: with more, BF16 sums depend on the size of the batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+        yield
