@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFITS, SETTLED, SAMPLES = 200, 20, 10
+REFITS, SETTLED, SAMPLES = 200 if torch.cuda.is_available() else 60, 20, 10
 LIMIT_BYTES = 16 << 20
 
 
-def test_two_hundred_refits(tmp_path: Path) -> None:
+def test_many_refits(tmp_path: Path) -> None:
     models = [world.tiny_model("dense", seed, max_position_embeddings=512) for seed in (1, 2, 3)]
     expected = []
     for seed, model in enumerate(models):
