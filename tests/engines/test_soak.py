@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-REFITS, SETTLED, SAMPLES = 200 if torch.cuda.is_available() else 60, 20, 10
+REFITS, SETTLED, SAMPLES = (200, 20, 10) if torch.cuda.is_available() else (60, 20, 3)
 LIMIT_BYTES = 16 << 20
 
 
