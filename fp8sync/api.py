@@ -97,6 +97,17 @@ def restore_kv_scales(engine: Any) -> None:
 
     vLLM (0.25 to 0.27 at least) sets them to 1.0 on the device in `wake_up`, whatever they were. Call
     this after it, before the engine generates.
+
+    Args:
+        engine: as for `refit`.
+
+    Raises:
+        RefitInProgress: the engine is being refitted or connected.
+        TransferTimeout, EngineLost: it did not answer, or is gone.
+
+    Example:
+        >>> llm.wake_up(["kv_cache"])  # doctest: +SKIP
+        >>> fp8sync.restore_kv_scales(llm)  # doctest: +SKIP
     """
     as_engine(engine).restore_kv_scales()
 
@@ -107,6 +118,11 @@ def close(model: Any = None, engine: Any = None) -> None:
     Args:
         model: only links of this model.
         engine: only links of this engine, or of this list of engines.
+
+    What has no link is passed over.
+
+    Example:
+        >>> fp8sync.close(engine=llm)  # doctest: +SKIP
     """
     wanted = _name(model), _name(engine)
     for key in list(_links):

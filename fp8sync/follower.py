@@ -124,6 +124,13 @@ class FollowerLink:
     """The link as trainer ranks other than 0 hold it; made by `connect`.
 
     Ranks that pass no engine cannot tell the engines apart; rank 0 names the link that it means.
+
+    Raises:
+        Fp8SyncError: whatever stopped rank 0, or another rank, from connecting.
+
+    Example:
+        >>> link = fp8sync.connect(model, None)  # on rank 3, say  # doctest: +SKIP
+        >>> link.refit()  # doctest: +SKIP
     """
 
     def __init__(self, model: Any, recipe: Recipe, timeout_s: float) -> None:

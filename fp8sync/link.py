@@ -163,6 +163,10 @@ class Link:
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
             RefitInProgress: the engine is already being refitted or connected.
+
+        Example:
+            >>> link.refit("keep").version  # doctest: +SKIP
+            2
         """
         check_in_flight(in_flight)
         with Opening() as opening, self._engine.exclusive():
@@ -190,6 +194,10 @@ class Link:
 
         Raises:
             TransferTimeout, EngineLost: a peer did not answer, or is gone; or another link has the engine.
+
+        Example:
+            >>> link.audit().equal  # doctest: +SKIP
+            True
         """
         with self._engine.exclusive():
             conductor = self._connected()
@@ -214,7 +222,7 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """Leave the engine as it is and free the link."""
+        """Leave the engine as it is and free the link; `with connect(...) as link:` does so, too."""
         self._closed = True
         self._disconnect()
         self._threads.shutdown(wait=False)

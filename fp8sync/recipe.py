@@ -54,6 +54,10 @@ class Recipe:
 
     Raises:
         ValueError: unknown name, `dequantize` with `bf16`, or `misc` where there are no scales.
+
+    Example:
+        >>> Recipe("blockwise-pow2", scales="misc").quantizes
+        True
     """
 
     name: str = "blockwise"

@@ -62,6 +62,11 @@ class RefitReport:
             on; later versions put it on every output), None where it cannot tell.
         host_s: seconds in which this rank's calling thread neither waited (for a GPU, the wire, a peer,
             vLLM) nor, on a trainer without a GPU, quantized.
+
+    Example:
+        >>> report = fp8sync.refit(model, llm)  # doctest: +SKIP
+        >>> report.pause_s, [t.name for t in report.tensors if t.route == "misc"]  # doctest: +SKIP
+        (0.022, [])
     """
 
     version: int
