@@ -4,7 +4,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.stamp
 LOCK   := requirements/ci.txt
-# The first of these that runs and can make an environment; the lock is of Python 3.11.
+# The first of these that runs and can make an environment; the locks are of Python 3.11, 3.11.2 included.
 PYTHON ?= $(shell for python in python3.11 python3; do \
     $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
 PIP    := $(PY) -m pip --quiet --quiet --disable-pip-version-check
