@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Give a processor's engine one thread: with more, BF16 sums depend on the size of the batch."""
+    from vllm import envs
+
+    envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
         yield
