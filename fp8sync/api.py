@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
 
     from fp8sync.engines.vllm import InFlight
-    from fp8sync.follower import FollowerLink
     from fp8sync.link import Link
+    from fp8sync.link.follower import FollowerLink
     from fp8sync.report import RefitReport
     from fp8sync.sources.kv_scales import KvScales
 

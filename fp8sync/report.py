@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
 
     from fp8sync.manifest import TensorInfo
-    from fp8sync.payload import PartReport
     from fp8sync.plan import Plan
+    from fp8sync.wire.payload import PartReport
 
 __all__ = ["LazyTensorReports", "RefitReport", "TensorReport"]
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from fp8sync.errors import from_wire
-from fp8sync.sender import named_error
+from fp8sync.sending.sender import named_error
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:

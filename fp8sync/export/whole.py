@@ -16,20 +16,20 @@ import torch
 
 from fp8sync.export.ranks import Attempts, agree, receive, send
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import pack, unpack
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.plan.boxes import block_shape
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.recipe import BLOCK, Encoding
 from fp8sync.sources.live import LiveSource
 from fp8sync.trainers import rank_and_size
+from fp8sync.wire.payload import pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from fp8sync.payload import Storages
     from fp8sync.plan import Bucket, Copy
     from fp8sync.sources import Source
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["Band", "WholeTensors"]
 

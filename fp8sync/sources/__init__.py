@@ -16,7 +16,7 @@ from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
     from fp8sync.manifest import Manifest
-    from fp8sync.payload import Storages
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["CheckpointSource", "LiveSource", "ModuleSource", "Source", "as_source"]
 

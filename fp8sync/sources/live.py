@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp8sync.manifest import Manifest
-    from fp8sync.payload import Storages
     from fp8sync.sources import Source
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["LiveSource"]
 

@@ -19,18 +19,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.exchange import open_exchange
 from fp8sync.layouts import EngineLayout, ModelShape, TrainerLayout, manifest
 from fp8sync.manifest import Box, Manifest, Placement
-from fp8sync.outgoing import Share
 from fp8sync.plan import build_plan
+from fp8sync.sending.exchange import open_exchange
+from fp8sync.sending.outgoing import Share
+from fp8sync.sending.writer import StagingPlace, Writer
 from fp8sync.sources import LiveSource
 from fp8sync.transport.memory import allocate, export_memory
 from fp8sync.waiting import HostTime
-from fp8sync.writer import StagingPlace, Writer
 
 if TYPE_CHECKING:
-    from fp8sync.sender import Written
+    from fp8sync.sending.sender import Written
 
 LIMIT_S = 2e-3
 ALIGN = 256

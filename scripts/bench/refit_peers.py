@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
-from fp8sync.payload import view
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import Encoding
+from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:

@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.conductor import Conductor
 from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm.layout import StorageSpec
 from fp8sync.engines.vllm.receive import Intake, open_receiver
 from fp8sync.engines.vllm.staging import Staging
 from fp8sync.errors import Fp8SyncError
-from fp8sync.follower import Follower
+from fp8sync.link.conductor import Conductor
+from fp8sync.link.follower import Follower
+from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
-from fp8sync.member import Member
-from fp8sync.payload import view
 from fp8sync.plan import build_plan
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import Encoding, Recipe
 from fp8sync.sources import LiveSource
 from fp8sync.transport.memory import gpu_id
+from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:

@@ -261,7 +261,7 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
 
 def test_plans_that_differ(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides plan for themselves; here the trainer's version of the code plans otherwise."""
-    import fp8sync.member as member
+    import fp8sync.link.member as member
     from fp8sync.plan import Plan, build_plan
 
     def reversed_plan(*args: Any, **options: Any) -> Plan:

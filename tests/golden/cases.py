@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import pack
 from fp8sync.plan import Plan, build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
-from fp8sync.wire import ABORT, Header
+from fp8sync.wire.header import ABORT, Header
+from fp8sync.wire.payload import pack
 from fp8sync_kernels import Matrix, Part, build_table, digest, job
 from fp8sync_kernels.descriptor import Column, Dtype, Op
 from fp8sync_kernels.descriptor import Path as InnerLoop

@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync import payload as bytes_of
 from fp8sync.engines.vllm import receive
 from fp8sync.plan import Bucket
+from fp8sync.wire import payload as bytes_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     import pytest
 
-    from fp8sync.payload import Storages
     from fp8sync.plan import Copy, Part
+    from fp8sync.wire.payload import Storages
 
 Spoil = Callable[[Bucket, torch.Tensor, torch.Tensor], Bucket]
 Touches = Callable[[str], bool]

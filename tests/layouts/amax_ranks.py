@@ -15,15 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fp8sync.exchange import open_exchange
 from fp8sync.layouts import manifest
-from fp8sync.outgoing import Share
 from fp8sync.plan import build_plan
 from fp8sync.recipe import Formula
+from fp8sync.sending.exchange import open_exchange
+from fp8sync.sending.outgoing import Share
+from fp8sync.sending.writer import StagingPlace, Writer
 from fp8sync.trainers import join_team
 from fp8sync.transport.memory import allocate, export_memory
 from fp8sync.transport.nccl import NcclGroup
-from fp8sync.writer import StagingPlace, Writer
 from tests.layouts import wire
 from tests.layouts.cases import E, T, dense
 

@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from fp8sync.exchange import open_exchange
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.outgoing import Share
-from fp8sync.payload import unpack
 from fp8sync.plan import Plan, build_plan, fill_buckets
-from fp8sync.sender import Sender
+from fp8sync.sending.exchange import open_exchange
+from fp8sync.sending.outgoing import Share
+from fp8sync.sending.sender import Sender
 from fp8sync.transport import GlooGroup
-from fp8sync.wire import HEADER_BYTES
+from fp8sync.wire.header import HEADER_BYTES
+from fp8sync.wire.payload import unpack
 
 ROWS, COLS = 2 * 20_480, 4_096  # 320 MiB in BF16, 160 of them on each rank
 BUCKET_BYTES = 4 << 20

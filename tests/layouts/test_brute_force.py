@@ -17,7 +17,7 @@ from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets, teams
 from fp8sync.recipe import Encoding, Formula
-from fp8sync.tables import unwritable
+from fp8sync.wire.tables import unwritable
 from tests.layouts import wire
 from tests.layouts.cases import QWEN
 

@@ -18,11 +18,11 @@ from fp8sync.layouts import (
     manifest,
 )
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import view
 from fp8sync.plan import build_plan, cut_pairs
 from fp8sync.plan.spread import side_of
 from fp8sync.plan.traffic import traffic
 from fp8sync.recipe import Encoding, Formula
+from fp8sync.wire.payload import view
 from tests.layouts import wire
 from tests.layouts.cases import HEAD_64, HEAD_80, LATENT, QWEN, RAGGED_MOE, dense
 

@@ -21,16 +21,16 @@ from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.receive import Intake
 from fp8sync.errors import CorruptBucket
-from fp8sync.exchange import open_exchange
-from fp8sync.golden import GoldenSender
-from fp8sync.grouped import BUFFERS, GroupSender
 from fp8sync.layouts import manifest
-from fp8sync.outgoing import Share
 from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Formula
-from fp8sync.tables import unwritable
+from fp8sync.sending.exchange import open_exchange
+from fp8sync.sending.golden import GoldenSender
+from fp8sync.sending.grouped import BUFFERS, GroupSender
+from fp8sync.sending.outgoing import Share
 from fp8sync.transport import GlooGroup, Invitation
-from fp8sync.wire import HEADER_BYTES
+from fp8sync.wire.header import HEADER_BYTES
+from fp8sync.wire.tables import unwritable
 from tests.layouts import wire
 from tests.layouts.cases import PAIRS
 

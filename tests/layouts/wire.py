@@ -15,24 +15,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed
 
-from fp8sync.exchange import AmaxExchange, open_exchange
 from fp8sync.manifest import Manifest, Placement
-from fp8sync.outgoing import Share
-from fp8sync.payload import pack, unpack, view
 from fp8sync.plan import MISC, Plan, fill_buckets, in_parts
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
-from fp8sync.tables import check_table
+from fp8sync.sending.exchange import AmaxExchange, open_exchange
+from fp8sync.sending.outgoing import Share
+from fp8sync.sending.writer import PARTS, StagingPlace, Writer
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.memory import export_memory
-from fp8sync.writer import PARTS, StagingPlace, Writer
+from fp8sync.wire.payload import pack, unpack, view
+from fp8sync.wire.tables import check_table
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.manifest import Box
-    from fp8sync.sender import Written
+    from fp8sync.sending.sender import Written
 
 dist: Any = torch.distributed
 T = TypeVar("T")

@@ -8,16 +8,16 @@ import torch
 import torch.distributed as dist
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import pack, unpack, view
 from fp8sync.plan import MISC, build_plan, fill_buckets
 from fp8sync.plan.boxes import block_shape
 from fp8sync.recipe import BLOCK, Encoding, Formula
+from fp8sync.wire.payload import pack, unpack, view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fp8sync.payload import Storages
     from fp8sync.plan import Plan
+    from fp8sync.wire.payload import Storages
 
 SCALES = ".scale_inv"
 

@@ -11,10 +11,10 @@ import torch
 import torch.distributed
 
 from fp8sync.errors import Fp8SyncError, PeerFailed, TransferTimeout
-from fp8sync.exchange import AmaxExchange, open_exchange
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan
 from fp8sync.recipe import Encoding, Formula
+from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.transport import GlooGroup
 
 if TYPE_CHECKING:

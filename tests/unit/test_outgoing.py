@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
-from fp8sync.outgoing import Seat, choose_transport, message_bytes
 from fp8sync.plan import build_plan
+from fp8sync.sending.outgoing import Seat, choose_transport, message_bytes
 from fp8sync.transport.memory import host_id
 from tests.layouts.cases import PAIRS
 

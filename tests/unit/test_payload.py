@@ -10,16 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import pack, unpack
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
+from fp8sync.wire.payload import pack, unpack
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests.unit import layouts
 from tests.unit.layouts import Side, bits
 
 if TYPE_CHECKING:
-    from fp8sync.payload import PartReport
     from fp8sync.plan import Plan
+    from fp8sync.wire.payload import PartReport
 
 GUARD = 0xA5
 

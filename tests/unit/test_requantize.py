@@ -9,9 +9,9 @@ import torch
 
 from fp8sync.errors import RecipeMismatch
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.payload import PartReport, pack, unpack
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula, Recipe
+from fp8sync.wire.payload import PartReport, pack, unpack
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 ROWS, COLS = 300, 200

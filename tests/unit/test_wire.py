@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp8sync.errors import CorruptBucket
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
 from fp8sync_kernels import digest
 
 PAYLOAD = torch.arange(96, dtype=torch.uint8)

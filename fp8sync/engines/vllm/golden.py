@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.errors import Fp8SyncError
-from fp8sync.golden import digest_of, join_group, pieces_of
-from fp8sync.payload import Storages, view
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.sending.golden import digest_of, join_group, pieces_of
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.payload import Storages, view
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8sync.engines.vllm.receive import Intake
-    from fp8sync.golden import Piece
     from fp8sync.manifest import Box
+    from fp8sync.sending.golden import Piece
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group
 

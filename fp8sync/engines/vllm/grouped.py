@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.errors import CorruptBucket, Fp8SyncError
-from fp8sync.grouped import AHEAD, lay_out
 from fp8sync.plan import fill_buckets, in_turns
-from fp8sync.tables import unpack_table
+from fp8sync.sending.grouped import AHEAD, lay_out
 from fp8sync.transport.nccl import NcclGroup
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.tables import unpack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from fp8sync.engines.vllm.receive import Intake
-    from fp8sync.grouped import Turn
-    from fp8sync.payload import Storages
+    from fp8sync.sending.grouped import Turn
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["GroupReceiver"]
 

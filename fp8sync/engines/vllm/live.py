@@ -17,10 +17,7 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.install import default_dtype, place, process_module
-from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
-from fp8sync.ledger import (
+from fp8sync.audit.ledger import (
     Held,
     Ledger,
     Unit,
@@ -30,7 +27,10 @@ from fp8sync.ledger import (
     is_kv_scale,
     units_of,
 )
-from fp8sync.payload import view
+from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.install import default_dtype, place, process_module
+from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
+from fp8sync.wire.payload import view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection

@@ -10,11 +10,11 @@ import torch
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.errors import CorruptBucket, Fp8SyncError
-from fp8sync.payload import Storages, unpack
 from fp8sync.plan import Bucket, fill_buckets
+from fp8sync.sending.writer import PARTS
 from fp8sync.transport import GlooGroup
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
-from fp8sync.writer import PARTS
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.payload import Storages, unpack
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:

@@ -30,10 +30,10 @@ from fp8sync.transport.memory import gpu_id
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fp8sync.audit.ledger import Ledger
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.engines.vllm.storage import EngineLayout
-    from fp8sync.ledger import Ledger
 
 __all__ = ["WorkerSession"]
 

@@ -16,9 +16,9 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
 from fp8sync.plan import in_parts
-from fp8sync.tables import check_table
+from fp8sync.sending.writer import PARTS
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
-from fp8sync.writer import PARTS
+from fp8sync.wire.tables import check_table
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:

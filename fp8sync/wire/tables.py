@@ -23,9 +23,9 @@ from fp8sync_kernels import Job, Matrix, Part, Table, build_table, job
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from fp8sync.payload import Amax
     from fp8sync.plan import AmaxGroup, Bucket, Copy
     from fp8sync.plan import Part as BucketPart
+    from fp8sync.wire.payload import Amax
 
 __all__ = [
     "PlacedBucket",

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.errors import Fp8SyncError, from_wire
-from fp8sync.payload import Amax, PartReport, Storages, pack
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.waiting import device_work
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.payload import Amax, PartReport, Storages, pack
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from fp8sync.outgoing import Share
+    from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
 
 __all__ = ["Sender", "Sent", "Told", "Written", "named_error", "own_buckets"]

@@ -6,16 +6,16 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fp8sync.audit import AuditReport
+from fp8sync.audit.report import AuditReport
 from fp8sync.control import Channel
 from fp8sync.engines.vllm import check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, TransferTimeout, from_wire
+from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
-from fp8sync.member import Member
 from fp8sync.plan import LinkPlan
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sender import Written, named_error
+from fp8sync.sending.sender import Written, named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import hear, rank_and_size
 from fp8sync.waiting import HostTime
@@ -23,7 +23,7 @@ from fp8sync.waiting import HostTime
 if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.plan import Plan
-    from fp8sync.sender import Sent
+    from fp8sync.sending.sender import Sent
 
 __all__ = ["Follower", "FollowerLink"]
 

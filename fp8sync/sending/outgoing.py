@@ -6,22 +6,22 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fp8sync.golden import GoldenSender
-from fp8sync.grouped import GroupSender
-from fp8sync.sender import Sender, Sent, Told
-from fp8sync.tables import unwritable
+from fp8sync.sending.golden import GoldenSender
+from fp8sync.sending.grouped import GroupSender
+from fp8sync.sending.sender import Sender, Sent, Told
+from fp8sync.sending.writer import Writer
 from fp8sync.transport.memory import gpu_id, host_id
-from fp8sync.writer import Writer
+from fp8sync.wire.tables import unwritable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fp8sync.exchange import AmaxExchange
     from fp8sync.manifest import Manifest
-    from fp8sync.payload import Storages
     from fp8sync.plan import Plan
+    from fp8sync.sending.exchange import AmaxExchange
     from fp8sync.sources import Source
     from fp8sync.transport import Choice
+    from fp8sync.wire.payload import Storages
 
 __all__ = [
     "Outgoing",

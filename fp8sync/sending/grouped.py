@@ -14,22 +14,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.payload import PartReport
 from fp8sync.plan import Bucket, in_turns
-from fp8sync.sender import Sent, Told, named_error, own_buckets
-from fp8sync.tables import PlacedBucket, pack_table
+from fp8sync.sending.sender import Sent, Told, named_error, own_buckets
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.payload import PartReport
+from fp8sync.wire.tables import PlacedBucket, pack_table
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fp8sync.outgoing import Share
-    from fp8sync.payload import Storages
+    from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["AHEAD", "BUFFERS", "GroupSender", "lay_out"]
 

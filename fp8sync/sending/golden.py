@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.payload import PartReport, Storages, view
 from fp8sync.plan.boxes import misaligned_dim, touched_blocks
-from fp8sync.sender import Sent, Told, named_error
+from fp8sync.sending.sender import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
-from fp8sync.wire import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.payload import PartReport, Storages, view
 from fp8sync_kernels import build_table, digest, job, run_table
 
 if TYPE_CHECKING:
     from fp8sync.manifest import Box, Manifest
-    from fp8sync.outgoing import Share
+    from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group
 

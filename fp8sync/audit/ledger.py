@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.manifest import Placement
-from fp8sync.payload import Storages, pack, unpack
 from fp8sync.plan import MISC, Bucket, Part, Plan, fill_buckets
 from fp8sync.recipe import Encoding
+from fp8sync.wire.payload import Storages, pack, unpack
 from fp8sync_kernels import canonical_pair, digest
 
 if TYPE_CHECKING:

@@ -17,19 +17,19 @@ import torch
 
 from fp8sync.errors import Fp8SyncError, PeerFailed
 from fp8sync.manifest import Placement
-from fp8sync.payload import view
 from fp8sync.plan import teams
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import BLOCK
-from fp8sync.tables import matrix
 from fp8sync.waiting import device_work, waiting
+from fp8sync.wire.payload import view
+from fp8sync.wire.tables import matrix
 from fp8sync_kernels import Table, build_table, job, partial_amax, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from fp8sync.payload import Amax, Storages
     from fp8sync.plan import AmaxGroup, AmaxPart
+    from fp8sync.wire.payload import Amax, Storages
 
 __all__ = ["AmaxExchange", "Team", "open_exchange"]
 

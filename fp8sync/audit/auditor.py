@@ -8,134 +8,25 @@ another tensor's (swapped halves, a wrong shard, a wrong expert), or the same on
 from __future__ import annotations
 
 import base64
-from collections import defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.ledger import units_of
+from fp8sync.audit.ledger import units_of
+from fp8sync.audit.report import MODULUS, AuditReport, Difference, Entry
 from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from fp8sync.audit.ledger import Ledger, Unit
     from fp8sync.control import Channel
-    from fp8sync.ledger import Ledger, Unit
     from fp8sync.plan import Plan
 
-__all__ = ["AuditReport", "Auditor", "Difference", "Entry", "layer_of"]
+__all__ = ["Auditor"]
 
-_MODULUS = 1 << 64
 _KINDS = ("weight", "scale_inv")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One tensor on one engine rank: sums of its units' digests, modulo 2^64.
-
-    `unread` says why a part of it could not be compared; digests are of the rest.
-    """
-
-    tensor: str
-    rank: int
-    trainer: int
-    engine: int
-    unread: str = ""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A tensor that an engine rank holds otherwise than the trainer.
-
-    Args:
-        tensor: HF parameter name.
-        kind: `weight` or `scale_inv`.
-        rank: of the engine.
-        start: first element of the HF tensor (block, for scale_inv) of the rectangle.
-        hint: what the engine holds instead, where its digest tells.
-        coordinate: the first element (or block) that differs; of the first difference only.
-        expected: its value in the trainer, in the engine's format.
-        found: its value in the engine.
-    """
-
-    tensor: str
-    kind: str
-    rank: int
-    start: tuple[int, ...]
-    hint: str = ""
-    coordinate: tuple[int, ...] | None = None
-    expected: float | None = None
-    found: float | None = None
-
-    def __str__(self) -> str:
-        text = f"{self.tensor}, {self.kind} from {list(self.start)} (engine rank {self.rank})"
-        if self.coordinate is not None:
-            text += f": at {list(self.coordinate)} expected {self.expected!r}, found {self.found!r}"
-        return f"{text}; {self.hint}" if self.hint else text
-
-
-@dataclass(frozen=True)
-class AuditReport:
-    """What an audit found; every tensor on every engine rank has an entry."""
-
-    entries: tuple[Entry, ...]
-    differences: tuple[Difference, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether nothing that could be read differs."""
-        return not self.differences
-
-    @property
-    def unread(self) -> dict[str, str]:
-        """Tensors that could not be compared whole, with the reason."""
-        return {e.tensor: e.unread for e in self.entries if e.unread}
-
-    def layers(self) -> dict[str, tuple[int, int]]:
-        """Return by layer (trainer's digest, engine's digest), over all ranks."""
-        sums: dict[str, list[int]] = defaultdict(lambda: [0, 0])
-        for entry in self.entries:
-            both = sums[layer_of(entry.tensor)]
-            both[0] = (both[0] + entry.trainer) % _MODULUS
-            both[1] = (both[1] + entry.engine) % _MODULUS
-        return {layer: (trainer, engine) for layer, (trainer, engine) in sums.items()}
-
-    def explain(self) -> str:
-        """Return layers, differences and what was not read, as text."""
-        lines = [f"{'layer':24} {'trainer':>16} {'engine':>16}"]
-        for layer, (trainer, engine) in self.layers().items():
-            verdict = "equal" if trainer == engine else "DIFFERS"
-            lines.append(f"{layer:24} {trainer:016x} {engine:016x} {verdict}")
-        lines += [f"differs: {each}" for each in self.differences]
-        lines += [f"not read: {name}: {reason}" for name, reason in self.unread.items()]
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON-able data."""
-        return {
-            "entries": [asdict(e) for e in self.entries],
-            "differences": [asdict(d) for d in self.differences],
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> AuditReport:
-        """Rebuild a report from `to_json`."""
-        entries = tuple(Entry(**row) for row in data["entries"])
-        return cls(entries, tuple(_difference_of(row) for row in data["differences"]))
-
-
-def _difference_of(row: Mapping[str, Any]) -> Difference:
-    at = row["coordinate"]
-    places = {"start": tuple(row["start"]), "coordinate": None if at is None else tuple(at)}
-    return Difference(**{**row, **places})
-
-
-def layer_of(tensor: str) -> str:
-    """Return the layer a tensor belongs to: its name up to the first number, or its module."""
-    parts = tensor.split(".")
-    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[: numbers[0] + 1] if numbers else parts[:-1])
 
 
 class Auditor:
@@ -196,8 +87,8 @@ class Auditor:
             if reasons:
                 entry[2] = reasons[0]
                 continue
-            entry[0] = (entry[0] + sum(want)) % _MODULUS
-            entry[1] = (entry[1] + sum(here)) % _MODULUS
+            entry[0] = (entry[0] + sum(want)) % MODULUS
+            entry[1] = (entry[1] + sum(here)) % MODULUS
         return tuple(Entry(*place, *values) for place, values in sums.items())
 
     def _names(self) -> dict[tuple[int, str, int], str]:

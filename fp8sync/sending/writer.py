@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.errors import Fp8SyncError
-from fp8sync.payload import PartReport
 from fp8sync.plan import in_parts
-from fp8sync.sender import Sent, Told, Written, named_error
-from fp8sync.tables import write_table
+from fp8sync.sending.sender import Sent, Told, Written, named_error
 from fp8sync.transport.memory import ExportedMemory, MappedMemory
 from fp8sync.waiting import device_work, waiting
+from fp8sync.wire.payload import PartReport
+from fp8sync.wire.tables import write_table
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from fp8sync.outgoing import Share
-    from fp8sync.payload import Storages
     from fp8sync.plan import Copy
+    from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["PARTS", "StagingPlace", "Writer"]
 

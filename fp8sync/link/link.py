@@ -18,26 +18,26 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.collector import uncollected
-from fp8sync.conductor import Conductor
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
-from fp8sync.follower import FollowerLink
-from fp8sync.member import Member
+from fp8sync.link.conductor import Conductor
+from fp8sync.link.follower import FollowerLink
+from fp8sync.link.member import Member
+from fp8sync.link.together import together
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, LinkPlan
 from fp8sync.recipe import Recipe
 from fp8sync.report import RefitReport
-from fp8sync.sender import named_error
+from fp8sync.sending.sender import named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
-from fp8sync.together import together
 from fp8sync.trainers import Opening, rank_and_size
 from fp8sync.waiting import HostTime, waiting
 
 if TYPE_CHECKING:
-    from fp8sync.audit import AuditReport
-    from fp8sync.conductor import Outcome
+    from fp8sync.audit.report import AuditReport
     from fp8sync.engines.vllm import InFlight
+    from fp8sync.link.conductor import Outcome
     from fp8sync.sources.kv_scales import KvScales
 
 __all__ = ["Link", "connect"]

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fp8sync.audit import Auditor, AuditReport
+from fp8sync.audit.auditor import Auditor
 from fp8sync.errors import (
     Fp8SyncError,
     InstallFailed,
@@ -23,19 +23,20 @@ from fp8sync.errors import (
     from_wire,
 )
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Seat, choose_transport, message_bytes, not_linked
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
-from fp8sync.sender import Sent, Written, named_error
+from fp8sync.sending.outgoing import Seat, choose_transport, message_bytes, not_linked
+from fp8sync.sending.sender import Sent, Written, named_error
 from fp8sync.transport import Invitation
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from fp8sync.audit.ledger import Ledger
+    from fp8sync.audit.report import AuditReport
     from fp8sync.control import Channel, Listener, Message
-    from fp8sync.ledger import Ledger
-    from fp8sync.member import Member
+    from fp8sync.link.member import Member
     from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
 

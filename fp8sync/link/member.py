@@ -5,18 +5,18 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from fp8sync.audit.ledger import trainer_ledger
 from fp8sync.errors import Fp8SyncError
-from fp8sync.exchange import AmaxExchange, open_exchange
-from fp8sync.ledger import trainer_ledger
 from fp8sync.manifest import Manifest
-from fp8sync.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.plan import Plan, build_plan
+from fp8sync.sending.exchange import AmaxExchange, open_exchange
+from fp8sync.sending.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.trainers import join_team
 
 if TYPE_CHECKING:
-    from fp8sync.ledger import Ledger
+    from fp8sync.audit.ledger import Ledger
     from fp8sync.recipe import Recipe
-    from fp8sync.sender import Sent, Told
+    from fp8sync.sending.sender import Sent, Told
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
 

@@ -1,0 +1,1 @@
+"""The ways out of a trainer rank: buckets, turns of buckets, whole tensors, or straight into staging memory."""
