@@ -91,11 +91,11 @@ def test_equals_a_fresh_engine_with_these_scales(live: Any, tmp_path: Path) -> N
 
 def set_by_hand(llm: Any, values: dict[str, tuple[float, float]]) -> None:
     def write(model: torch.nn.Module) -> None:
-        for name, (value, _) in values.items():
+        for name, (device, host) in values.items():
             prefix, _, scale = name.rpartition(".")
             module: Any = model.get_submodule(prefix)
-            getattr(module, f"_{scale}").fill_(value)
-            setattr(module, f"_{scale}_float", value)
+            getattr(module, f"_{scale}").fill_(device)
+            setattr(module, f"_{scale}_float", host)
 
     llm.apply_model(write)
 
@@ -131,7 +131,7 @@ def test_scales_are_right_after_the_cache_woke_up(live: Any) -> None:
     live.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
     # One of vLLM's two model runners resets the scales to 1.0, the other leaves them.
     assert {buffer for buffer, _ in held(live).values()} == {1.0} or held(live) == loaded(scales(5))
-    set_by_hand(live, dict.fromkeys(loaded(scales(5)), (1.0, 1.0)))
+    set_by_hand(live, {n: (1.0, host) for n, (_, host) in loaded(scales(5)).items()})
     fp8sync.restore_kv_scales(live)
     assert held(live) == loaded(scales(5))
 
