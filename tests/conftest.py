@@ -18,7 +18,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_OFFLINE": "1",
     "VLLM_CPU_CI_ENV": "1",  # small defaults, so that an engine starts in seconds
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }

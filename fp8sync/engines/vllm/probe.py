@@ -34,7 +34,6 @@ def start_engine(directory: Path, vocabulary: int, **options: Any) -> Any:
         options: more of `vllm.LLM`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     workers = options.get("tensor_parallel_size", 1)
     if workers > 1 and not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(workers))))
@@ -47,6 +46,8 @@ def start_engine(directory: Path, vocabulary: int, **options: Any) -> Any:
         "weight_transfer_config": {"backend": "fp8sync"},
         "disable_log_stats": True,
     }
+    if not torch.cuda.is_available():
+        settings["kv_cache_memory_bytes"] = 1 << 30  # vLLM would take most of the host's memory
     with without_torchrun():
         from vllm import LLM, envs
 
