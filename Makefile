@@ -12,6 +12,8 @@ PIP    := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
 
 PYTEST_ARGS ?=
+# Two files of tests at a time: most of a test's time is an engine starting on one core.
+TEST_JOBS   ?= 2
 
 # Megatron has an environment of its own: Python 3.12, and a transformers that vLLM does not share.
 MEGATRON_VENV   := .venv-megatron
@@ -45,7 +47,7 @@ demo: $(STAMP)
 	@$(PY) scripts/demo/run.py $(DEMO_ARGS)
 
 test: $(STAMP)
-	@$(PY) -m pytest --strict-skips $(PYTEST_ARGS)
+	@$(PY) -m pytest --strict-skips --numprocesses=$(TEST_JOBS) --dist=loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-megatron: $(MEGATRON_STAMP)
 	@$(MEGATRON_PY) -W ignore -m pytest --strict-skips tests/megatron $(PYTEST_ARGS)

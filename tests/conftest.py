@@ -21,11 +21,14 @@ ENVIRONMENT = {
     "VLLM_HOST_IP": "127.0.0.1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared: no thread is bound to one
+    ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 from tests import skips  # noqa: E402  (after the environment)
 
+LONG = ("tests/engines/", "tests/audit/", "tests/verify/", "tests/examples/", "tests/kl/", "tests/demo/")
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 STRICT = pytest.StashKey[bool]()
 ALLOWED = pytest.StashKey["list[skips.AllowedSkip]"]()
@@ -45,7 +48,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skip what this machine cannot run; the reasons are those of allowed_skips.txt."""
+    """Skip what this machine cannot run, for reasons of allowed_skips.txt; long tests come first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG))
     for item in items:
         if reason := skips.missing_hardware(item):
             item.add_marker(pytest.mark.skip(reason=reason))
