@@ -28,7 +28,14 @@ for _name, _value in ENVIRONMENT.items():
 
 from tests import skips  # noqa: E402  (after the environment)
 
-LONG = ("tests/engines/", "tests/audit/", "tests/verify/", "tests/examples/", "tests/kl/", "tests/demo/")
+LONG = (
+    "tests/engines/",
+    "tests/audit/",
+    "tests/verify/",
+    "tests/examples/",
+    "tests/kl/",
+    "tests/demo/",
+)
 ALLOWED_SKIPS = Path(__file__).with_name("allowed_skips.txt")
 STRICT = pytest.StashKey[bool]()
 ALLOWED = pytest.StashKey["list[skips.AllowedSkip]"]()
