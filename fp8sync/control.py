@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hmac
 import json
+import math
 import socket
 import struct
 import time
@@ -75,12 +76,38 @@ class Channel:
     ) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
+        A peer that is at work says `progress`, with ever less left to do: then its time begins anew.
+
         Raises:
             EngineLost: the peer is gone.
             TransferTimeout: no whole message came within the timeout.
             Fp8SyncError: what the peer reported, or a message out of turn.
         """
         limit_s = self.timeout_s if timeout_s is None else timeout_s
+        message, before = self._next(kind, limit_s, max_bytes), math.inf
+        while message.get("type") == "progress":
+            left = message.get("left")
+            if not isinstance(left, int) or not 0 <= left < before:
+                raise Fp8SyncError(f"{self.peer} said progress with {left!r} left after {before}")
+            message, before = self._next(kind, limit_s, max_bytes), left
+        if message.get("type") == "error":
+            raise self._told(message.get("error"))
+        if message.get("type") != kind:
+            raise Fp8SyncError(f"{self.peer} sent {message.get('type')!r}, expected {kind!r}")
+        return message
+
+    def progress(self, left: int) -> None:
+        """Tell a peer that waits how much there is left to do; less each time."""
+        self.try_send({"type": "progress", "left": left})
+
+    def close(self) -> None:
+        """Close the connection; the peer sees it as gone."""
+        # Shutdown first: close alone does not wake a thread that waits in recv.
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._sock.close()
+
+    def _next(self, kind: str, limit_s: float, max_bytes: int) -> Message:
         ends = time.monotonic() + limit_s
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind, ends, limit_s))
         if size > max_bytes:
@@ -93,18 +120,7 @@ class Channel:
             raise Fp8SyncError(text) from error
         if not isinstance(message, dict):
             raise Fp8SyncError(f"{self.peer} sent {type(message).__name__}, expected an object")
-        if message.get("type") == "error":
-            raise self._told(message.get("error"))
-        if message.get("type") != kind:
-            raise Fp8SyncError(f"{self.peer} sent {message.get('type')!r}, expected {kind!r}")
         return message
-
-    def close(self) -> None:
-        """Close the connection; the peer sees it as gone."""
-        # Shutdown first: close alone does not wake a thread that waits in recv.
-        with suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
 
     def _told(self, error: Any) -> Fp8SyncError:
         if not isinstance(error, dict) or not isinstance(error.get("violations", []), list):

@@ -216,7 +216,7 @@ class FollowerLink:
         self._leave(name)
         channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
         source = LiveSource(partial(as_source, self._model))
-        follower = Follower(channel, Member(source, rank_and_size()[0]))
+        follower = Follower(channel, Member(source, rank_and_size()[0], channel.progress))
         try:
             follower.agree()
         except BaseException:

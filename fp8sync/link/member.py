@@ -14,6 +14,8 @@ from fp8sync.sending.outgoing import Outgoing, Seat, Share, open_sender
 from fp8sync.trainers import join_team
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fp8sync.audit.ledger import Ledger
     from fp8sync.recipe import Recipe
     from fp8sync.sending.sender import Sent, Told
@@ -29,10 +31,13 @@ class Member:
     Args:
         source: this rank's weights, prepared by the caller before they are read.
         rank: this rank among the trainer's.
+        progress: see `Share`.
     """
 
-    def __init__(self, source: LiveSource, rank: int) -> None:
-        self.source, self.rank = source, rank
+    def __init__(
+        self, source: LiveSource, rank: int, progress: Callable[[int], None] = lambda _: None
+    ) -> None:
+        self.source, self.rank, self._progress = source, rank, progress
         self._exchange: AmaxExchange | None = None
         self._sender: Outgoing | None = None
         self._plan: Plan | None = None
@@ -74,7 +79,8 @@ class Member:
         device = next(iter(self.source.storages().values())).device
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = open_exchange(self.plan.amax, self.rank, device, join)
-        share = Share(self.source, self.rank, self._held, self.plan, timeout_s, exchange)
+        about = self.source, self.rank, self._held, self.plan
+        share = Share(*about, timeout_s, exchange, self._progress)
         self._sender = open_sender(choice, share)
         self.source.release()
 

@@ -141,11 +141,12 @@ class GoldenSender:
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._share.rank)
         try:
-            for piece in self._pieces:
+            for number, piece in enumerate(self._pieces, 1):
                 message = self._message(piece, version, storages, sent)
                 ticket = self._group.exchange([(message, n) for n in self._workers], [])
                 self._group.wait(ticket, self._workers, "take a tensor")
                 sent.bytes += message.numel() * len(self._workers)
+                self._share.progress(len(self._pieces) - number)
         except Exception as error:  # noqa: BLE001
             sent.error = sent.error or named_error(error, self._share.rank)
         sent.send_s = time.perf_counter() - began

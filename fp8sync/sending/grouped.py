@@ -157,6 +157,7 @@ class GroupSender:
             tickets.append((ticket, peers))
             if number >= AHEAD:
                 self._group.wait(*tickets[number - AHEAD], "take a bucket")
+                self._share.progress(len(self._turns) - number)
         for ticket, peers in tickets[-AHEAD:]:
             self._group.wait(ticket, peers, "take a bucket")
 

@@ -55,6 +55,7 @@ class Share:
         plan: the agreed plan.
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
+        progress: takes word of how many messages are left, after each that is away.
     """
 
     source: Source
@@ -63,6 +64,7 @@ class Share:
     plan: Plan
     timeout_s: float
     exchange: AmaxExchange
+    progress: Callable[[int], None] = lambda _: None
 
     def read(self) -> Storages:
         """Return the weights as they are now, and bring `exchange.amax` up to date with them.

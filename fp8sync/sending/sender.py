@@ -102,7 +102,7 @@ class Sender:
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
         sent.quantize_s = time.perf_counter() - began
-        for bucket in self._buckets:
+        for number, bucket in enumerate(self._buckets, 1):
             if bucket.destination_rank in over:
                 continue
             message = self._message[: HEADER_BYTES + bucket.nbytes]
@@ -128,6 +128,7 @@ class Sender:
             sent.quantize_s += packed - began
             sent.send_s += time.perf_counter() - packed
             sent.bytes += message.numel()
+            self._share.progress(len(self._buckets) - number)
         return sent
 
     def _write_header(

@@ -1,7 +1,7 @@
 """The ways that go through a group, between real members of one: every pair of layouts, every byte.
 
-`grouped` is what runs over NCCL on GPUs, turn by turn; gloo carries it here. `golden` is the oracle that
-looks at no copy of the plan.
+`grouped` is what runs over NCCL on GPUs, turn by turn; gloo carries it here. `buckets` is what runs over
+gloo, one by one. `golden` is the oracle that looks at no copy of the plan.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.engines.vllm.receive import Intake
+from fp8sync.engines.vllm.receive import BucketReceiver, Intake, Receiver
 from fp8sync.errors import CorruptBucket
 from fp8sync.layouts import manifest
 from fp8sync.plan import Plan, build_plan
@@ -27,7 +27,8 @@ from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.golden import GoldenSender
 from fp8sync.sending.grouped import BUFFERS, GroupSender
-from fp8sync.sending.outgoing import Share
+from fp8sync.sending.outgoing import Outgoing, Share
+from fp8sync.sending.sender import Sender
 from fp8sync.transport import GlooGroup, Invitation
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unwritable
@@ -82,25 +83,28 @@ class Refit:
         invitation = Invitation("gloo", "127.0.0.1", WAIT_S, peers, {}, BUCKET_BYTES, "gloo")
         members = dict(invitation.to("trainer", 0)["members"])
         self.pool = ThreadPoolExecutor(len(trainers) + len(workers))
+        self.left: dict[int, list[int]] = {rank: [] for rank in trainers}
 
         def group(role: str, rank: int) -> GlooGroup:
             return GlooGroup.join(invitation.to(role, rank), limit_s)
 
-        def sender(rank: int) -> GroupSender | GoldenSender:
+        def sender(rank: int) -> Outgoing:
             held = SimpleNamespace(storages=lambda: source[rank])
             exchange = open_exchange(plan.amax, rank, CPU, self._team)
-            share = Share(held, rank, sides[0], plan, WAIT_S, exchange)
+            share = Share(held, rank, sides[0], plan, WAIT_S, exchange, self.left[rank].append)
             joined = group("trainer", rank)
             if way == "golden":
                 return GoldenSender(share, joined, CPU, list(members.values()))
-            return GroupSender(share, joined, members, BUCKET_BYTES)
+            made = GroupSender if way == "grouped" else Sender
+            return made(share, joined, members, BUCKET_BYTES)
 
-        def receiver(rank: int) -> GroupReceiver | GoldenReceiver:
+        def receiver(rank: int) -> Receiver:
             intake = Intake(None, None, *sides, plan, rank, CPU)
             joined = group("engine", rank)
             if way == "golden":
                 return GoldenReceiver(intake, joined, CPU)
-            return GroupReceiver(intake, joined, BUCKET_BYTES)
+            made = GroupReceiver if way == "grouped" else BucketReceiver
+            return made(intake, joined, BUCKET_BYTES)
 
         senders = [self.pool.submit(sender, rank) for rank in trainers]
         receivers = [self.pool.submit(receiver, rank) for rank in workers]
@@ -133,6 +137,7 @@ def writable(name: str) -> bool:
 
 
 CASES = [("grouped", name) for name in PAIRS if writable(name)]
+CASES += [("buckets", name) for name in PAIRS]
 CASES += [("golden", name) for name in PAIRS if not PAIRS[name].misc]
 
 
@@ -161,12 +166,15 @@ class Meddler:
         self._group, self._change, self._count = group, change, 0
 
     def exchange(self, sends: Any, receives: Any) -> Any:
-        changed = []
-        for message, peer in sends:
-            now = self._change(self._count, message)
-            changed.append((message if now is None else now, peer))
-            self._count += 1
-        return self._group.exchange(changed, receives)
+        return self._group.exchange([(self._changed(m), peer) for m, peer in sends], receives)
+
+    def send(self, message: torch.Tensor, to: int) -> None:
+        self._group.send(self._changed(message), to)
+
+    def _changed(self, message: torch.Tensor) -> torch.Tensor:
+        now = self._change(self._count, message)
+        self._count += 1
+        return message if now is None else now
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)
@@ -188,7 +196,7 @@ class Late:
         return getattr(self._group, name)
 
 
-@pytest.fixture(params=["grouped", "golden"])
+@pytest.fixture(params=["grouped", "buckets", "golden"])
 def refit(request: pytest.FixtureRequest) -> Iterator[Refit]:
     """Two trainer ranks and two workers; what a test leaves behind, the next version replaces."""
     refit = two_and_two(request.param)
@@ -252,6 +260,24 @@ def test_a_truncated_message(refit: Refit) -> None:
     assert errors
     assert all(isinstance(error, CorruptBucket) for error in errors), errors
     assert ": digest expected" in str(errors[0])
+
+
+@pytest.mark.parametrize("way", ["grouped", "buckets"])
+def test_a_share_may_take_longer_than_the_limit_of_a_wait(way: str) -> None:
+    """Both trainer ranks have more to send than the limit allows, but get rid of one thing after the other."""
+    limit_s = 1.5
+    refit = two_and_two(way, limit_s)
+    slow = refit.senders[0]
+    slow._group = Meddler(slow._group, lambda *_: time.sleep(0.1))
+    began = time.monotonic()
+    sent, raised = refit.run(1)
+    assert time.monotonic() - began > 1.2 * limit_s
+    assert not [s.error for s in sent if s.error]
+    assert raised == [None, None]
+    assert not wire.differing(refit.destination, refit.wanted())
+    for left in refit.left.values():  # and whoever waits for them hears that they get on
+        assert left == sorted(set(left), reverse=True)
+        assert len(left) > 2
 
 
 @pytest.mark.parametrize("side", ["trainer", "engine"])

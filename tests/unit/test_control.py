@@ -289,3 +289,39 @@ def test_a_pickle_is_only_bytes(pair: tuple[Channel, socket.socket], tmp_path) -
     assert list(tmp_path.iterdir()) == []
     pickle.loads(bomb)
     assert [path.name for path in tmp_path.iterdir()] == ["exploded"]
+
+
+# --- a peer that is at work -----------------------------------------------------------------------
+
+
+def test_a_peer_that_gets_on_is_waited_for(listener: Listener) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        joined = pool.submit(Channel.connect, "127.0.0.1", listener.port, TOKEN, WAIT_S)
+        trainer, worker = listener.accept("trainer rank 1"), joined.result()
+        began = time.monotonic()
+
+        def work() -> None:
+            for left in (3, 2, 0):
+                time.sleep(0.4)
+                worker.progress(left)
+            worker.send({"type": "sent"})
+
+        pool.submit(work)
+        assert trainer.receive("sent", 0.9) == {"type": "sent"}
+        assert time.monotonic() - began > 0.9
+        worker.progress(5)
+        with pytest.raises(TransferTimeout, match=r"sent no 'sent' within 0\.3 s"):
+            trainer.receive("sent", 0.3)
+    trainer.close()
+    worker.close()
+
+
+@pytest.mark.parametrize("left", [7, 8, -1, "6", None, 6.5])
+def test_a_peer_that_only_says_so_is_not_waited_for(
+    pair: tuple[Channel, socket.socket], left: object
+) -> None:
+    channel, peer = pair
+    for value in (7, left):
+        peer.sendall(framed(json.dumps({"type": "progress", "left": value}).encode()))
+    with pytest.raises(Fp8SyncError, match=r"engine rank 7 said progress with .* left after 7"):
+        channel.receive("sent")

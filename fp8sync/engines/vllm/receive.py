@@ -10,7 +10,7 @@ import torch
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.errors import CorruptBucket, Fp8SyncError
-from fp8sync.plan import Bucket, fill_buckets
+from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.sending.writer import PARTS
 from fp8sync.transport import GlooGroup
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
@@ -94,15 +94,30 @@ class StagingReceiver:
 
 
 class BucketReceiver:
-    """Buckets over gloo."""
+    """Buckets over gloo, one at a time.
 
-    def __init__(self, choice: Choice, intake: Intake) -> None:
-        self._rank, self._device = intake.rank, intake.device
-        self._group = GlooGroup.join(choice, intake.channel.timeout_s)
-        self._buckets = fill_buckets(intake.plan.to_rank(intake.rank), choice["bucket_bytes"])
+    In turns of one from every trainer rank: each sends its next one while the others' are taken, so no
+    rank waits for longer than a turn.
+
+    Args:
+        intake: what to receive.
+        group: the transport; trainer ranks have their own ranks as numbers.
+        bucket_bytes: payload of a message.
+    """
+
+    def __init__(self, intake: Intake, group: GlooGroup, bucket_bytes: int) -> None:
+        self._rank, self._device, self._group = intake.rank, intake.device, group
+        turns = in_turns(fill_buckets(intake.plan.to_rank(intake.rank), bucket_bytes))
+        self._buckets = [bucket for turn in turns for bucket in turn]
         self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
         size = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
+
+    @classmethod
+    def open(cls, choice: Choice, intake: Intake) -> BucketReceiver:
+        """Join the group of an invitation."""
+        group = GlooGroup.join(choice, intake.channel.timeout_s)
+        return cls(intake, group, choice["bucket_bytes"])
 
     def close(self) -> None:
         """The group ends with the last reference to it."""
@@ -147,7 +162,7 @@ class BucketReceiver:
 _WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {
     "ipc": StagingReceiver,
     "nccl": GroupReceiver.open,
-    "gloo": BucketReceiver,
+    "gloo": BucketReceiver.open,
     "golden": GoldenReceiver.open,
 }
 
