@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
 
+_FLOATS = ("bfloat16", "float16", "float32")
 _SECOND_ROUNDING = "2.6 %"
 MISC = "misc/"
 """Prefix of the storages that hold whole HF tensors for the engine's own loader."""
@@ -48,7 +49,8 @@ def agree_on_tensors(
         requantize: whether pairs that do not fit keep the engine's format, and are converted.
 
     Raises:
-        TensorMismatch: a tensor is missing on one side, or shapes differ.
+        TensorMismatch: a tensor is missing on one side, shapes differ, or a dtype cannot become the
+            engine's: only BF16, FP16 and FP32 are cast into each other, or quantized.
         RecipeMismatch: a pair that the engine would have to convert.
     """
     faults = []
@@ -58,6 +60,8 @@ def agree_on_tensors(
             faults.append(f"{name}: the engine expects it, the trainer does not have it")
         elif held.shape != info.shape:
             faults.append(f"{name}: trainer shape {held.shape}, engine expects {info.shape}")
+        elif not _castable(held, info):
+            faults.append(f"{name}: trainer dtype {held.dtype}, engine expects {_format(info)}")
     faults += [
         f"{name}: the trainer has it, the engine does not take it"
         for name in source
@@ -85,11 +89,20 @@ def agree_on_tensors(
     return agreed
 
 
+def _castable(held: TensorInfo, wanted: TensorInfo) -> bool:
+    if held.encoding is Encoding.BLOCKWISE:
+        return True
+    floats = held.dtype in _FLOATS
+    if wanted.encoding is Encoding.BLOCKWISE:
+        return floats
+    return held.dtype == wanted.dtype or (floats and wanted.dtype in _FLOATS)
+
+
 def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
     if held.encoding is Encoding.PLAIN:
         return ""
     if wanted.encoding is Encoding.PLAIN:
-        return f"{held.name}: the trainer holds {_format(held)}, the engine wants {wanted.dtype}"
+        return f"{held.name}: the trainer holds {_format(held)}, the engine wants {_format(wanted)}"
     if held.formula is Formula.FP32 and wanted.formula is Formula.POW2:
         return (
             f"{held.name}: the trainer holds {_format(held)}, the engine keeps {_format(wanted)}; "
@@ -100,6 +113,8 @@ def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
 
 
 def _format(info: TensorInfo) -> str:
+    if info.encoding is Encoding.PLAIN:
+        return info.dtype
     return f"an FP8 pair with {info.formula.value if info.formula else 'unknown'} scales"
 
 

@@ -166,6 +166,19 @@ def test_dtype_that_cannot_travel(live: Any) -> None:
         fp8sync.connect(model, live, world.recipe("blockwise"))
 
 
+@pytest.mark.parametrize("name", [LAST, "model.norm.weight"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float64, torch.float8_e5m2])
+def test_dtype_that_nothing_may_be_cast_from(live: Any, name: str, dtype: torch.dtype) -> None:
+    def edit(tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        tensors[name] = replace(tensors[name], dtype=str(dtype).removeprefix("torch."))
+        return tensors, boxes
+
+    source = Edited(world.tiny_model("dense", 2), edit)
+    refusals = (fp8sync.TensorMismatch, fp8sync.UnsupportedLayout)
+    with pytest.raises(refusals, match=f"{name}.*dtype"):
+        fp8sync.connect(source, live, world.recipe("blockwise"))
+
+
 def test_recipe_that_the_engine_cannot_hold(live: Any) -> None:
     wrong = fp8sync.Recipe("bf16") if world.FP8 else fp8sync.Recipe("blockwise")
     with pytest.raises(fp8sync.RecipeMismatch):

@@ -49,7 +49,8 @@ def describe_engine(
     Raises:
         TensorMismatch: the engine's loader refuses a tensor, or a parameter stays unfilled.
         RecipeMismatch: the engine's formats are not the recipe's.
-        UnsupportedLayout: two tensors share a destination, or where one goes cannot be known.
+        UnsupportedLayout: two tensors share a destination, where one goes cannot be known, or the
+            engine moves its experts (expert parallel load balancing).
     """
     return _Describer(model, held, recipe, rank).run()
 
@@ -64,6 +65,7 @@ class _Describer:
         self.targets: dict[str, torch.Tensor] = {}
 
     def run(self) -> EngineLayout:
+        self._check_experts_stay()
         aliases = _shared_parameters(self.model)
         with load_form(self.model.modules()):
             with torch.device("meta"):
@@ -76,6 +78,18 @@ class _Describer:
             pairs = trace_load(self.model, self._pair_standins(quantized), self.targets)
             self._check_failures(pairs)
         return self._layout(plain, pairs, quantized, aliases)
+
+    def _check_experts_stay(self) -> None:
+        """Boxes are listed once; load balancing would move experts away from them."""
+        moving = []
+        for name, module in self.model.named_modules():
+            parallel = getattr(getattr(module, "moe_config", None), "moe_parallel_config", None)
+            if getattr(parallel, "enable_eplb", False):
+                moving.append(
+                    f"{name} (engine rank {self.rank}): expected experts that stay, found enable_eplb"
+                )
+        if moving:
+            raise UnsupportedLayout("expert parallel load balancing is on", moving)
 
     def _standins(self) -> dict[str, torch.Tensor]:
         return {
