@@ -25,6 +25,7 @@ __all__ = [
     "TransferTimeout",
     "UnsupportedLayout",
     "from_wire",
+    "gathered",
 ]
 
 
@@ -116,3 +117,18 @@ def from_wire(data: Mapping[str, Any]) -> Fp8SyncError:
     """Rebuild an error sent by a peer; an unknown kind becomes the base class."""
     cls = _BY_NAME.get(str(data.get("kind")), Fp8SyncError)
     return cls(str(data.get("summary", "")), [str(v) for v in data.get("violations", ())])
+
+
+def gathered(errors: Sequence[Fp8SyncError]) -> Fp8SyncError:
+    """Return the first error, carrying what the others say as violations of its own.
+
+    Args:
+        errors: at least one; causes before their consequences.
+    """
+    first, *others = errors
+    if not others:
+        return first
+    lines = [*first.violations]
+    for other in others:
+        lines += [f"{other.summary}: {line}" for line in other.violations] or [other.summary]
+    return type(first)(first.summary, lines)

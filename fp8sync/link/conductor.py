@@ -21,6 +21,7 @@ from fp8sync.errors import (
     PlanMismatch,
     UnsupportedLayout,
     from_wire,
+    gathered,
 )
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_all_held, check_all_used
@@ -183,10 +184,11 @@ class Conductor:
         if self.decided:
             done, lost = self._hear("engine", "committed")
             faults = _broken(done, lost)
-        error = faults[0].to_wire() if faults else None
-        self._spread("trainer", {"type": "outcome", "error": error})
-        if faults:
-            raise faults[0]
+        error = gathered(faults) if faults else None
+        outcome = {"type": "outcome", "error": error.to_wire() if error else None}
+        self._spread("trainer", outcome)
+        if error is not None:
+            raise error
         commits = [float(said["commit_s"]) for said in done]
         seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
         parts = tuple(part for share in self._sent for part in share.parts)
@@ -241,7 +243,9 @@ class Conductor:
             channel.send(message)
 
     def _manifests(self, role: str) -> list[Manifest]:
-        found = [channel.receive("manifest") for channel in self._each(role)]
+        found, refused = self._hear(role, "manifest")
+        if refused:
+            raise gathered(refused)
         if role == "trainer":
             self._seats = [Seat(**said["seat"]) for said in found]
         return [Manifest.from_json(said["manifest"]) for said in found]
@@ -306,8 +310,7 @@ class Conductor:
         for vote in votes:
             if vote["error"] is not None:
                 error = from_wire(vote["error"])
-                where = f"{vote['peer']}: " if self._engine_of[-1] else ""
-                faults.append(type(error)(where + error.summary, error.violations))
+                faults.append(type(error)(f"{vote['peer']}: {error.summary}", error.violations))
         return faults
 
 

@@ -166,7 +166,7 @@ def test_processing_that_fails(engine: Any) -> None:
     engine.apply_model(sabotage)
     # Connected now, so that on a GPU the layer cannot be proven to need no processing.
     link = fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
-    with pytest.raises(fp8sync.InstallFailed, match="no memory left"):
+    with pytest.raises(fp8sync.InstallFailed, match=f"engine rank 0: {target}: .*no memory left"):
         link.refit()
     engine.apply_model(repair)
     link.close()
@@ -243,6 +243,7 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
     source = Held(world.tiny_model("dense", 3))
     source.go.set()
     link = fp8sync.connect(source, engine, world.recipe("blockwise"), timeout_s=60.0)
+    before, digests = world.logprobs(engine), world.live_bytes(engine)
     source.go.clear()
     source.asked.clear()
     reports = []
@@ -253,6 +254,8 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
         link.refit()
     with pytest.raises(fp8sync.RefitInProgress):  # nor through another link
         fp8sync.refit(world.tiny_model("dense", 4), engine, world.recipe("blockwise"))
+    assert torch.equal(world.logprobs(engine), before)
+    assert world.live_bytes(engine) == digests
     source.go.set()
     first.join()
     assert [r.version for r in reports] == [1]

@@ -10,7 +10,7 @@ import fp8sync
 from fp8sync import errors
 from fp8sync.errors import Fp8SyncError, from_wire
 
-FAMILY = [getattr(errors, name) for name in errors.__all__ if name != "from_wire"]
+FAMILY = [getattr(errors, name) for name in errors.__all__ if name[0].isupper()]
 
 
 @pytest.mark.parametrize("kind", FAMILY)
@@ -44,3 +44,21 @@ def test_the_family_is_public() -> None:
     for kind in FAMILY:
         assert getattr(fp8sync, kind.__name__) is kind
         assert issubclass(kind, Fp8SyncError)
+
+
+def test_several_errors_become_one_that_says_all() -> None:
+    first = errors.InstallFailed("engine rank 0: no memory left", ["a", "b"])
+    others = [
+        errors.InstallFailed("engine rank 1: does not fit", ["c"]),
+        errors.EngineLost("engine rank 2 is gone"),
+    ]
+    assert errors.gathered([first]) is first
+    whole = errors.gathered([first, *others])
+    assert type(whole) is errors.InstallFailed
+    assert whole.summary == first.summary
+    assert whole.violations == (
+        "a",
+        "b",
+        "engine rank 1: does not fit: c",
+        "engine rank 2 is gone",
+    )

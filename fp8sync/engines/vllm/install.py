@@ -80,6 +80,7 @@ class ProcessInstall:
             InstallFailed: what vLLM raised, or a result that does not fit the live storage. The model
                 is as before.
         """
+        at = ""
         try:
             with self._device, default_dtype(self._dtype):
                 self._enter_load_form()
@@ -87,8 +88,10 @@ class ProcessInstall:
                 load_misc(self._model, self._staging, self._layout.quantize)
                 faults = unloaded(self._model, self._layout.open)
                 for entry in self._modules:
+                    at = f"{entry.name}: "
                     process_module(entry.module)
                     entry.after = ModuleState.capture(entry.module)
+                at = ""
                 self._attention.process()
             self._attention.restore()
             for entry in self._modules:
@@ -98,7 +101,7 @@ class ProcessInstall:
         # vLLM's processing may raise anything; whatever it is, the old weights go back first.
         except Exception as error:
             self.abandon()
-            raise InstallFailed(f"{type(error).__name__}: {error}") from error
+            raise InstallFailed(f"{at}{type(error).__name__}: {error}") from error
         if faults:
             self.abandon()
             raise InstallFailed("processed weights do not fit the live storages", faults)
