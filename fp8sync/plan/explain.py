@@ -74,5 +74,9 @@ class LinkPlan:
         self.plan = plan
 
     def explain(self) -> str:
-        """Return totals, bytes per link and the misc list with its reasons, as text."""
+        """Return totals, bytes per link and the misc list with its reasons, as text.
+
+        Example:
+            >>> print(link.plan.explain())  # doctest: +SKIP
+        """
         return explain(self.plan)
