@@ -10,7 +10,13 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.engines.vllm.handle import Handle, InFlight, in_thread, settle
-from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
+from fp8sync.errors import (
+    EngineLost,
+    Fp8SyncError,
+    TransferTimeout,
+    UnsupportedLayout,
+    gathered,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -101,7 +107,9 @@ class Fleet(Handle):
         """Call all engines at once, an engine of this process in the caller's thread.
 
         Raises:
-            Exception: of the first engine that is lost, or else of the first that failed.
+            Fp8SyncError: of the first engine that is lost, or else of the first that failed, with what
+                the others say.
+            Exception: another one, where no engine raised such.
         """
         here = next((e for e in self._engines if e.in_process), self._engines[0])
         answers = {e: in_thread(partial(call, e)) for e in self._engines if e is not here}
@@ -116,7 +124,9 @@ class Fleet(Handle):
             elif error is not None:
                 errors.append(error)
         if errors:
-            raise next((e for e in errors if isinstance(e, EngineLost)), errors[0])
+            known = [e for e in errors if isinstance(e, Fp8SyncError)]
+            known.sort(key=lambda e: not isinstance(e, EngineLost))
+            raise gathered(known) if known else errors[0]
         return [answers[engine].result() for engine in self._engines]
 
 
