@@ -15,9 +15,10 @@ from fp8sync.layouts.parse import parse_engine, parse_model, parse_settings, par
 from fp8sync.layouts.pieces import join_sides
 from fp8sync.manifest import Manifest
 from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
-from fp8sync.plan.forecast import Bandwidths, forecast, report
+from fp8sync.plan.figures import figures, report
+from fp8sync.plan.forecast import Bandwidths
 from fp8sync.plan.spread import side_of
-from fp8sync.plan.traffic import Traffic, traffic
+from fp8sync.plan.traffic import traffic
 from fp8sync.recipe import Formula, Recipe
 from fp8sync.verify import command
 
@@ -97,9 +98,10 @@ def _plan(arguments: argparse.Namespace) -> int:
     source = _side(arguments.trainer, parse_trainer, model)
     engines = [_side(text, parse_engine, model) for text in arguments.engine]
     bandwidths = parse_settings(Bandwidths, arguments.bandwidth)
-    found = traffic(source, join_sides(engines), arguments.bucket_bytes)
+    per_node = bandwidths.gpus_per_node
+    found = traffic(source, join_sides(engines), arguments.bucket_bytes, per_node)
     if arguments.json:
-        print(json.dumps(_figures(found, bandwidths, arguments.top), indent=1))
+        print(json.dumps(figures(found, bandwidths, arguments.top), indent=1))
     else:
         print(report(found, bandwidths, arguments.top))
     return 0
@@ -128,26 +130,6 @@ def _side(text: str, parse: Callable[[str], Layout], model: ModelShape | None) -
     if model is None:
         raise ValueError(f"{text!r} is a layout: say of which --model")
     return geometry(parse(text), model)
-
-
-def _figures(found: Traffic, bandwidths: Bandwidths, top: int) -> dict[str, object]:
-    ahead = forecast(found, bandwidths)
-    sent, received = found.sent(), found.received()
-    busiest = sorted(found.links.items(), key=lambda item: (-item[1], item[0]))[:top]
-    return {
-        "tensors": len(found.tensors),
-        "copies": found.copies,
-        "bytes": found.total_bytes,
-        "links": len(found.links),
-        "messages": found.messages,
-        "top_links": [[a, b, nbytes] for (a, b), nbytes in busiest],
-        "max_sent_bytes": max(sent.values(), default=0),
-        "max_received_bytes": max(received.values(), default=0),
-        "max_staged_bytes": max(found.staged.values(), default=0),
-        "amax_groups": found.amax.groups,
-        "wire_s": ahead.seconds,
-        "misc": found.misc,
-    }
 
 
 if __name__ == "__main__":

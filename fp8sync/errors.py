@@ -88,7 +88,7 @@ class InstallFailed(Fp8SyncError):
 
 
 class PeerFailed(Fp8SyncError):
-    """A trainer rank stopped because another one did, whose own error says more."""
+    """A rank stopped because another one did, whose own error says more."""
 
 
 class RefitInProgress(Fp8SyncError):

@@ -31,7 +31,7 @@ class TensorReport:
         reason: why it took the misc path; empty on bulk.
         encoding: `plain` or `blockwise`.
         formula: `pow2` or `fp32`; empty for plain tensors.
-        bytes: sent to all engine workers together, scales included.
+        bytes: taken by all engine workers together, scales included, whoever sent them.
         error: relative Frobenius error of quantization, ‖dequantized - w‖ / ‖w‖; 0.0 for plain, NaN
             where it was not measured: on every transport but `gloo`, and of FP8 pairs passed through.
 
@@ -55,9 +55,10 @@ class RefitReport:
 
     Args:
         version: 1 for a link's first refit.
-        bytes_sent: payload and headers, to all workers together.
+        bytes_sent: payload and headers, from trainer ranks to all workers together.
         seconds: wall seconds per stage: `quantize` and `send` (of the slowest trainer rank), `verify`
-            (until every worker had compared digests), `drain` (until requests in flight had ended or were
+            (until every worker had compared digests), `forward` (until workers had handed on to one
+            another what several of them want), `drain` (until requests in flight had ended or were
             frozen), `prepare`, `commit` and `total`.
         pause_s: how long the engine stood still, as the caller measured it: from the call of pause (with
             `wait`, from its answer) to the answer to resume, installing and caches included.
@@ -123,7 +124,9 @@ def _tensor_reports(
         errors[part.tensor][1] += part.norm_sq
     sent: Counter[str] = Counter()
     for copy in plan.copies:
-        if source_ranks is not None and copy.source_rank not in source_ranks:
+        if source_ranks is not None and (
+            copy.via is not None or copy.source_rank not in source_ranks
+        ):
             continue
         sent[copy.tensor] += copy.weight_bytes + 4 * math.prod(copy.scale_shape)
     return tuple(

@@ -25,11 +25,14 @@ from fp8sync.errors import (
 )
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_all_held, check_all_used
+from fp8sync.plan.forward import as_runs
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
-from fp8sync.sending.outgoing import Seat, choose_transport, message_bytes, not_linked
+from fp8sync.sending.nodes import choose_feeding
+from fp8sync.sending.outgoing import choose_transport, forward_bytes, message_bytes, not_linked
 from fp8sync.sending.sender import Sent, Written, named_error
 from fp8sync.transport import Invitation
+from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -82,7 +85,9 @@ class Conductor:
         self._engine_of = [number for number, workers in enumerate(engines) for _ in range(workers)]
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._channels: dict[tuple[str, int], Channel] = {}
-        self._seats: list[Seat] = []
+        self._seats: dict[str, list[Seat]] = {}
+        self._nodes: list[tuple[int, str]] = []
+        self._feeding = ""
         self._wanted, self.transport, self.transport_reason = transport, "", ""
         self.faults: list[Fp8SyncError] = []
         self.decided = False
@@ -139,12 +144,26 @@ class Conductor:
         self.faults = lost + _failures(sent) or _nonfinite(sent)
         refused = self._votes()
         self.faults = self.faults or refused
+        verified = time.perf_counter()
+        if self._nodes:
+            self._forward()
         self._sent = sent
         self._seconds = {
             "quantize": max(s.quantize_s for s in sent),
             "send": max(s.send_s for s in sent),
-            "verify": time.perf_counter() - began - sent_s,
+            "verify": verified - began - sent_s,
+            "forward": time.perf_counter() - verified,
         }
+
+    def _forward(self) -> None:
+        """Workers hand on to one another what trainer ranks sent, once all of it is verified."""
+        go = not self.faults
+        self._spread("engine", {"type": "forward", "go": go})
+        if go:
+            # A worker that stopped because another one did says less than that one.
+            self.faults = sorted(
+                self._votes(patience=2), key=lambda error: isinstance(error, PeerFailed)
+            )
 
     def _pass_on(self, written: Written | None) -> None:
         """This rank has written a part: once the others have theirs, workers verify it."""
@@ -215,13 +234,24 @@ class Conductor:
         self._tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
         check_all_used(wanted)
-        plan = self._member.make_plan(held, wanted, self._recipe)
+        plan = self._feed(self._member.make_plan(held, wanted, self._recipe))
         team = {"team": secrets.token_hex(8), "host": listener.host}
-        self._tell("trainer", {**opening, "destination": wanted.to_json(), **team})
+        common = {**opening, "destination": wanted.to_json(), "nodes": self._nodes}
+        self._tell("trainer", {**common, **team})
         self._compare(plan)
         self._open_transport(plan, **team)
         for channel in self._channels.values():
             channel.receive("ready")
+
+    def _feed(self, plan: Plan) -> Plan:
+        """Decide what workers of one node hand on to one another, and tell them who wants what they want."""
+        trainers = [self._member.seat, *self._seats["trainer"]]
+        engines = dict(enumerate(self._seats["engine"]))
+        feeding = choose_feeding(self._wanted, plan, trainers, engines, self._bucket_bytes)
+        for rank, channel in enumerate(self._each("engine")):
+            channel.send({"type": "shared", "runs": as_runs(feeding.sharers.get(rank, ()))})
+        self._nodes, self._feeding = list(feeding.nodes.items()), feeding.reason
+        return self._member.adopt(feeding.plan)
 
     def _accept_all(self, listener: Listener) -> None:
         for number in range(len(self._expected)):
@@ -246,8 +276,7 @@ class Conductor:
         found, refused = self._hear(role, "manifest")
         if refused:
             raise gathered(refused)
-        if role == "trainer":
-            self._seats = [Seat(**said["seat"]) for said in found]
+        self._seats[role] = [Seat(**said["seat"]) for said in found]
         return [Manifest.from_json(said["manifest"]) for said in found]
 
     def _compare(self, plan: Plan) -> None:
@@ -268,20 +297,22 @@ class Conductor:
     def _open_transport(self, plan: Plan, team: str, host: str) -> None:
         engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
         places = {rank: channel.receive("place") for rank, channel in engine.items()}
-        seats = [self._member.seat, *self._seats]
+        seats = [self._member.seat, *self._seats["trainer"]]
         try:
             kind, reason = choose_transport(self._wanted, plan, seats, places)
         except ValueError as error:
             raise UnsupportedLayout(str(error)) from error
         peers = {member: channel.peer for member, channel in self._channels.items()}
         size = message_bytes(kind, plan, self._bucket_bytes)
+        forward = forward_bytes(kind, plan, self._bucket_bytes) if self._nodes else 0
+        sizes = {"bucket_bytes": size, "forward_bytes": forward}
         carrier = "gloo" if not_linked(seats, places) else "nccl"
-        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, size, carrier)
+        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, sizes, carrier)
         for member, channel in self._channels.items():
             channel.send(self._invitation.to(*member))
         invited = self._invitation.to("trainer", 0)
         self._member.open(invited, self._bucket_bytes, self._timeout_s, team, host)
-        self.transport, self.transport_reason = kind, reason
+        self.transport, self.transport_reason = kind, f"{reason}; {self._feeding}"
 
     def _of_engine(self, rank: int) -> str:
         several = self._engine_of[-1] > 0
@@ -292,21 +323,27 @@ class Conductor:
         for channel in self._each(role):
             channel.try_send(message)
 
-    def _hear(self, role: str, kind: str) -> tuple[list[Message], list[Fp8SyncError]]:
+    def _hear(
+        self, role: str, kind: str, timeout_s: float | None = None
+    ) -> tuple[list[Message], list[Fp8SyncError]]:
         """Take a message of everyone who can be heard; who cannot is hung up on."""
         said: list[Message] = []
         lost: list[Fp8SyncError] = []
         for channel in self._each(role):
             try:
-                said.append({"peer": channel.peer, **channel.receive(kind)})
+                said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
             except Fp8SyncError as error:  # noqa: PERF203  (all are heard)
                 channel.close()
                 lost.append(error)
         return said, lost
 
-    def _votes(self) -> list[Fp8SyncError]:
-        """Return the errors of workers that are lost, then those that workers report."""
-        votes, faults = self._hear("engine", "vote")
+    def _votes(self, patience: int = 1) -> list[Fp8SyncError]:
+        """Return the errors of workers that are lost, then those that workers report.
+
+        Args:
+            patience: timeouts until a vote, where a worker may have waited for another one before.
+        """
+        votes, faults = self._hear("engine", "vote", patience * self._timeout_s)
         for vote in votes:
             if vote["error"] is not None:
                 error = from_wire(vote["error"])

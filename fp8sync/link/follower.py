@@ -13,6 +13,7 @@ from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, TransferTimeo
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
 from fp8sync.plan import LinkPlan
+from fp8sync.plan.forward import shared, with_forwarding
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sending.sender import Written, named_error
@@ -108,6 +109,8 @@ class Follower:
         wanted = Manifest.from_json(message["destination"])
         recipe = Recipe.from_json(message["recipe"])
         plan = member.make_plan(Manifest.from_json(message["manifest"]), wanted, recipe)
+        if nodes := dict(message["nodes"]):
+            plan = member.adopt(with_forwarding(plan, shared(plan, nodes)))
         mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
         channel.send({"type": "plan", "digests": mine})
         if channel.receive("agreed")["digests"] != mine:

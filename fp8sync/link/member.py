@@ -10,8 +10,9 @@ from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
-from fp8sync.sending.outgoing import Outgoing, Seat, Share, open_sender
+from fp8sync.sending.outgoing import Outgoing, Share, open_sender
 from fp8sync.trainers import join_team
+from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +55,7 @@ class Member:
     @property
     def seat(self) -> Seat:
         """Where this rank's weights are."""
-        return Seat.of(self.source)
+        return Seat.at(next(iter(self.source.storages().values())).device)
 
     def make_plan(self, held: Manifest, wanted: Manifest, recipe: Recipe) -> Plan:
         """Plan between all trainer ranks and all engine workers."""
@@ -62,6 +63,11 @@ class Member:
         requantize = recipe.requantizes
         self._plan = build_plan(held, wanted, exchange_amax=True, requantize=requantize)
         return self._plan
+
+    def adopt(self, plan: Plan) -> Plan:
+        """Go by `plan`, which says what is forwarded."""
+        self._plan = plan
+        return plan
 
     def open(
         self, choice: Choice, bucket_bytes: int, timeout_s: float, team: str, host: str

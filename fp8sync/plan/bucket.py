@@ -146,15 +146,17 @@ def _strip(copy: Copy, first: int, rows: int) -> Copy:
     start = (copy.start[0] + first, *copy.start[1:])
     shape = (rows, *copy.shape[1:])
     scale_at, source_scale_at = copy.scale_at, copy.source_scale_at
+    blocks = carried_blocks((start, shape), whole_grid=scale_at is None)[0]
+    moved = [b - a for a, b in zip(copy.scale_rect[0], blocks, strict=True)]
     if scale_at is not None:
-        blocks = carried_blocks((start, shape), whole_grid=False)[0]
-        moved = [b - a for a, b in zip(copy.scale_rect[0], blocks, strict=True)]
         scale_at = scale_at.at(moved)
     source_origin = copy.source_origin
-    if source_scale_at is not None:
-        local = [i + o for i, o in zip(index, source_origin or (0,) * len(index), strict=True)]
+    if source_scale_at is not None and source_origin:
+        local = [i + o for i, o in zip(index, source_origin, strict=True)]
         source_scale_at = source_scale_at.at([i // BLOCK for i in local])
-        source_origin = tuple(i % BLOCK for i in local) if source_origin else ()
+        source_origin = tuple(i % BLOCK for i in local)
+    elif source_scale_at is not None:
+        source_scale_at = source_scale_at.at(moved)
     return replace(
         copy,
         start=start,

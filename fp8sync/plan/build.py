@@ -53,6 +53,10 @@ class Plan:
         """Return the copies that arrive at one destination rank."""
         return self._by_destination.get(destination_rank, ())
 
+    def fed(self, destination_rank: int) -> tuple[Copy, ...]:
+        """Return the copies that trainer ranks send to one destination rank."""
+        return tuple(copy for copy in self.to_rank(destination_rank) if copy.via is None)
+
     def is_cut(self, copy: Copy) -> bool:
         """Whether `copy` begins or ends inside a block: it is quantized with a given amax then.
 

@@ -31,6 +31,9 @@ class Copy:
     With `source_scale_at` the source holds an FP8 pair. Its codes and scales are passed through unless
     there is a `source_origin`, the position of the first element within the source's own block: then
     the pair is dequantized, and quantized anew where the copy is blockwise.
+
+    A copy that other engine ranks of the node want as well is sent to one of them: `onward` are those that
+    its destination hands it on to, and with `via` it is the destination that gets it from that rank.
     """
 
     tensor: str
@@ -46,6 +49,8 @@ class Copy:
     scale_at: Placement | None
     source_scale_at: Placement | None = None
     source_origin: tuple[int, ...] = ()
+    via: int | None = None
+    onward: tuple[int, ...] = ()
 
     @property
     def rect(self) -> Rect:
@@ -80,9 +85,9 @@ class Copy:
     def to_json(self) -> list[Any]:
         """Return the copy as JSON-able data, the form that is digested.
 
-        `source_scale_at` is appended where there is one, then `source_origin`.
+        `source_scale_at` is appended where there is one, then `source_origin`, then what is forwarded.
         """
-        data = [
+        data: list[Any] = [
             self.tensor,
             list(self.start),
             list(self.shape),
@@ -99,6 +104,10 @@ class Copy:
             data.append(self.source_scale_at.to_json())
         if self.source_origin:
             data.append(list(self.source_origin))
+        if self.via is not None:
+            data.append({"via": self.via})
+        if self.onward:
+            data.append({"onward": list(self.onward)})
         return data
 
 

@@ -18,11 +18,12 @@ __all__ = ["LinkPlan", "explain"]
 
 def explain(plan: Plan) -> str:
     """Return what the plan does: totals, bytes per link, and the misc list with its reasons."""
-    links: Counter[tuple[int, int]] = Counter()
+    links: Counter[tuple[str, int, int]] = Counter()
     kinds: Counter[str] = Counter()
     for copy in plan.copies:
         nbytes = copy.weight_bytes + copy.scale_bytes
-        links[copy.source_rank, copy.destination_rank] += nbytes
+        side, sender = ("", copy.source_rank) if copy.via is None else ("engine ", copy.via)
+        links[side, sender, copy.destination_rank] += nbytes
         kinds[_kind(plan.tensors[copy.tensor])] += nbytes
     misc = [t for t in plan.tensors.values() if t.misc]
     lines = [
@@ -31,7 +32,7 @@ def explain(plan: Plan) -> str:
         *_scale_lines(plan),
         *(f"  {kind}: {nbytes:,} bytes" for kind, nbytes in sorted(kinds.items())),
         *_amax_lines(plan),
-        *(f"link {a} -> {b}: {nbytes:,} bytes" for (a, b), nbytes in sorted(links.items())),
+        *(f"link {side}{a} -> {b}: {n:,} bytes" for (side, a, b), n in sorted(links.items())),
         *(f"misc {t.name}: {t.misc}" for t in misc),
     ]
     return "\n".join(lines)

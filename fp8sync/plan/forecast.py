@@ -1,15 +1,24 @@
-"""How long a refit's wires will be busy, for a table of bandwidths; and the plan's figures as text."""
+"""How long a refit's wires will be busy, for a table of bandwidths, and whether forwarding pays."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable
+
     from fp8sync.plan.traffic import Traffic
 
-__all__ = ["Bandwidths", "Forecast", "forecast", "report"]
+__all__ = ["Bandwidths", "Forecast", "Links", "Outlook", "forecast", "wire_time"]
+
+Links = Mapping[tuple[int, int], int]
+"""Bytes by (sending rank, receiving rank)."""
+
+_WORTH = 0.9
+"""Forwarding has to bring the wire time below this part of it: a second round of votes is not in the forecast."""
 
 
 @dataclass(frozen=True)
@@ -37,79 +46,119 @@ class Forecast:
     """The busiest rank's wire time, by what keeps it busy.
 
     Args:
-        seconds: wire time of the refit: the busiest rank's.
-        rank: that rank, as `trainer 3` or `engine 0`.
-        node_bytes: bytes between GPUs of one node, all ranks.
+        seconds: wire time of the refit: the busiest rank's, and then the busiest forwarder's.
+        rank: the busiest rank, as `trainer 3` or `engine 0`.
+        node_bytes: bytes between GPUs of one node, all ranks, forwarded ones included.
         network_bytes: bytes between nodes, all ranks.
+        forwarded_bytes: bytes from engine rank to engine rank.
     """
 
     seconds: float
     rank: str
     node_bytes: int
     network_bytes: int
+    forwarded_bytes: int = 0
 
 
-def forecast(traffic: Traffic, bandwidths: Bandwidths) -> Forecast:
+@dataclass(frozen=True)
+class Outlook:
+    """Both ways to feed workers that want the same bytes.
+
+    Args:
+        direct: trainers send to every worker.
+        forwarded: trainers feed each node once, and workers hand on to one another; None where no two
+            workers of a node want the same.
+    """
+
+    direct: Forecast
+    forwarded: Forecast | None = None
+
+    @property
+    def pays(self) -> bool:
+        """Whether feeding each node once takes clearly less wire time."""
+        return self.forwarded is not None and self.forwarded.seconds < _WORTH * self.direct.seconds
+
+    @property
+    def chosen(self) -> Forecast:
+        """The way that is taken."""
+        return self.forwarded if self.forwarded is not None and self.pays else self.direct
+
+    @property
+    def reason(self) -> str:
+        """What is forwarded, or why nothing is."""
+        if self.forwarded is None:
+            return "nothing is forwarded: no two engine ranks of a node want the same"
+        times = (
+            f"{self.forwarded.seconds:.3g} s of wire time instead of {self.direct.seconds:.3g} s"
+        )
+        if self.pays:
+            nbytes = f"{self.forwarded.forwarded_bytes:,} bytes are forwarded"
+            return f"{nbytes}, each node being fed once: {times}"
+        return f"nothing is forwarded: feeding each node once would take {times}"
+
+
+def wire_time(
+    links: Links,
+    forwards: Links,
+    node_of: Callable[[str, int], Hashable],
+    bandwidths: Bandwidths,
+    bucket_bytes: int,
+) -> Forecast:
     """Return the wire time: the most time that any rank's links are busy, in or out.
 
-    Quantizing hides behind the wire and is not counted; nor is installing.
+    Workers forward once they have everything that trainer ranks send. Quantizing hides behind the wire
+    and is not counted; nor is installing.
+
+    Args:
+        links: from trainer rank to engine rank.
+        forwards: from engine rank to engine rank of its node.
+        node_of: the node of a rank, given `trainer` or `engine` and its number.
+        bandwidths: of the links.
+        bucket_bytes: payload of a message.
     """
-    per_node = bandwidths.gpus_per_node
-    last = max((source for source, _ in traffic.held.items()), default=0)
-    first_node = 0 if bandwidths.same_nodes else last // per_node + 1
     near: Counter[tuple[str, int]] = Counter()
     far: Counter[tuple[str, int]] = Counter()
     messages: Counter[tuple[str, int]] = Counter()
     node_bytes = 0
-    for (source, destination), nbytes in traffic.links.items():
-        same = source // per_node == first_node + destination // per_node
+    for (source, destination), nbytes in links.items():
+        same = node_of("trainer", source) == node_of("engine", destination)
         node_bytes += nbytes * same
-        count = -(-nbytes // traffic.bucket_bytes)
         for end in (("trainer", source), ("engine", destination)):
             (near if same else far)[end] += nbytes
-            messages[end] += count
+            messages[end] += -(-nbytes // bucket_bytes)
     busy = {
         end: max(near[end] / bandwidths.node_gb_s, far[end] / bandwidths.network_gb_s) / 1e9
         + messages[end] * bandwidths.message_us / 1e6
         for end in messages
     }
     slowest = max(busy, key=lambda end: busy[end], default=("trainer", 0))
-    network = traffic.total_bytes - node_bytes
-    return Forecast(busy.get(slowest, 0.0), f"{slowest[0]} {slowest[1]}", node_bytes, network)
-
-
-def report(traffic: Traffic, bandwidths: Bandwidths, top: int = 10) -> str:
-    """Return the figures of a refit as text: totals, busiest links and ranks, memory, time, misc."""
-    sent, received = traffic.sent(), traffic.received()
-    found = forecast(traffic, bandwidths)
-    buffers = 2 * traffic.bucket_bytes
-    misc = traffic.misc
-    peak = max(traffic.staged.values(), default=0) + buffers
-    links = sorted(traffic.links.items(), key=lambda item: (-item[1], item[0]))
-    lines = [
-        f"{len(traffic.tensors):,} tensors in {traffic.copies:,} copies, {traffic.total_bytes:,} bytes",
-        f"{len(traffic.links):,} links, {traffic.messages:,} messages of {traffic.bucket_bytes:,} bytes",
-        _extremes("sent by a trainer rank", [sent[r] for r in traffic.held]),
-        _extremes("received by an engine rank", [received[r] for r in traffic.staged]),
-        *(f"link {a} -> {b}: {nbytes:,} bytes" for (a, b), nbytes in links[:top]),
-        f"peak memory, trainer rank: {buffers:,} bytes (two buckets)",
-        f"peak memory, engine rank: {peak:,} bytes (staging and two buckets)",
-    ]
-    if traffic.amax.groups:
-        lines.append(
-            f"partial amax: {traffic.amax.blocks:,} blocks of {traffic.amax.tensors:,} tensors in "
-            f"{traffic.amax.groups:,} groups"
-        )
-    lines.append(
-        f"wire time: {found.seconds:.3f} s, {found.rank} being the busiest; "
-        f"{found.node_bytes:,} bytes within nodes at {bandwidths.node_gb_s:g} GB/s a GPU, "
-        f"{found.network_bytes:,} between nodes at {bandwidths.network_gb_s:g} GB/s a GPU"
+    passing: dict[tuple[str, int], float] = defaultdict(float)
+    for (source, destination), nbytes in forwards.items():
+        took = nbytes / bandwidths.node_gb_s / 1e9
+        took += -(-nbytes // bucket_bytes) * bandwidths.message_us / 1e6
+        passing["out", source] += took
+        passing["in", destination] += took
+    forwarded = sum(forwards.values())
+    return Forecast(
+        busy.get(slowest, 0.0) + max(passing.values(), default=0),
+        f"{slowest[0]} {slowest[1]}",
+        node_bytes + forwarded,
+        sum(links.values()) - node_bytes,
+        forwarded,
     )
-    lines.append(f"misc: {len(misc)} tensors")
-    lines += [f"  {name}: {reason}" for name, reason in misc.items()]
-    return "\n".join(lines)
 
 
-def _extremes(what: str, values: list[int]) -> str:
-    low, high = min(values, default=0), max(values, default=0)
-    return f"{what}: {low:,} to {high:,} bytes"
+def forecast(traffic: Traffic, bandwidths: Bandwidths) -> Outlook:
+    """Return the wire time of both ways."""
+    per_node = bandwidths.gpus_per_node
+    last = max(traffic.held, default=0)
+    first = {"trainer": 0, "engine": 0 if bandwidths.same_nodes else last // per_node + 1}
+
+    def node_of(side: str, rank: int) -> int:
+        return first[side] + rank // per_node
+
+    about = node_of, bandwidths, traffic.bucket_bytes
+    direct = wire_time(traffic.links, {}, *about)
+    if not traffic.forwards:
+        return Outlook(direct)
+    return Outlook(direct, wire_time(traffic.fed, traffic.forwards, *about))

@@ -46,12 +46,16 @@ class Traffic:
 
     Args:
         tensors: as they will be sent; `misc` gives the reason for the engine's own loader.
-        links: bytes from a trainer rank to an engine rank, scales included.
+        links: bytes from a trainer rank to an engine rank, scales included, if trainers send everything.
         copies: rectangles moved.
         staged: bytes that each engine rank holds until it commits.
         held: bytes of the trainer's own weights, by rank.
         amax: the exchange before cut blocks are quantized.
         bucket_bytes: payload of a message.
+        fed: as `links`, if each node is fed once with what several of its engine ranks want; empty
+            where none do.
+        forwards: bytes that go from one engine rank to another then. Tensors that are alike are dealt
+            evenly; the plan of a link deals them one by one.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -61,6 +65,8 @@ class Traffic:
     held: Mapping[int, int]
     amax: AmaxTraffic = field(default_factory=AmaxTraffic)
     bucket_bytes: int = DEFAULT_BUCKET_BYTES
+    fed: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    forwards: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     @property
     def total_bytes(self) -> int:
@@ -105,14 +111,66 @@ class _Kind:
     scaled: bool
     whole: bool
 
+    def sender(self, part: PartOf, rank: int) -> int:
+        """Return the trainer rank whose turn it is to send a part to an engine rank."""
+        i, j = sender(part.owners, self.first, rank)
+        return self.source.ranks[i][j]
 
-def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> Traffic:
+
+class _Relay:
+    """Links where every node is fed once."""
+
+    def __init__(self, gpus_per_node: int) -> None:
+        self._per_node = gpus_per_node
+        self._load: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        self._nodes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
+        self.fed: Counter[tuple[int, int]] = Counter()
+        self.forwards: Counter[tuple[int, int]] = Counter()
+
+    def share(self, senders: Mapping[int, int], nbytes: int, count: int) -> None:
+        """Add a part of `count` tensors alike, dealt evenly among those of each node who want it.
+
+        Args:
+            senders: by engine rank that wants the part, the trainer rank that would send it there.
+            nbytes: of one tensor's part.
+            count: of tensors.
+        """
+        for sharers in self._by_node(tuple(senders)):
+            if len(sharers) == 1:
+                self.fed[senders[sharers[0]], sharers[0]] += nbytes * count
+                continue
+            load = self._load[sharers]
+            each, more = divmod(count, len(sharers))
+            for place, rank in enumerate(sorted(sharers, key=load.__getitem__)):
+                own = nbytes * (each + (place < more))
+                if own:
+                    load[rank] += own
+                    self.fed[senders[rank], rank] += own
+                    self.forwards.update({(rank, other): own for other in sharers if other != rank})
+
+    def _by_node(self, ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
+        found = self._nodes.get(ranks)
+        if found is None:
+            nodes: dict[int, list[int]] = defaultdict(list)
+            for rank in ranks:
+                nodes[rank // self._per_node].append(rank)
+            found = self._nodes[ranks] = [tuple(sorted(n)) for n in nodes.values()]
+        return found
+
+
+def traffic(
+    source: Side,
+    destination: Side,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+    gpus_per_node: int = 1,
+) -> Traffic:
     """Count what a refit from `source` to `destination` will move.
 
     Args:
         source: the trainer's geometry, all ranks.
         destination: the engine's, all ranks (of several engines, if they are fed together).
         bucket_bytes: payload of a message.
+        gpus_per_node: engine ranks fill nodes in order.
 
     Raises:
         TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
@@ -121,6 +179,7 @@ def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_
     kinds = _kinds(source, destination, infos)
     router = Router()
     links: Counter[tuple[int, int]] = Counter()
+    relay = _Relay(gpus_per_node)
     staged: Counter[int] = Counter()
     copies = 0
     faults: list[str] = []
@@ -135,7 +194,10 @@ def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_
             copies += count * len(filling.parts) * len(ranks)
             for part in filling.parts:
                 nbytes = count * _part_bytes(part, kind)
-                _share(links, kind, part, ranks, nbytes)
+                senders = {rank: kind.sender(part, rank) for rank in ranks}
+                for rank, source_rank in senders.items():
+                    links[source_rank, rank] += nbytes
+                relay.share(senders, nbytes // count, count)
             nbytes = count * (
                 volume(rect) * kind.item_bytes + 4 * kind.scaled * math.prod(block_shape(rect[1]))
             )
@@ -144,7 +206,8 @@ def traffic(source: Side, destination: Side, bucket_bytes: int = DEFAULT_BUCKET_
     if faults:
         raise UnsupportedLayout("the layouts cannot be joined exactly", faults)
     amax = _amax(source, infos)
-    return Traffic(infos, links, copies, staged, _held(source), amax, bucket_bytes)
+    about = infos, links, copies, staged, _held(source), amax, bucket_bytes
+    return Traffic(*about, relay.fed, relay.forwards) if relay.forwards else Traffic(*about)
 
 
 def _kinds(
@@ -194,20 +257,6 @@ def _part_bytes(part: PartOf, kind: _Kind) -> int:
         return volume(part.rect) * kind.item_bytes
     blocks = carried_blocks(part.rect, whole_grid=not kind.scaled)
     return volume(part.rect) + 4 * math.prod(blocks[1])
-
-
-def _share(
-    links: Counter[tuple[int, int]],
-    kind: _Kind,
-    part: PartOf,
-    ranks: tuple[int, ...],
-    nbytes: int,
-) -> None:
-    """Add a part's bytes to the links of the holders whose turn it is."""
-    holders = kind.source.ranks
-    for rank in ranks:
-        i, j = sender(part.owners, kind.first, rank)
-        links[holders[i][j], rank] += nbytes
 
 
 def _held(source: Side) -> Counter[int]:

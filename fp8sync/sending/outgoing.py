@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fp8sync.sending.golden import GoldenSender
 from fp8sync.sending.grouped import GroupSender
 from fp8sync.sending.sender import Sender, Sent, Told
 from fp8sync.sending.writer import Writer
-from fp8sync.transport.memory import gpu_id, host_id
+from fp8sync.transport.memory import host_id
 from fp8sync.wire.tables import unwritable
 
 if TYPE_CHECKING:
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from fp8sync.sending.exchange import AmaxExchange
     from fp8sync.sources import Source
     from fp8sync.transport import Choice
+    from fp8sync.transport.seat import Seat
     from fp8sync.wire.payload import Storages
 
 __all__ = [
     "Outgoing",
-    "Seat",
     "Share",
     "choose_transport",
+    "forward_bytes",
     "message_bytes",
     "not_linked",
     "open_sender",
@@ -72,23 +73,6 @@ class Share:
         A collective of the ranks that share blocks: once per refit, whatever else fails.
         """
         return self.exchange.agree(self.source.storages)
-
-
-@dataclass(frozen=True)
-class Seat:
-    """Where a trainer rank's weights are: `host_id`, and the GPU's identity or an empty string."""
-
-    host: str
-    gpu: str
-
-    @classmethod
-    def of(cls, source: Source) -> Seat:
-        """Return this process's seat."""
-        return cls(host_id(), gpu_id(next(iter(source.storages().values())).device))
-
-    def to_json(self) -> dict[str, str]:
-        """Return `{"host", "gpu"}`."""
-        return asdict(self)
 
 
 def choose_transport(
@@ -156,8 +140,17 @@ def message_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
     """
     if kind != "nccl":
         return bucket_bytes
-    routes = {(copy.source_rank, copy.destination_rank) for copy in plan.copies}
+    routes = {(c.source_rank, c.destination_rank) for c in plan.copies if c.via is None}
     peers = Counter(("from", a) for a, _ in routes) + Counter(("to", b) for _, b in routes)
+    return bucket_bytes // max(peers.values(), default=1)
+
+
+def forward_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
+    """Return the payload of a message between workers; by `nccl`, those of a turn share a bucket's bytes."""
+    if kind != "nccl":
+        return bucket_bytes
+    routes = {(c.via, c.destination_rank) for c in plan.copies if c.via is not None}
+    peers = Counter(rank for route in routes for rank in route)
     return bucket_bytes // max(peers.values(), default=1)
 
 

@@ -151,7 +151,7 @@ def own_buckets(share: Share, ranks: Iterable[int], bucket_bytes: int) -> list[B
     return [
         bucket
         for rank in ranks
-        for bucket in fill_buckets(share.plan.to_rank(rank), bucket_bytes)
+        for bucket in fill_buckets(share.plan.fed(rank), bucket_bytes)
         if bucket.source_rank == share.rank
     ]
 

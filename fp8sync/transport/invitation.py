@@ -29,7 +29,8 @@ class Invitation:
         timeout_s: how long a member waits for another.
         peers: name of every other member, by (role, rank).
         places: what each worker said of its staging memory, by engine rank.
-        bucket_bytes: payload of a message.
+        sizes: payloads in bytes: `bucket_bytes` of a message from a trainer rank, `forward_bytes` of one
+            from worker to worker, 0 where nothing is forwarded.
         carrier: `nccl` or `gloo`: what carries the messages of `golden`.
     """
 
@@ -40,7 +41,7 @@ class Invitation:
         timeout_s: float,
         peers: Mapping[tuple[str, int], str],
         places: Mapping[int, Mapping[str, Any]],
-        bucket_bytes: int,
+        sizes: Mapping[str, int],
         carrier: str,
     ) -> None:
         names = {("trainer", 0): "trainer rank 0", **peers}
@@ -50,7 +51,7 @@ class Invitation:
         self._common: Choice = {
             "type": "transport",
             "kind": kind,
-            "bucket_bytes": bucket_bytes,
+            **sizes,
             "members": workers,
             "names": [names[member] for member in order],
         }

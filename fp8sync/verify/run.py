@@ -205,10 +205,11 @@ def _fresh_difference(
 
 
 def _links(plan: Plan) -> list[list[int]]:
-    """[trainer rank, engine rank, bytes] of one refit."""
+    """[trainer rank, engine rank, bytes] of one refit, without what workers forward."""
     nbytes: Counter[tuple[int, int]] = Counter()
     for copy in plan.copies:
-        nbytes[copy.source_rank, copy.destination_rank] += copy.weight_bytes + copy.scale_bytes
+        if copy.via is None:
+            nbytes[copy.source_rank, copy.destination_rank] += copy.weight_bytes + copy.scale_bytes
     return [[*link, count] for link, count in sorted(nbytes.items())]
 
 

@@ -29,12 +29,14 @@ def forecast(trainer: str, engine: str, model: str) -> dict[str, float]:
     """All of `fp8sync plan`, and the plan of one engine rank in full."""
     from fp8sync.layouts import geometry
     from fp8sync.layouts.parse import parse_engine, parse_model, parse_trainer
-    from fp8sync.plan.forecast import Bandwidths, report
+    from fp8sync.plan.figures import report
+    from fp8sync.plan.forecast import Bandwidths
     from fp8sync.plan.traffic import traffic
 
     began, wall = time.process_time(), time.perf_counter()
     shape = parse_model(model)
-    found = traffic(geometry(parse_trainer(trainer), shape), geometry(parse_engine(engine), shape))
+    sides = geometry(parse_trainer(trainer), shape), geometry(parse_engine(engine), shape)
+    found = traffic(*sides, gpus_per_node=Bandwidths().gpus_per_node)
     report(found, Bandwidths())
     return {
         "cpu_s": time.process_time() - began,

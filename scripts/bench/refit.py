@@ -304,13 +304,15 @@ class Run:
                 out_file.write(json.dumps(row) + "\n")
 
 
-def _link_bytes(plan: Plan) -> tuple[Counter[int], Counter[int]]:
-    """Bytes out of every trainer rank, and into every worker."""
-    out: Counter[int] = Counter()
+def _link_bytes(plan: Plan) -> tuple[Counter[str], Counter[int]]:
+    """Bytes out of every trainer rank and every worker that forwards, and into every worker."""
+    out: Counter[str] = Counter()
     into: Counter[int] = Counter()
     for copy in plan.copies:
         nbytes = copy.weight_bytes + copy.scale_bytes
-        out[copy.source_rank] += nbytes
+        out[f"engine {copy.via}" if copy.via is not None else f"trainer {copy.source_rank}"] += (
+            nbytes
+        )
         into[copy.destination_rank] += nbytes
     return out, into
 

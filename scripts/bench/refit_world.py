@@ -26,16 +26,19 @@ from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
 from fp8sync.plan import build_plan
 from fp8sync.plan.boxes import touched_blocks
+from fp8sync.plan.forward import from_runs, with_forwarding
 from fp8sync.recipe import Encoding, Recipe
 from fp8sync.sources import LiveSource
 from fp8sync.transport.memory import gpu_id
+from fp8sync.transport.seat import Seat
 from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fp8sync.manifest import Box, TensorInfo
+    from fp8sync.wire.payload import Storages
 
 TIMEOUT_S = 60.0
 Tensors = dict[str, torch.Tensor]
@@ -197,8 +200,11 @@ class Worker:
         self._channel = channel = _reach(store, key)
         channel.send({"type": "join", "role": "engine", "rank": self._rank})
         source = Manifest.from_json(channel.receive("source")["manifest"])
-        channel.send({"type": "manifest", "manifest": self._wanted.to_json()})
+        seat = Seat.at(self._device).to_json()
+        channel.send({"type": "manifest", "manifest": self._wanted.to_json(), "seat": seat})
         plan = build_plan(source, self._wanted, exchange_amax=True)
+        if sharers := from_runs(channel.receive("shared")["runs"]):
+            plan = with_forwarding(plan, {self._rank: sharers})
         channel.send({"type": "plan", "digests": {str(self._rank): plan.digest(self._rank)}})
         channel.receive("agreed")
         place = {"type": "place", "memory": self._staging.export().to_json()}
@@ -206,23 +212,30 @@ class Worker:
         intake = Intake(
             channel, self._staging, source, self._wanted, plan, self._rank, self._device
         )
-        self._receiver = open_receiver(channel.receive("transport"), intake)
+        choice = channel.receive("transport")
+        self._forwards = bool(choice["forward_bytes"])
+        self._receiver = open_receiver(choice, intake)
         channel.send({"type": "ready", "direct": 0})
 
     def take(self) -> None:
         """One version, to the vote and through the commit."""
         channel = self._channel
         version = int(channel.receive("version")["version"])
-        error: dict[str, Any] | None = None
-        try:
-            self._receiver.receive(version, self.staged)
-        except Fp8SyncError as caught:
-            error = caught.to_wire()
-        channel.send({"type": "vote", "error": error})
+        self._vote(self._receiver.receive, version)
+        if self._forwards and channel.receive("forward")["go"]:
+            self._vote(self._receiver.forward, version)
         channel.receive("prepare")
         channel.send({"type": "vote", "error": None})
         channel.receive("decision")
         channel.send({"type": "committed", "commit_s": 0.0, "failure": ""})
+
+    def _vote(self, step: Callable[[int, Storages], None], version: int) -> None:
+        error: dict[str, Any] | None = None
+        try:
+            step(version, self.staged)
+        except Fp8SyncError as caught:
+            error = caught.to_wire()
+        self._channel.send({"type": "vote", "error": error})
 
     def leave(self) -> None:
         """Leave the link; staging memory stays."""

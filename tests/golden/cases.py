@@ -9,6 +9,14 @@ import torch
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import Plan, build_plan, fill_buckets
+from fp8sync.plan.forward import (
+    as_runs,
+    forwarding_digest,
+    forwarding_rows,
+    handed_on,
+    shared,
+    with_forwarding,
+)
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.wire.header import ABORT, Header
 from fp8sync.wire.payload import pack
@@ -112,6 +120,28 @@ def plan_json() -> str:
     return pretty(data)
 
 
+def forward_json() -> str:
+    """Two engine ranks of one node that want the same: the plan of each, and what goes between them."""
+    engine = engine_manifest()
+    boxes = engine.ranks[ENGINE_RANK]
+    both = Manifest.of(engine.tensors.values(), {ENGINE_RANK: boxes, ENGINE_RANK + 1: boxes})
+    direct = build_plan(source_manifest(), both)
+    sharers = shared(direct, dict.fromkeys(both.ranks, "node"))
+    made = with_forwarding(direct, sharers)
+    data = {
+        "shared": {rank: as_runs(ranks) for rank, ranks in sharers.items()},
+        "copies": [copy.to_json() for copy in made.copies],
+        "digests": {rank: made.digest(rank) for rank in both.ranks},
+    }
+    for source, destination in ((1, 2), (2, 1)):
+        copies = handed_on(made, source, destination)
+        data[f"{source} to {destination}"] = {
+            "rows": forwarding_rows(copies),
+            "digest": forwarding_digest(copies).hex(),
+        }
+    return pretty(data)
+
+
 def bucket_hex() -> str:
     """Every message of version 3 in order, a line of 16 bytes each, then an abort."""
     made = plan()
@@ -206,6 +236,7 @@ def descriptor_json() -> str:
 FILES = {
     "manifest.json": manifest_json,
     "plan.json": plan_json,
+    "forward.json": forward_json,
     "bucket.hex": bucket_hex,
     "descriptor.json": descriptor_json,
 }

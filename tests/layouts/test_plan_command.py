@@ -179,13 +179,13 @@ def test_bandwidths_say_how_long() -> None:
     """Two trainer ranks, two engine ranks: 10 GB within a node, 1 GB to the next."""
     moved = Traffic({}, {(0, 0): 10**10, (1, 1): 10**9}, 2, {0: 0, 1: 0}, {0: 0, 1: 0})
     near = Bandwidths(gpus_per_node=2, node_gb_s=100.0, network_gb_s=50.0, message_us=0.0)
-    assert forecast(moved, near).seconds == pytest.approx(10 / 50)
-    assert forecast(moved, near).network_bytes == 11 * 10**9
+    assert forecast(moved, near).chosen.seconds == pytest.approx(10 / 50)
+    assert forecast(moved, near).chosen.network_bytes == 11 * 10**9
     together = Bandwidths(2, 100.0, 50.0, 0.0, same_nodes=True)
-    assert forecast(moved, together).seconds == pytest.approx(10 / 100)
-    assert forecast(moved, together).rank == "trainer 0"
+    assert forecast(moved, together).chosen.seconds == pytest.approx(10 / 100)
+    assert forecast(moved, together).chosen.rank == "trainer 0"
     slow = Bandwidths(2, 1e9, 1e9, 1000.0)
-    assert forecast(moved, slow).seconds == pytest.approx(38 * 1e-3)  # 38 buckets of 256 MiB
+    assert forecast(moved, slow).chosen.seconds == pytest.approx(38 * 1e-3)  # 38 buckets of 256 MiB
 
 
 @pytest.mark.parametrize(("dp", "engines"), [(2, 1), (3, 1), (4, 2), (8, 1), (8, 16), (5, 7)])

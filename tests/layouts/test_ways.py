@@ -17,18 +17,20 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.engines.vllm.receive import BucketReceiver, Intake, Receiver
+from fp8sync.engines.vllm.receive import Intake, Receiver
 from fp8sync.errors import CorruptBucket
 from fp8sync.layouts import manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.golden import GoldenSender
-from fp8sync.sending.grouped import BUFFERS, GroupSender
+from fp8sync.sending.grouped import GroupSender
 from fp8sync.sending.outgoing import Outgoing, Share
 from fp8sync.sending.sender import Sender
+from fp8sync.sending.turns import BUFFERS
 from fp8sync.transport import GlooGroup, Invitation
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unwritable
@@ -80,7 +82,7 @@ class Refit:
         trainers, workers = list(source), list(destination)
         peers = {("trainer", r): f"trainer rank {r}" for r in trainers if r}
         peers |= {("engine", r): f"engine rank {r}" for r in workers}
-        invitation = Invitation("gloo", "127.0.0.1", WAIT_S, peers, {}, BUCKET_BYTES, "gloo")
+        invitation = Invitation("gloo", "127.0.0.1", WAIT_S, peers, {}, {}, "gloo")
         members = dict(invitation.to("trainer", 0)["members"])
         self.pool = ThreadPoolExecutor(len(trainers) + len(workers))
         self.left: dict[int, list[int]] = {rank: [] for rank in trainers}
@@ -99,12 +101,14 @@ class Refit:
             return made(share, joined, members, BUCKET_BYTES)
 
         def receiver(rank: int) -> Receiver:
-            intake = Intake(None, None, *sides, plan, rank, CPU)
+            channel = SimpleNamespace(progress=lambda _: None)
+            intake = Intake(channel, None, *sides, plan, rank, CPU)
             joined = group("engine", rank)
             if way == "golden":
                 return GoldenReceiver(intake, joined, CPU)
-            made = GroupReceiver if way == "grouped" else BucketReceiver
-            return made(intake, joined, BUCKET_BYTES)
+            if way == "grouped":
+                return GroupReceiver(intake, joined, members, BUCKET_BYTES, BUCKET_BYTES)
+            return BucketReceiver(intake, joined, members, BUCKET_BYTES)
 
         senders = [self.pool.submit(sender, rank) for rank in trainers]
         receivers = [self.pool.submit(receiver, rank) for rank in workers]
@@ -128,6 +132,14 @@ class Refit:
             for rank, r in self.receivers.items()
         ]
         return [f.result() for f in sent], [f.exception() for f in taken]
+
+    def forward(self, version: int) -> list[BaseException | None]:
+        """Let workers hand on; what each of them raised."""
+        handed = [
+            self.pool.submit(r.forward, version, self.destination[rank])
+            for rank, r in self.receivers.items()
+        ]
+        return [f.exception() for f in handed]
 
 
 def writable(name: str) -> bool:
@@ -187,10 +199,17 @@ class Late:
         self._group, self._seconds, self._count = group, seconds, 0
 
     def exchange(self, sends: Any, receives: Any) -> Any:
+        self._sleep()
+        return self._group.exchange(sends, receives)
+
+    def send(self, message: torch.Tensor, to: int) -> None:
+        self._sleep()
+        self._group.send(message, to)
+
+    def _sleep(self) -> None:
         self._count += 1
         if self._count == 2:
             time.sleep(self._seconds)
-        return self._group.exchange(sends, receives)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._group, name)

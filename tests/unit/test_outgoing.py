@@ -8,8 +8,9 @@ import pytest
 
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.plan import build_plan
-from fp8sync.sending.outgoing import Seat, choose_transport, message_bytes
+from fp8sync.sending.outgoing import choose_transport, message_bytes
 from fp8sync.transport.memory import host_id
+from fp8sync.transport.seat import Seat
 from tests.layouts.cases import PAIRS
 
 MODEL = PAIRS["tp2-tp2"].model
@@ -18,7 +19,7 @@ CUT = "NCCL takes one rank per GPU, and 2 share a"
 
 
 def seats(*gpus: str, host: str = host_id()) -> list[Seat]:
-    return [Seat(host, gpu) for gpu in gpus]
+    return [Seat(host, gpu, host) for gpu in gpus]
 
 
 def places(*gpus: str, host: str = host_id()) -> dict[int, dict[str, Any]]:

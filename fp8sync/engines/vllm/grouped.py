@@ -11,19 +11,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import CorruptBucket, Fp8SyncError
-from fp8sync.plan import fill_buckets, in_turns
-from fp8sync.sending.grouped import AHEAD, lay_out
+from fp8sync.engines.vllm.relay import Relay, check_headers
+from fp8sync.errors import Fp8SyncError
+from fp8sync.plan import Bucket, fill_buckets, in_turns
+from fp8sync.plan.forward import handed_on, neighbours
+from fp8sync.sending.turns import AHEAD, lay_out
 from fp8sync.transport.nccl import NcclGroup
-from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
+from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unpack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
     from fp8sync.engines.vllm.receive import Intake
-    from fp8sync.sending.grouped import Turn
+    from fp8sync.sending.turns import Turn
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
     from fp8sync.wire.payload import Storages
@@ -37,15 +40,31 @@ class GroupReceiver:
     Args:
         intake: what to receive.
         group: the transport; trainer ranks have their own ranks as numbers.
+        members: number of every engine rank in the group.
         bucket_bytes: payload of a message.
+        forward_bytes: payload of a message between workers.
     """
 
-    def __init__(self, intake: Intake, group: Group, bucket_bytes: int) -> None:
+    def __init__(
+        self,
+        intake: Intake,
+        group: Group,
+        members: Mapping[int, int],
+        bucket_bytes: int,
+        forward_bytes: int,
+    ) -> None:
         self._rank, self._device, self._group = intake.rank, intake.device, group
-        buckets = fill_buckets(intake.plan.to_rank(intake.rank), bucket_bytes)
-        self._turns = lay_out(in_turns(buckets), self._device)
-        self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
-        self._headers = torch.zeros(len(buckets), HEADER_BYTES, dtype=torch.uint8).to(self._device)
+        plan = intake.plan
+        fed = in_turns(fill_buckets(plan.fed(self._rank), bucket_bytes))
+        forwarded: list[Bucket] = []
+        for route in neighbours(plan, self._rank):
+            forwarded += fill_buckets(handed_on(plan, *route), forward_bytes)
+        turns = lay_out([*fed, *in_turns(forwarded)], self._device)
+        self._turns = turns[: len(fed)]
+        self._relay = Relay(intake, group, members, turns[len(fed) :])
+        self._plan = bytes.fromhex(plan.digest(self._rank))[:16]
+        count = sum(len(turn.buckets) for turn in self._turns)
+        self._headers = torch.zeros(count, HEADER_BYTES, dtype=torch.uint8).to(self._device)
         slots = max((p.slots.stop for turn in self._turns for p in turn.buckets), default=1)
         self._digests = torch.zeros(slots, dtype=torch.int64, device=self._device)
         self._pointers: dict[str, int] = {}
@@ -54,7 +73,8 @@ class GroupReceiver:
     def open(cls, choice: Choice, intake: Intake) -> GroupReceiver:
         """Join the communicator of an invitation."""
         group = NcclGroup.join(choice, intake.device, intake.channel.timeout_s)
-        return cls(intake, group, choice["bucket_bytes"])
+        sizes = choice["bucket_bytes"], choice["forward_bytes"]
+        return cls(intake, group, dict(choice["members"]), *sizes)
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""
@@ -64,25 +84,15 @@ class GroupReceiver:
             self._take()
             headers, digests = self._headers.cpu(), self._digests.cpu()
         placed = [p for turn in self._turns for p in turn.buckets]
-        faults: list[str] = []
-        for row, place in zip(headers, placed, strict=True):
-            bucket, found = place.bucket, Header.unpack(bytes(row.tolist()))
-            if found.flags & ABORT:
-                raise Fp8SyncError(f"trainer rank {bucket.source_rank} stopped sending")
-            expected = Header(
-                index=bucket.index,
-                version=version,
-                payload_bytes=bucket.nbytes,
-                digest=int(digests[place.slots].sum()) % (1 << 64),
-                plan=self._plan,
-                parts=len(bucket.parts),
-            )
-            try:
-                found.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
-            except CorruptBucket as error:
-                faults += error.violations
-        if faults:
-            raise CorruptBucket("a bucket is not the one that the plan expects", faults)
+        where = f"engine rank {self._rank}"
+        void = check_headers(headers, placed, digests, version, lambda _: self._plan, where)
+        if void is not None:
+            raise Fp8SyncError(f"trainer rank {void} stopped sending")
+
+    def forward(self, version: int, staged: Storages) -> None:
+        """Hand on and take, turn by turn."""
+        with self._stream():
+            self._relay.run(version, staged)
 
     def close(self) -> None:
         """Leave the group; a `receive` under way ends with an error."""

@@ -5,26 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import torch
-
+from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.errors import CorruptBucket, Fp8SyncError
-from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.sending.writer import PARTS
-from fp8sync.transport import GlooGroup
-from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
-from fp8sync.wire.payload import Storages, unpack
-from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.manifest import Manifest
     from fp8sync.plan import Plan
     from fp8sync.transport import Choice
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["Intake", "Receiver", "open_receiver"]
 
@@ -40,8 +37,19 @@ class Receiver(Protocol):
             TransferTimeout, EngineLost: a trainer rank fell silent, or is gone.
         """
 
+    def forward(self, version: int, staged: Storages) -> None:
+        """Hand on what other workers of this node want as well, and take what they hand on, verified.
+
+        Called after `receive`, on all of them, on the ways that have a plan with `via`.
+
+        Raises:
+            CorruptBucket: as `receive`.
+            PeerFailed: another worker stopped.
+            TransferTimeout, EngineLost: another worker fell silent, or is gone.
+        """
+
     def close(self) -> None:
-        """Free what the way holds; a `receive` under way ends with an error."""
+        """Free what the way holds; a call under way ends with an error."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,9 @@ class StagingReceiver:
         self._channel, self._staging = intake.channel, intake.staging
         intake.staging.expect(intake.plan.to_rank(intake.rank), intake.rank)
 
+    def forward(self, version: int, staged: Storages) -> None:
+        """Nothing is forwarded: trainers write to every worker."""
+
     def close(self) -> None:
         """Nothing is held."""
 
@@ -91,72 +102,6 @@ class StagingReceiver:
                     failure = error
         if failure is not None:
             raise failure
-
-
-class BucketReceiver:
-    """Buckets over gloo, one at a time.
-
-    In turns of one from every trainer rank: each sends its next one while the others' are taken, so no
-    rank waits for longer than a turn.
-
-    Args:
-        intake: what to receive.
-        group: the transport; trainer ranks have their own ranks as numbers.
-        bucket_bytes: payload of a message.
-    """
-
-    def __init__(self, intake: Intake, group: GlooGroup, bucket_bytes: int) -> None:
-        self._rank, self._device, self._group = intake.rank, intake.device, group
-        turns = in_turns(fill_buckets(intake.plan.to_rank(intake.rank), bucket_bytes))
-        self._buckets = [bucket for turn in turns for bucket in turn]
-        self._plan = bytes.fromhex(intake.plan.digest(intake.rank))[:16]
-        size = max((b.nbytes for b in self._buckets), default=0)
-        self._message = torch.empty(HEADER_BYTES + size, dtype=torch.uint8)
-
-    @classmethod
-    def open(cls, choice: Choice, intake: Intake) -> BucketReceiver:
-        """Join the group of an invitation."""
-        group = GlooGroup.join(choice, intake.channel.timeout_s)
-        return cls(intake, group, choice["bucket_bytes"])
-
-    def close(self) -> None:
-        """The group ends with the last reference to it."""
-
-    def receive(self, version: int, staged: Storages) -> None:
-        """Take every bucket off the wire, verify it and unpack it."""
-        failure: Fp8SyncError | None = None
-        silent: set[int] = set()
-        for bucket in self._buckets:
-            if bucket.source_rank in silent:
-                continue
-            used = self._message[: HEADER_BYTES + bucket.nbytes]
-            self._group.receive(used, bucket.source_rank)
-            try:
-                header = Header.unpack(bytes(used[:HEADER_BYTES].numpy()))
-                if header.flags & ABORT:
-                    silent.add(bucket.source_rank)
-                    text = f"trainer rank {bucket.source_rank} stopped sending"
-                    failure = failure or Fp8SyncError(text)
-                    continue
-                self._check(header, bucket, used, version)
-            except CorruptBucket as error:
-                # What follows is taken off the wire, so that the senders are not left waiting.
-                failure = failure or error
-            if failure is None:
-                unpack(bucket, used[HEADER_BYTES:].to(self._device), staged)
-        if failure is not None:
-            raise failure
-
-    def _check(self, header: Header, bucket: Bucket, message: torch.Tensor, version: int) -> None:
-        expected = Header(
-            index=bucket.index,
-            version=version,
-            payload_bytes=bucket.nbytes,
-            digest=digest(message[HEADER_BYTES:]),
-            plan=self._plan,
-            parts=len(bucket.parts),
-        )
-        header.check(expected, f"engine rank {self._rank}, bucket {bucket.index}")
 
 
 _WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {

@@ -24,8 +24,10 @@ from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan
+from fp8sync.plan.forward import from_runs, with_forwarding
 from fp8sync.recipe import Recipe
 from fp8sync.transport.memory import gpu_id
+from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,6 +76,7 @@ class WorkerSession:
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
         self._failure: Fp8SyncError | None = None
+        self._forwards = False
         self._audit: Callable[[], Ledger] | None = None
         self._auditing = False
 
@@ -162,10 +165,16 @@ class WorkerSession:
         recipe = Recipe.from_json(message["recipe"])
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
-        self._channel.send({"type": "manifest", "manifest": layout.manifest.to_json()})
+        seat = Seat.at(self._device).to_json()
+        own = layout.manifest.to_json()
+        self._channel.send({"type": "manifest", "manifest": own, "seat": seat})
         plan = build_plan(
             source, layout.manifest, exchange_amax=True, requantize=recipe.requantizes
         )
+        sharers = from_runs(self._channel.receive("shared")["runs"])
+        # Not as many as copies: then the plans differ, which is found when they are compared.
+        if len(sharers) == len(plan.copies):
+            plan = with_forwarding(plan, {self._rank: sharers})
         self._compare(plan)
         layout = layout.with_misc_of(plan)
         direct = direct_modules(self._model, layout, self._device, self._dtype)
@@ -199,18 +208,36 @@ class WorkerSession:
                 logger.warning("fp8sync: staging memory cannot be shared: %s", error)
         self._channel.send(place)
         choice = self._channel.receive("transport")
+        self._forwards = bool(choice["forward_bytes"])
         about = held, wanted, plan, self._rank, self._device
         return open_receiver(choice, Intake(self._channel, self._staging, *about))
 
     def _receive(self, version: int) -> None:
+        self._stage(partial(self._take, version))
+        if self._forwards and self._may_forward():
+            self._stage(lambda: self._open_receiver().forward(version, self._staged))
+
+    def _take(self, version: int) -> None:
+        self._staged = self._staging.views()
+        self._open_receiver().receive(version, self._staged)
+
+    def _may_forward(self) -> bool:
+        """Wait for the word that every worker has what trainer ranks sent, or that one has not."""
         try:
-            self._staged = self._staging.views()
-            self._open_receiver().receive(version, self._staged)
+            return bool(self._channel.receive("forward", _PATIENCE * self._channel.timeout_s)["go"])
+        except Fp8SyncError as error:
+            self._failure = error
+            return False
+
+    def _stage(self, step: Callable[[], None]) -> None:
+        """Vote on one step of filling staging memory."""
+        try:
+            step()
         except Fp8SyncError as error:
             self._failure = error
         # The thread has no caller to raise to: the vote carries the reason.
         except Exception as error:
-            logger.exception("fp8sync: receiving version %d failed", version)
+            logger.exception("fp8sync: engine rank %d could not receive", self._rank)
             text = f"engine rank {self._rank}: {type(error).__name__}: {error}"
             self._failure = Fp8SyncError(text)
         said = self._failure.to_wire() if self._failure else None
