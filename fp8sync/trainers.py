@@ -17,7 +17,7 @@ from fp8sync.errors import Fp8SyncError, TransferTimeout
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.memory import gpu_id
 from fp8sync.transport.nccl import NcclGroup, new_unique_id
-from fp8sync.transport.rendezvous import own_host
+from fp8sync.transport.rendezvous import is_loopback, own_host
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
@@ -114,11 +114,12 @@ def join_team(
         EngineLost: NCCL refuses; says why.
     """
     store = dist.PrefixStore(f"fp8sync/{name}/{ranks[0]}", _get_default_store())
-    number = ranks.index(rank)
+    number, loopback = ranks.index(rank), is_loopback(host)
     names = [f"trainer rank {other}" for other in ranks]
     store.set(f"gpu/{rank}", gpu_id(device))
     if rank == ranks[0]:
-        store.set("nccl", new_unique_id() if device.type == "cuda" else "")
+        made = new_unique_id(loopback=loopback) if device.type == "cuda" else ""
+        store.set("nccl", made)
     keys = [f"gpu/{other}" for other in ranks]
     try:
         store.wait([*keys, "nccl"], timedelta(seconds=timeout_s))
@@ -127,5 +128,6 @@ def join_team(
         raise TransferTimeout(text) from error
     gpus = {store.get(key) for key in keys}
     if len(gpus) == len(ranks) and b"" not in gpus:
-        return NcclGroup(store.get("nccl").decode(), number, names, device, timeout_s)
+        unique_id = store.get("nccl").decode()
+        return NcclGroup(unique_id, number, names, device, timeout_s, loopback=loopback)
     return GlooGroup(store, number, len(ranks), own_host(host), timeout_s, dict(enumerate(names)))

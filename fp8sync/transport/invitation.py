@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.transport.nccl import new_unique_id
-from fp8sync.transport.rendezvous import Rendezvous
+from fp8sync.transport.rendezvous import Rendezvous, is_loopback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,10 @@ class Invitation:
             self._rendezvous = Rendezvous(host, timeout_s)
             self._common |= {"host": self._rendezvous.host, "port": self._rendezvous.port}
         if carrier == "nccl":
-            self._common["unique_id"] = new_unique_id()
+            # Members that reached us at a loopback address are on this host.
+            loopback = is_loopback(host)
+            unique_id = new_unique_id(loopback=loopback)
+            self._common |= {"unique_id": unique_id, "loopback": loopback}
 
     def to(self, role: str, rank: int) -> Choice:
         """Return the message for one member."""

@@ -3,12 +3,17 @@
 NCCL is called directly: torch's own group ends the whole process when a peer is lost, and an engine
 has to outlive its trainer. The communicator is non-blocking, so that joining has a time limit too, and
 lives beside whatever communicators trainer and engine already have: no call here waits for another.
+
+NCCL opens sockets of its own, and picks their interface when a process makes its first communicator. Where
+all members are on this host, that is loopback, unless `NCCL_SOCKET_IFNAME` says otherwise.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +23,12 @@ from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fp8sync.transport.group import Message
     from fp8sync.transport.invitation import Choice
 
-__all__ = ["NcclGroup", "new_unique_id"]
+__all__ = ["NcclGroup", "new_unique_id", "sockets"]
 
 _ID_BYTES = 128
 _SUCCESS, _IN_PROGRESS = 0, 7
@@ -50,10 +55,35 @@ class _Config(ctypes.Structure):
 _CONFIG = _Config(ctypes.sizeof(_Config), 0xCAFEBEEF, 21400, 0)
 
 
-def new_unique_id() -> str:
-    """Return what the members of a new communicator meet by, in hex."""
+_INTERFACE = "NCCL_SOCKET_IFNAME"
+
+
+@contextmanager
+def sockets(*, loopback: bool) -> Iterator[None]:
+    """Let NCCL choose its interface; with `loopback` that one, unless the user has named another.
+
+    It counts where it is the process's first communicator that is made within. Afterwards the environment
+    is as it was; NCCL goes on with what it has chosen.
+    """
+    if not loopback or _INTERFACE in os.environ:
+        yield
+        return
+    os.environ[_INTERFACE] = "=lo"
+    try:
+        yield
+    finally:
+        os.environ.pop(_INTERFACE, None)
+
+
+def new_unique_id(*, loopback: bool) -> str:
+    """Return what the members of a new communicator meet by, in hex.
+
+    Args:
+        loopback: whether all of them are on this host.
+    """
     found = _UniqueId()
-    _check(_nccl().ncclGetUniqueId(ctypes.byref(found)), "ncclGetUniqueId")
+    with sockets(loopback=loopback):
+        _check(_nccl().ncclGetUniqueId(ctypes.byref(found)), "ncclGetUniqueId")
     return bytes(found.internal).hex()
 
 
@@ -66,6 +96,7 @@ class NcclGroup:
         names: of all members, by number, for errors.
         device: this member's GPU; no two members may share one.
         timeout_s: limit of every wait for a peer.
+        loopback: whether all members are on this host.
 
     Raises:
         TransferTimeout: a member did not come in time.
@@ -79,12 +110,14 @@ class NcclGroup:
         names: Sequence[str],
         device: torch.device,
         timeout_s: float,
+        *,
+        loopback: bool,
     ) -> None:
         self._names, self._device, self._timeout_s = names, device, timeout_s
         self._number = number
         self._comm: ctypes.c_void_p | None = ctypes.c_void_p()
         made = _UniqueId((ctypes.c_ubyte * _ID_BYTES)(*bytes.fromhex(unique_id)))
-        with torch.cuda.device(device):
+        with torch.cuda.device(device), sockets(loopback=loopback):
             # Above the engine's own kernels: a transfer under way is not held up by a long forward.
             self._stream = torch.cuda.Stream(device, priority=-1)
             status = _nccl().ncclCommInitRankConfig(
@@ -96,7 +129,8 @@ class NcclGroup:
     @classmethod
     def join(cls, choice: Choice, device: torch.device, timeout_s: float) -> NcclGroup:
         """Join the communicator that trainer rank 0 invites to."""
-        return cls(choice["unique_id"], choice["rank"], choice["names"], device, timeout_s)
+        about = choice["unique_id"], choice["rank"], choice["names"]
+        return cls(*about, device, timeout_s, loopback=choice["loopback"])
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> torch.cuda.Event:
         """Enqueue one NCCL group on a stream of our own; see `Group`."""

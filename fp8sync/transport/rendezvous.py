@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from datetime import timedelta
+from ipaddress import ip_address
 from typing import Any
 
 import torch.distributed
@@ -12,7 +13,7 @@ from fp8sync.errors import TransferTimeout
 
 dist: Any = torch.distributed  # its classes of stores are not in its stubs
 
-__all__ = ["Rendezvous", "own_host", "reach"]
+__all__ = ["Rendezvous", "is_loopback", "own_host", "reach"]
 
 
 class Rendezvous:
@@ -51,6 +52,11 @@ def reach(host: str, port: int, timeout_s: float) -> Any:
     except RuntimeError as error:
         text = f"the rendezvous at {host}:{port} did not answer within {timeout_s:g} s"
         raise TransferTimeout(text) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bound address is one that this host alone can reach."""
+    return ip_address(host).is_loopback
 
 
 def own_host(host: str) -> str:

@@ -7,6 +7,7 @@ import signal
 import time
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -30,7 +31,7 @@ def pair(peer: Any, unique_id: str) -> Any:
 def join(number: int, unique_id: str, timeout_s: float = 60.0) -> NcclGroup:
     device = torch.device("cuda", number)
     torch.cuda.set_device(device)
-    return NcclGroup(unique_id, number, NAMES, device, timeout_s)
+    return NcclGroup(unique_id, number, NAMES, device, timeout_s, loopback=True)
 
 
 def pattern(number: int) -> torch.Tensor:
@@ -68,8 +69,25 @@ def send(group: NcclGroup) -> None:
 
 
 def test_a_message_arrives_whole() -> None:
-    unique_id = new_unique_id()
+    unique_id = new_unique_id(loopback=True)
     process = pair(taker, unique_id)
+    send(join(0, unique_id))
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def listener(unique_id: str) -> None:
+    group = join(1, unique_id)
+    take(group)
+    connections = psutil.Process().net_connections(kind="tcp")
+    listening = {c.laddr.ip for c in connections if c.status == psutil.CONN_LISTEN}
+    assert listening == {"127.0.0.1"}, listening
+
+
+def test_only_loopback_listens() -> None:
+    """In a process that has made no communicator before."""
+    unique_id = new_unique_id(loopback=True)
+    process = pair(listener, unique_id)
     send(join(0, unique_id))
     process.join(60)
     assert process.exitcode == 0
@@ -77,7 +95,7 @@ def test_a_message_arrives_whole() -> None:
 
 @pytest.mark.parametrize("peer", [dier, sleeper])
 def test_a_lost_peer_is_named_and_the_next_group_works(peer: Any) -> None:
-    unique_id = new_unique_id()
+    unique_id = new_unique_id(loopback=True)
     pair(peer, unique_id)
     group = join(0, unique_id)
     send(group)
@@ -92,14 +110,14 @@ def test_a_lost_peer_is_named_and_the_next_group_works(peer: Any) -> None:
 
 
 def test_a_member_that_does_not_come() -> None:
-    unique_id = new_unique_id()
+    unique_id = new_unique_id(loopback=True)
     pair(stranger, unique_id)
     with pytest.raises(TransferTimeout, match="engine rank 0 did not join the communicator"):
         join(0, unique_id, LIMIT_S)
 
 
 def test_two_members_on_one_gpu_are_refused() -> None:
-    unique_id = new_unique_id()
+    unique_id = new_unique_id(loopback=True)
     pair(squatter, unique_id)
     with pytest.raises(EngineLost, match="engine rank 0"):
         join(0, unique_id, 20.0)
@@ -108,4 +126,4 @@ def test_two_members_on_one_gpu_are_refused() -> None:
 def squatter(unique_id: str) -> None:
     torch.cuda.set_device(0)
     with pytest.raises(EngineLost):
-        NcclGroup(unique_id, 1, NAMES, torch.device("cuda", 0), 20.0)
+        NcclGroup(unique_id, 1, NAMES, torch.device("cuda", 0), 20.0, loopback=True)
