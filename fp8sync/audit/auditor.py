@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.audit.ledger import units_of
 from fp8sync.audit.report import MODULUS, AuditReport, Difference, Entry
+from fp8sync.audit.scales import KnownScales, common_factor, whose_scale
+from fp8sync.audit.units import units_of
 from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-    from fp8sync.audit.ledger import Ledger, Unit
+    from fp8sync.audit.ledger import Ledger
+    from fp8sync.audit.units import Unit
     from fp8sync.control import Channel
     from fp8sync.plan import Plan
 
@@ -128,19 +130,49 @@ class Auditor:
         want, here = (
             _elements(self._ask(side, unit.key, difference.kind, row), dtype) for side in sides
         )
-        column = int((want != here).any(dim=1).nonzero()[0])
-        values = [each.view(dtype).reshape(-1).float() for each in (want, here)]
-        found = _located(difference, unit, (row, column), *(v[column].item() for v in values))
-        first = column - (found.coordinate or (0,))[-1] % BLOCK
-        block = slice(max(first, 0), first + BLOCK)
-        factor = _common_factor(*(v[block] for v in values))
-        if difference.hint or unit.part.copy.encoding is Encoding.PLAIN or factor is None:
+        column = _first_difference(want, here)
+        values = want[column].float().item(), here[column].float().item()
+        found = _located(difference, unit, (row, column), *values)
+        if difference.hint or unit.part.copy.encoding is Encoding.PLAIN:
             return found
-        return replace(found, hint=f"its block is {factor:.4g} times the trainer's: a wrong scale")
+        return replace(found, hint=self._scale_hint(found, unit, (row, column), want, here))
+
+    def _scale_hint(
+        self,
+        difference: Difference,
+        unit: Unit,
+        place: tuple[int, int],
+        want: torch.Tensor,
+        here: torch.Tensor,
+    ) -> str:
+        """Say what is wrong with the scale of the block at `place`, (row, column) of the unit."""
+        at, (row, column) = difference.coordinate or (0, 0), place
+        codes = None
+        if difference.kind == "scale_inv":
+            block, within = (at[0], at[1]), slice(column, column + 1)
+        elif self._dtype(unit, "weight").itemsize == 1:
+            return ""  # the codes of a pair differ, whatever its scales
+        else:
+            block = at[0] // BLOCK, at[1] // BLOCK
+            within = slice(max(column - at[1] % BLOCK, 0), column - at[1] % BLOCK + BLOCK)
+            source = "trainer", unit.part.copy.source_rank
+            codes = _elements(self._ask(source, unit.key, "codes", row), torch.float8_e4m3fn)
+            codes = codes[within]
+        name = whose_scale(self._known_scales(unit), block, codes, here[within])
+        factor = None if name else common_factor(want[within].float(), here[within].float())
+        return f"its block is {factor:.4g} times the trainer's: a wrong scale" if factor else name
+
+    def _known_scales(self, unit: Unit) -> Iterator[KnownScales]:
+        """The trainer's scales of the whole tensor, as far as this engine rank holds it."""
+        for other in self._units:
+            copy = other.part.copy
+            if copy.tensor == unit.part.copy.tensor and other.key in self.expected:
+                side = "trainer", copy.source_rank
+                yield KnownScales(other, *self._ask(side, other.key, "scales", None))
 
     def _dtype(self, unit: Unit, kind: str) -> torch.dtype:
         copy = unit.part.copy
-        if kind == "scale_inv":
+        if kind == "scale_inv" or (self._plan.is_cut(copy) and copy.scale_at is not None):
             return torch.float32
         dequantized = copy.encoding is Encoding.BLOCKWISE and copy.scale_at is None
         name = self._plan.tensors[copy.tensor].dtype if dequantized else copy.dtype
@@ -153,18 +185,6 @@ class Auditor:
         return self._channels[side].receive("seen")["seen"]
 
 
-def _common_factor(expected: torch.Tensor, found: torch.Tensor) -> float | None:
-    """The factor between two rows of a block that were rounded to BF16, if there is one."""
-    used = expected != 0
-    ratios = found[used] / expected[used]
-    if not ratios.numel() or (found[~used] != 0).any():
-        return None
-    factor = ratios.mean()
-    # Each side was rounded once, by at most 2^-9 of its value.
-    close = ((ratios / factor - 1).abs() <= 2**-7).all()
-    return factor.item() if close and factor != 1 else None
-
-
 def _difference(unit: Unit, kind: str, hint: str) -> Difference:
     copy = unit.part.copy
     start = copy.start if kind == "weight" else copy.scale_rect[0]
@@ -172,9 +192,14 @@ def _difference(unit: Unit, kind: str, hint: str) -> Difference:
 
 
 def _elements(row: str, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of a row as bytes, uint8 [elements, itemsize]."""
-    data = torch.frombuffer(bytearray(base64.b64decode(row)), dtype=torch.uint8)
-    return data.view(-1, dtype.itemsize)
+    """The elements of a row."""
+    return torch.frombuffer(bytearray(base64.b64decode(row)), dtype=torch.uint8).view(dtype)
+
+
+def _first_difference(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The first element that differs in its bytes: NaN equals itself, and E4M3 needs no arithmetic."""
+    bytes_of = (each.view(torch.uint8).view(-1, each.itemsize) for each in (a, b))
+    return int(torch.ne(*bytes_of).any(dim=1).nonzero()[0])
 
 
 def _located(

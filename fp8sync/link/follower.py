@@ -79,7 +79,12 @@ class Follower:
     def audit(self) -> AuditReport:
         """Show what this rank holds, and return what rank 0 found."""
         self._opened(audit=True)
-        self._member.ledger().answer(self._channel)
+        try:
+            ledger = self._member.ledger()
+        except Fp8SyncError as error:
+            self._channel.try_send({"type": "error", "error": error.to_wire()})
+            raise
+        ledger.answer(self._channel)
         return AuditReport.from_json(self._channel.receive("audited")["report"])
 
     def _opened(self, *, audit: bool) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from fp8sync.audit.ledger import trainer_ledger
+from fp8sync.audit.trainer import trainer_ledger
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.outgoing import Outgoing, Share, open_sender
+from fp8sync.sending.sender import named_error
 from fp8sync.trainers import join_team
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from fp8sync.audit.ledger import Ledger
     from fp8sync.recipe import Recipe
@@ -44,6 +47,7 @@ class Member:
         self._plan: Plan | None = None
         self._held = Manifest({})
         self._bucket_bytes = 0
+        self._scales: dict[str, torch.Tensor] = {}
 
     @property
     def plan(self) -> Plan:
@@ -84,7 +88,7 @@ class Member:
         self._bucket_bytes = bucket_bytes
         device = next(iter(self.source.storages().values())).device
         join = partial(join_team, self.rank, device, team, host, timeout_s)
-        exchange = open_exchange(self.plan.amax, self.rank, device, join)
+        exchange = self._exchange = open_exchange(self.plan.amax, self.rank, device, join)
         about = self.source, self.rank, self._held, self.plan
         share = Share(*about, timeout_s, exchange, self._progress)
         self._sender = open_sender(choice, share)
@@ -100,11 +104,19 @@ class Member:
         return sent
 
     def ledger(self) -> Ledger:
-        """Return what this rank holds, for an audit; prepared on every rank, like a version."""
-        self.source.prepare()
-        storages = self.source.storages()
+        """Return what this rank holds, for an audit; a collective of all ranks, like a version."""
+        if self._exchange is None:
+            raise Fp8SyncError("the link was not established")
+        try:
+            self.source.prepare()
+            storages = self._exchange.agree(self.source.storages)
+        except Exception as error:
+            raise named_error(error, self.rank) from error
         self.source.release()
-        return trainer_ledger(storages, self.rank, self.plan, self._bucket_bytes)
+        about = self.rank, self.plan, self._bucket_bytes, self._scales
+        ledger = trainer_ledger(storages, self._exchange.amax, *about)
+        self._scales = ledger.scales
+        return ledger
 
     def close(self) -> None:
         """Free the way out; a `send` under way ends with an error."""

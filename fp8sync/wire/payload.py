@@ -17,7 +17,7 @@ from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwi
 if TYPE_CHECKING:
     from fp8sync.plan import AmaxGroup, Bucket, Copy, Part
 
-__all__ = ["Amax", "PartReport", "Storages", "pack", "unpack", "view"]
+__all__ = ["Amax", "PartReport", "Storages", "dequantized", "pack", "unpack", "view"]
 
 Storages = Mapping[str, torch.Tensor]
 """Local storages by name; placements index their elements from the storage's first."""
@@ -86,7 +86,7 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax
     first = touched_blocks(copy.rect)[0]
     scales.copy_(_cut(q.scale_inv, first, copy.scale_rect))
     exact = x.float()
-    error = _dequantized(q.weight, q.scale_inv, copy.origin, torch.float32) - exact
+    error = dequantized(q.weight, q.scale_inv, copy.origin, torch.float32) - exact
     sums = torch.stack([error.square().sum(), exact.square().sum()])
     squares = torch.nan_to_num(sums, posinf=0.0).tolist()
     return PartReport(copy.tensor, int(q.nonfinite), *squares)
@@ -108,7 +108,7 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
             continue
         scales = _elements(payload, part.scale_offset, copy.scale_shape, "float32")
         if copy.scale_at is None:
-            destination.copy_(_dequantized(codes, scales, copy.origin, destination.dtype))
+            destination.copy_(dequantized(codes, scales, copy.origin, destination.dtype))
         else:
             destination.copy_(codes)
             view(staging, copy.scale_at, copy.scale_shape).copy_(scales)
@@ -137,7 +137,7 @@ def _held_values(copy: Copy, codes: torch.Tensor, storages: Storages) -> torch.T
     origin = copy.source_origin
     grid = [-(-(o + n) // BLOCK) for o, n in zip(origin, copy.shape, strict=True)]
     scales = view(storages, copy.source_scale_at, grid)
-    return _dequantized(codes, scales, origin, torch.float32)
+    return dequantized(codes, scales, origin, torch.float32)
 
 
 def _origin(start: Sequence[int]) -> tuple[int, int]:
@@ -151,9 +151,17 @@ def _cut(grid: torch.Tensor, first: Sequence[int], rect: Rect) -> torch.Tensor:
     return grid[tuple(slice(a, a + n) for a, n in zip(starts, rect[1], strict=True))]
 
 
-def _dequantized(
+def dequantized(
     codes: torch.Tensor, scale_inv: torch.Tensor, origin: Sequence[int], dtype: torch.dtype
 ) -> torch.Tensor:
+    """Return the values of a rectangle that may begin inside a block, rounded once to `dtype`.
+
+    Args:
+        codes: float8_e4m3fn [N, K].
+        scale_inv: float32, of every block that the rectangle touches.
+        origin: position of the first element within its block.
+        dtype: of the values.
+    """
     if not any(origin):
         return dequantize_blockwise(codes, scale_inv, dtype)
     whole = codes.new_zeros([a + n for a, n in zip(origin, codes.shape, strict=True)])

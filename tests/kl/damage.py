@@ -34,14 +34,14 @@ class Damage:
 
     `spoil(bucket, payload, before)` changes the payload, or returns a bucket that puts parts
     elsewhere; `before` is the payload of the version before. `touches` says which tensors are wrong
-    afterwards, `hint` what the audit says of them.
+    afterwards, `says` how the audit names what is wrong with one of them.
     """
 
     name: str
     kinds: tuple[str, ...]
     touches: Touches
     spoil: Spoil
-    hint: str
+    says: Callable[[str], str]
 
     def inject(self, monkeypatch: pytest.MonkeyPatch) -> None:
         seen: list[torch.Tensor] = []
@@ -81,10 +81,10 @@ def swapped_halves(name: str) -> str:
     return name.replace(kind, other)
 
 
-def next_expert(name: str) -> str:
+def next_expert(name: str, step: int = 1) -> str:
     stem, _, rest = name.partition(".experts.")
     number, _, kind = rest.partition(".")
-    return f"{stem}.experts.{(int(number) + 1) % 8}.{kind}"
+    return f"{stem}.experts.{(int(number) + step) % 8}.{kind}"
 
 
 def exchanged(other: Callable[[str], str], touches: Touches) -> Spoil:
@@ -147,29 +147,45 @@ def dropped(part: Part, payload: torch.Tensor, before: torch.Tensor) -> None:
 BOTH = ("dense", "moe")
 DAMAGES = (
     Damage(
-        "swapped w13 halves", BOTH, is_half, exchanged(swapped_halves, is_half), "it holds model"
+        "swapped w13 halves",
+        BOTH,
+        is_half,
+        exchanged(swapped_halves, is_half),
+        lambda name: f"it holds {swapped_halves(name)} from [0, 0]",
     ),
-    Damage("stale scales", BOTH, is_quantized, spoiled(is_quantized, stale_scales), "scale"),
+    Damage(
+        "stale scales",
+        BOTH,
+        is_quantized,
+        spoiled(is_quantized, stale_scales),
+        lambda _: "its scale_inv is stale: the block's at the audit before",
+    ),
     Damage(
         "scale of another shard",
         BOTH,
         is_quantized,
         spoiled(is_quantized, another_shards_scales),
-        "scale",
+        lambda _: "its scale_inv is that of block [",
     ),
     Damage(
         "missing up_proj",
         BOTH,
         lambda name: name.endswith("up_proj.weight"),
         spoiled(lambda name: name.endswith("up_proj.weight"), zeros),
-        "it holds zeros",
+        lambda _: "it holds zeros",
     ),
-    Damage("router dropped", ("moe",), is_router, spoiled(is_router, dropped), "it is stale"),
+    Damage(
+        "router dropped",
+        ("moe",),
+        is_router,
+        spoiled(is_router, dropped),
+        lambda _: "it is stale: what the trainer held at the audit before",
+    ),
     Damage(
         "wrong expert mesh",
         ("moe",),
         is_expert,
         exchanged(next_expert, is_expert),
-        "it holds model.layers.0.mlp.experts.7",
+        lambda name: f"it holds {next_expert(name, -1)} from [0, 0]",
     ),
 )

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tests.kl import trained
 
 LAYERS = 2
+STALE = "it is stale: what the trainer held at the audit before"
 
 
 def scales(value: float) -> dict[str, float]:
@@ -51,11 +52,13 @@ def test_stale_kv_scale_is_found_and_named(
     sound = world.decoded_logprobs(cached)
     given.update(scales(0.01))
     link.refit()
+    assert link.audit().equal
     given.update(scales(0.3))
     monkeypatch.setattr(AttentionInstall, "commit", lambda install: install.restore())
     link.refit()
     report = link.audit()
     assert {d.tensor for d in report.differences} == set(given)
+    assert {d.hint for d in report.differences} == {STALE}
     assert report.differences[0].expected == pytest.approx(0.3, rel=2**-8)
     assert report.differences[0].found == pytest.approx(0.01, rel=2**-8)
     assert (world.decoded_logprobs(cached) - sound).abs().max().item() > 0.0

@@ -6,8 +6,8 @@ import json
 
 import torch
 
-from fp8sync.audit.ledger import Held
 from fp8sync.audit.report import AuditReport, Difference, Entry, layer_of
+from fp8sync.audit.units import Held
 
 
 def report() -> AuditReport:

@@ -17,9 +17,9 @@ from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-from fp8sync.audit.ledger import (
+from fp8sync.audit.ledger import Ledger
+from fp8sync.audit.units import (
     Held,
-    Ledger,
     Unit,
     Unreadable,
     as_kv_scale,
@@ -30,7 +30,8 @@ from fp8sync.audit.ledger import (
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.install import default_dtype, place, process_module
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
-from fp8sync.wire.payload import view
+from fp8sync.plan.boxes import touched_blocks
+from fp8sync.wire.payload import dequantized, view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -176,8 +177,12 @@ def worker_ledger(
         weight = view({copy.at.storage: live.storage(copy.at.storage)}, copy.at, copy.shape)
         if copy.scale_at is None:
             return Held.of(weight, None)
-        storage = copy.scale_at.storage
-        scale = view({storage: live.storage(storage)}, copy.scale_at, copy.scale_shape)
+        storage, (first, blocks) = copy.scale_at.storage, touched_blocks(copy.rect)
+        # Of a block that is cut, the first of the copies carries the scale; all are looked at by it.
+        at = copy.scale_at.at([a - b for a, b in zip(first, copy.scale_rect[0], strict=True)])
+        scale = view({storage: live.storage(storage)}, at, blocks)
+        if plan.is_cut(copy):
+            return Held.of(dequantized(weight, scale, copy.origin, torch.float32), None)
         return Held.of(weight, scale)
 
     return Ledger(units_of(plan, rank, bucket_bytes), read)
