@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from fp8sync.pages.style import COLOR, MATPLOTLIB, themed
 
@@ -54,6 +54,7 @@ def curves(
         if log:
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.pages import figures
 from fp8sync.pages.document import definitions, document, section, table, verdict
 from fp8sync.pages.document import figures as side_by_side
+from fp8sync.pages.style import COLOR
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -25,14 +26,23 @@ def render(results: Mapping[str, Result]) -> str:
     parts = [
         verdict(failures, success),
         section("Policies", _ABOUT_POLICIES, _policies(results)),
+        section("Policies over refits", _ABOUT_OVER, _each(results, _divergence, "Not compared.")),
+        section(
+            "Error over refits",
+            "Relative error of quantization, mean over the tensors that travel as FP8; all refits, "
+            "that of junk left out.",
+            _each(results, _error, "Nothing was quantized, or errors were not measured."),
+        ),
         section(
             "What quantization costs",
             "Signal over quantization noise of every weight that travels as FP8, in decibels; "
             "experts of a layer are averaged.",
             _each(results, _errors, "Nothing was quantized, or errors were not measured."),
         ),
-        section("Bytes per link", _ABOUT_LINKS, _each(results, _links, "")),
-        section("Seconds per stage", _ABOUT_STAGES, _each(results, _stages, "")),
+        section("Bytes per link", _ABOUT_LINKS, _each(results, _links, "Nothing was sent.")),
+        section(
+            "Seconds per stage", _ABOUT_STAGES, _each(results, _stages, "Nothing was refitted.")
+        ),
         section("Refused, not read, or by the engine's own loader", "", _exceptions(results)),
         section("Versions", "", _versions(results)),
     ]
@@ -44,6 +54,10 @@ _ABOUT_POLICIES = (
     "probabilities of those tokens; and the largest difference from an engine that loaded the same "
     "bytes from a checkpoint, which has to be zero."
 )
+_ABOUT_OVER = (
+    "First the trainer's weights; then every matrix is made 1 % larger before each further refit. An "
+    "engine that missed one of them would be far from its trainer."
+)
 _ABOUT_LINKS = "From trainer rank to engine rank, in one refit; the busiest ones."
 _ABOUT_STAGES = "Of each refit, once connected. Stages overlap. Bar: mean; dots: each refit."
 
@@ -52,13 +66,13 @@ def _policies(results: Mapping[str, Result]) -> str:
     header = ("", "KL(engine ‖ trainer)", "KL(trainer ‖ engine)", "ratio", "fresh load", "verdict")
     rows = []
     for name, result in results.items():
-        figures_of = result["agreement"]
+        found = result.get("agreement")
         rows.append(
             (
                 name,
-                f"{figures_of['kl_engine_trainer']:.2e}",
-                f"{figures_of['kl_trainer_engine']:.2e}",
-                f"{figures_of['probability_ratio']:.3f}",
+                f"{found['kl_engine_trainer']:.2e}" if found else "–",
+                f"{found['kl_trainer_engine']:.2e}" if found else "–",
+                f"{found['probability_ratio']:.3f}" if found else "–",
                 f"{result['fresh_difference']:g}" if "fresh_difference" in result else "not asked",
                 "failed" if result["failures"] else "passed",
             )
@@ -79,13 +93,48 @@ def _errors(prefix: str, result: Result) -> str:
     return figures.sqnr_map(f"{prefix}-sqnr", sqnr) if sqnr else ""
 
 
+def _divergence(prefix: str, result: Result) -> str:
+    compared = [refit["agreement"] for refit in result["refits"] if "agreement" in refit]
+    if not compared:
+        return ""
+    limit = result["limit"]["kl_engine_trainer"]
+    lines = {
+        "engine ‖ trainer": ("kl_engine_trainer", {"marker": "o", "color": COLOR["fresh"]}),
+        "trainer ‖ engine": (
+            "kl_trainer_engine",
+            {"marker": "x", "linestyle": "--", "color": COLOR["stale"]},
+        ),
+    }
+    return figures.curves(
+        f"{prefix}-kl",
+        {label: ([each[key] for each in compared], look) for label, (key, look) in lines.items()},
+        x_label="refit compared",
+        y_label="nats per token",
+        limit=(limit, f"limit: {limit:g}"),
+        log=True,
+    )
+
+
+def _error(prefix: str, result: Result) -> str:
+    errors = [r["error"] for r in result["refits"] if r["weights"] != "junk" and r["error"]]
+    look = {"marker": "o", "color": COLOR["fresh"]}
+    series = {"‖dequantized - w‖ / ‖w‖": (errors, look)}
+    if not errors:
+        return ""
+    return figures.curves(f"{prefix}-error", series, x_label="refit", y_label="relative error")
+
+
 def _links(prefix: str, result: Result) -> str:
+    if not result["links"]:
+        return ""
     busiest = sorted(result["links"], key=lambda link: -link[2])[:_LINKS]
     megabytes = {f"{source} → {to}": nbytes / 1e6 for source, to, nbytes in busiest}
     return figures.bars(f"{prefix}-links", megabytes, x_label="MB", unit="MB")
 
 
 def _stages(prefix: str, result: Result) -> str:
+    if not result["refits"]:
+        return ""
     seconds: dict[str, list[float]] = defaultdict(list)
     for refit in result["refits"]:
         for stage, value in refit["seconds"].items():

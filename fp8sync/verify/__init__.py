@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from fp8sync.verify.agreement import Agreement, compare
-from fp8sync.verify.limits import LIMITS, Limit, exceeded, limit_of
+from fp8sync.verify.limits import LIMITS, REGRESSION, Limit, exceeded, limit_of
 
-__all__ = ["LIMITS", "Agreement", "Limit", "compare", "exceeded", "limit_of"]
+__all__ = ["LIMITS", "REGRESSION", "Agreement", "Limit", "compare", "exceeded", "limit_of"]

@@ -39,6 +39,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address of the rendezvous")
     parser.add_argument("--rows", type=int, default=8, help="token sequences to compare on")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="refits of moved weights to compare after"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="where to write the figures")
     parser.add_argument("--report", type=Path, help="where to write a page (HTML)")
@@ -67,6 +70,8 @@ def _run(arguments: argparse.Namespace) -> int:
         recipe=recipe,
         rows=arguments.rows,
         length=arguments.length,
+        # The policy that Transformer Engine's parameters are compared with does not round as it moves.
+        steps=0 if arguments.fp8_parameters else arguments.steps,
         seed=arguments.seed,
         engine=_engine_options(arguments),
         saved=arguments.model,

@@ -3,7 +3,8 @@
 1. refit, audit: the engine holds what the trainer holds;
 2. junk, refit with it, audit: every tensor differs, so none is skipped;
 3. refit, audit: the digests are those of step 1;
-4. divergence of the two policies, on tokens that the engine drew;
+4. divergence of the two policies, on tokens that the engine drew, and again after each of some refits
+   of weights that have moved on;
 5. a fresh engine, loaded from a checkpoint of the same bytes, says exactly the same.
 """
 
@@ -12,32 +13,41 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from fp8sync.engines.vllm import probe
+from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 from fp8sync.link import connect
 from fp8sync.sources import as_source
 from fp8sync.trainers import rank_and_size
 from fp8sync.verify.agreement import compare
 from fp8sync.verify.checkpoint import quantize_checkpoint, write_config
 from fp8sync.verify.limits import FRESH_DIFFERENCE, exceeded, limit_of
+from fp8sync.verify.weights import junk, scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
     from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
     from fp8sync.report import RefitReport
+    from fp8sync.verify.limits import Limit
     from fp8sync.verify.trainers import Subject
 
 __all__ = ["Settings", "verify"]
 
+_REFUSALS = (TensorMismatch, RecipeMismatch, UnsupportedLayout)
+
 Result = dict[str, Any]
+
+STEP = 0.01
+"""By how much matrices grow from one of the later refits to the next: far more than by one optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,7 @@ class Settings:
         recipe: of the link.
         rows: token sequences to compare on.
         length: of each.
+        steps: refits of moved weights, for divergence and error over refits.
         seed: of prompts and sampling.
         engine: options of `vllm.LLM`, such as `tensor_parallel_size`.
         host: address of the rendezvous; trainer ranks of other nodes have to reach it.
@@ -57,10 +68,17 @@ class Settings:
     recipe: Recipe
     rows: int = 8
     length: int = 64
+    steps: int = 2
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
     saved: Path | None = None
     host: str = "127.0.0.1"
+
+    @property
+    def limit(self) -> Limit:
+        """What the two policies have to keep to."""
+        cache = str(self.engine.get("kv_cache_dtype", ""))
+        return limit_of(self.recipe, fp8_cache=cache.startswith("fp8"))
 
 
 def verify(subject: Subject, settings: Settings) -> Result:
@@ -71,8 +89,29 @@ def verify(subject: Subject, settings: Settings) -> Result:
         settings: what to verify.
 
     Returns:
-        JSON-able figures; `failures` is empty if every limit was kept.
+        JSON-able figures; `failures` is empty if every limit was kept. If the two sides do not fit,
+        `refused` says why, and there is nothing else.
     """
+    try:
+        return _verify(subject, settings)
+    except _REFUSALS as error:
+        refused = [error.summary, *error.violations]
+        nothing: Result = {"tensors": 0, "layers": {}, "unread": {}, "links": [], "refits": []}
+        about = _about(settings) | nothing | {"errors": {}, "misc": {}, "refused": refused}
+        return about | {"failures": [f"refused: {each}" for each in refused]}
+
+
+def _about(settings: Settings) -> Result:
+    recipe, limit = settings.recipe, asdict(settings.limit)
+    return {
+        "recipe": recipe.name,
+        "dequantized": recipe.dequantize,
+        "transport": "",
+        "limit": limit,
+    }
+
+
+def _verify(subject: Subject, settings: Settings) -> Result:
     rank, config = rank_and_size()[0], subject.config
     names = list(as_source(subject.source).manifest().tensors)
     with tempfile.TemporaryDirectory(prefix="fp8sync-verify-") as folder:
@@ -105,67 +144,64 @@ def _prove(
     failures: list[str] = []
     link = connect(subject.source, llm, settings.recipe, host=settings.host)
     plan = link.plan.plan
-    reports = [link.refit()]
+    refits = [_refit(link.refit(), "trained")]
     snapshot = link.audit()
     failures += [f"audit: {each}" for each in snapshot.differences]
-    with _junk(subject.parameters, settings.seed):
-        reports.append(link.refit())
+    with junk(subject.parameters, settings.seed):
+        refits.append(_refit(link.refit(), "junk"))
     other = link.audit()
-    unread = set(snapshot.unread)
-    skipped = set(plan.tensors) - {d.tensor for d in other.differences} - unread
+    skipped = set(plan.tensors) - {d.tensor for d in other.differences} - set(snapshot.unread)
     failures += [f"audit: {name} was not overwritten by junk" for name in sorted(skipped)]
-    reports.append(link.refit())
+    report = link.refit()
+    refits.append(_refit(report, "trained"))
     again = link.audit()
     if again != snapshot:
         failures.append("audit: other digests after junk and a second refit of the same weights")
     failures += [f"audit after junk: {each}" for each in again.differences]
     tokens = _tokens(llm, subject.config, settings)
-    trainer = _log_probabilities(subject.policy, tokens)
-    found = trainer
-    result: Result = {"recipe": settings.recipe.name, "dequantized": settings.recipe.dequantize}
-    if llm is not None:
-        found = probe.log_probabilities(llm, tokens, subject.config.vocab_size)
-        agreement = compare(found, trainer, tokens)
-        failures += [
-            f"policies: {fault}" for fault in exceeded(agreement, limit_of(settings.recipe))
-        ]
-        result["agreement"] = agreement.to_json()
-        result["transport"] = getattr(link, "transport", "")
-    result |= {
+    found = _compare(subject, llm, tokens, refits[-1], settings)
+    for step in range(1, settings.steps + 1):
+        with _moved(subject, 1 + STEP * step):
+            refits.append(_refit(link.refit(), f"{100 * STEP * step:.3g} % larger"))
+            _compare(subject, llm, tokens, refits[-1], settings)
+    failures += [
+        f"policies, refit {each['version']}: {fault}" for each in refits for fault in each["faults"]
+    ]
+    result = _about(settings) | {
+        "transport": getattr(link, "transport", ""),
         "tensors": len(plan.tensors),
         "layers": {name: list(both) for name, both in snapshot.layers().items()},
         "unread": snapshot.unread,
         "links": _links(plan),
-        "refits": [_refit(report) for report in reports],
-        "errors": {t.name: t.error for t in reports[0].tensors if t.encoding == "blockwise"},
-        "misc": {t.name: t.reason for t in reports[0].tensors if t.route == "misc"},
+        "refits": refits,
+        "errors": {t.name: t.error for t in report.tensors if t.encoding == "blockwise"},
+        "misc": {t.name: t.reason for t in report.tensors if t.route == "misc"},
         "failures": failures,
     }
+    if "agreement" in refits[2]:
+        result["agreement"] = refits[2]["agreement"]
     link.close()
     return result, plan.tensors, tokens, found
 
 
+def _compare(
+    subject: Subject, llm: Any, tokens: torch.Tensor, refit: Result, settings: Settings
+) -> torch.Tensor:
+    """Add to a refit how far the two policies are apart; returns the engine's log-probabilities."""
+    trainer = _log_probabilities(subject.policy, tokens)
+    if llm is None:
+        return trainer
+    found = probe.log_probabilities(llm, tokens, subject.config.vocab_size)
+    agreement = compare(found, trainer, tokens)
+    refit |= {"agreement": agreement.to_json(), "faults": exceeded(agreement, settings.limit)}
+    return found
+
+
 @contextmanager
-def _junk(parameters: Sequence[torch.Tensor], seed: int) -> Iterator[None]:
-    """Other values in every parameter for the duration, different from rank to rank."""
-    generator = torch.Generator().manual_seed(1000 * (seed + 1))
-    kept = [_local(p).detach().clone() for p in parameters]
-    with torch.no_grad():
-        for parameter in parameters:
-            local = _local(parameter)
-            noise = torch.rand(local.shape, generator=generator) - 0.5
-            local.copy_(noise + noise.sign())  # no value near a weight's, none is zero
-    try:
+def _moved(subject: Subject, factor: float) -> Iterator[None]:
+    """The trainer's matrices, and the policy's where these are others, times a factor."""
+    with scaled([*subject.parameters, *subject.policy.parameters()], factor):
         yield
-    finally:
-        with torch.no_grad():
-            for parameter, before in zip(parameters, kept, strict=True):
-                _local(parameter).copy_(before)
-
-
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    to_local: Any = getattr(parameter.data, "to_local", None)
-    return to_local() if to_local is not None else parameter.data
 
 
 def _tokens(llm: Any, config: Any, settings: Settings) -> torch.Tensor:
@@ -189,6 +225,9 @@ def _log_probabilities(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Te
     device = next(model.parameters()).device
     logits: torch.Tensor = model(input_ids=tokens.to(device)).logits
     model.train(training)
+    reshard: Any = getattr(model, "reshard", None)
+    if reshard is not None:  # FSDP2 keeps the root's parameters gathered, and would miss a change
+        reshard()
     return logits[:, :-1].float().log_softmax(-1).cpu()
 
 
@@ -213,10 +252,14 @@ def _links(plan: Plan) -> list[list[int]]:
     return [[*link, count] for link, count in sorted(nbytes.items())]
 
 
-def _refit(report: RefitReport) -> Result:
+def _refit(report: RefitReport, weights: str) -> Result:
+    errors = [t.error for t in report.tensors if t.encoding == "blockwise" and t.error > 0]
     return {
         "version": report.version,
+        "weights": weights,
         "bytes": report.bytes_sent,
         "pause_s": report.pause_s,
         "seconds": dict(report.seconds),
+        "error": fmean(errors) if errors else None,
+        "faults": [],
     }

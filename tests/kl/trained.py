@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.verify import LIMITS, Limit, limit_of
+from fp8sync.verify import REGRESSION, Limit, limit_of
 from scripts.demo.corpus import Corpus, read_corpus
 from scripts.demo.models import build_model
 from scripts.demo.training import Trainer
@@ -58,7 +58,7 @@ def train(kind: str) -> Trained:
 
 def limit(recipe: fp8sync.Recipe) -> Limit:
     """The narrow limit where only weights are rounded; an FP8 engine rounds activations, too."""
-    return LIMITS["regression"] if recipe.dequantize else limit_of(recipe)
+    return limit_of(recipe) if world.FP8 else REGRESSION[recipe.name]
 
 
 def engine_log_probabilities(llm: Any, windows: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 from fp8sync.pages.verdicts import render
 from scripts.demo.page import render as render_demo
 from tests.demo.samples import sample_round, sample_run
-from tests.pages.samples import result
+from tests.pages.samples import refused, result
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -41,6 +41,7 @@ def page_html(request: pytest.FixtureRequest) -> str:
         return render({"Qwen3-8B": result()})
     failures = ("policies: kl_engine_trainer: 0.3, above the limit 0.01",)
     cases = {f"dense_bf16_fp8_ep4tp2pp2_tp{n}": result() for n in range(3)}
+    cases["mla_bf16_fp8_tp2_tp4"] = refused()
     return render(cases | {"gated-moe_fp8_fp8-kv_ep8pp2_tp8": result(failures)})
 
 

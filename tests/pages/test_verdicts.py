@@ -3,7 +3,7 @@ from __future__ import annotations
 import xml.etree.ElementTree as ET
 
 from fp8sync.pages.verdicts import render
-from tests.pages.samples import result
+from tests.pages.samples import refused, result
 
 
 def test_page_is_whole_and_escaped() -> None:
@@ -11,12 +11,18 @@ def test_page_is_whole_and_escaped() -> None:
     ET.fromstring(page[page.index("<body>") : page.index("</html>")].replace("&nbsp;", " "))
     assert "two: audit: &lt;x&gt; differs" in page
     assert "a&lt;b&gt;.weight" in page
-    assert page.count("<svg") == 6
+    assert page.count("<svg") == 10
 
 
 def test_success_is_said_only_without_a_failure() -> None:
     assert "1 of 1 kept to every limit" in render({"one": result()})
     assert "kept to every limit" not in render({"one": result(("no",))})
+
+
+def test_a_refusal_is_said_and_draws_nothing() -> None:
+    page = render({"one": refused()})
+    assert "refused: model.layers.0.mlp.up_proj.weight: a hole" in page
+    assert "<svg" not in page
 
 
 def test_errors_that_were_not_measured_draw_nothing() -> None:

@@ -5,7 +5,10 @@ import math
 import pytest
 import torch
 
-from fp8sync.verify import LIMITS, compare, exceeded
+from fp8sync.recipe import Recipe
+from fp8sync.verify import LIMITS, REGRESSION, compare, exceeded, limit_of
+
+NAMES = {"blockwise", "blockwise-pow2", "blockwise-fp32", "bf16"}
 
 
 def policies() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -49,5 +52,10 @@ def test_nan_keeps_no_limit() -> None:
     assert len(exceeded(compare(engine * math.nan, trainer, tokens), LIMITS["unquantized"])) == 3
 
 
-def test_every_limit_has_a_reason() -> None:
-    assert all(limit.reason for limit in LIMITS.values())
+def test_every_recipe_has_limits_with_a_reason() -> None:
+    assert set(REGRESSION) == NAMES
+    assert all(limit.reason for limit in (*LIMITS.values(), *REGRESSION.values()))
+    for name in NAMES:
+        narrow, wide = REGRESSION[name], limit_of(Recipe(name))
+        assert narrow.kl_engine_trainer < wide.kl_engine_trainer
+        assert wide.kl_engine_trainer < limit_of(Recipe(name), fp8_cache=True).kl_engine_trainer

@@ -23,7 +23,7 @@ def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += ["-m", "fp8sync.verify.command", str(tmp_path / "model"), "--trainer", "fsdp2"]
-    command += ["--engine-tp", "2", "--rows", "2", "--length", "32"]
+    command += ["--engine-tp", "2", "--rows", "2", "--length", "32", "--steps", "1"]
     command += ["--json", str(tmp_path / "result.json"), "--report", str(tmp_path / "page.html")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
@@ -32,6 +32,9 @@ def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
     assert result["failures"] == []
     assert result["fresh_difference"] == 0.0
     assert result["unread"] == {}
+    weights = [refit["weights"] for refit in result["refits"]]
+    assert weights == ["trained", "junk", "trained", "1 % larger"]
+    assert ["agreement" in refit for refit in result["refits"]] == [False, False, True, True]
     assert {tuple(link[:2]) for link in result["links"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert all(trainer == engine for trainer, engine in result["layers"].values())
     assert "1 of 1 kept to every limit" in (tmp_path / "page.html").read_text(encoding="utf-8")
