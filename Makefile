@@ -34,7 +34,7 @@ DOCS_VENV  := .venv-docs
 DOCS_LOCK  := requirements/docs.txt
 DOCS_STAMP := $(DOCS_VENV)/.stamp
 
-.PHONY: help demo docs dist test test-megatron slurm-test lint format setup clean
+.PHONY: help demo docs links versions dist test test-megatron slurm-test lint format setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -44,6 +44,8 @@ help:
 	@echo "make slurm-test  install a one-node SLURM (root, Debian) and run a part of the matrix on it"
 	@echo "make docs     build the documentation; a broken link or a warning fails"
 	@echo "make dist     build wheel and sdist, and try both in a clean environment"
+	@echo "make versions what runs on the lowest and highest supported versions; VERSIONS_ARGS=--torch for all"
+	@echo "make links    the links of the documentation to the web; needs the internet"
 	@echo "make lint     ruff, mypy, codespell, module sizes"
 	@echo "make format   let ruff rewrite what it can"
 	@echo "make clean    remove .venv, caches and reports"
@@ -57,8 +59,17 @@ test: $(STAMP)
 test-megatron: $(MEGATRON_STAMP)
 	@$(MEGATRON_PY) -W ignore -m pytest --strict-skips tests/megatron $(PYTEST_ARGS)
 
+# Not with --quiet: MkDocs then counts no warning, and --strict has nothing to fail on.
 docs: $(DOCS_STAMP)
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet --strict
+	@mkdir -p reports
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict >reports/docs.log 2>&1 || { cat reports/docs.log; exit 1; }
+	@$(DOCS_VENV)/bin/python scripts/check_links.py
+
+links: $(DOCS_STAMP)
+	@$(DOCS_VENV)/bin/python scripts/check_links.py --external
+
+versions: $(STAMP)
+	@scripts/try_versions.sh $(VERSIONS_ARGS)
 
 dist: $(STAMP)
 	@scripts/try_dist.sh

@@ -97,6 +97,7 @@ def test_unknown_encodings_and_formulas_are_refused() -> None:
             TensorInfo.from_json(data)
 
 
+@pytest.mark.torch
 def test_itemsize_is_torchs() -> None:
     import torch
 

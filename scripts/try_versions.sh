@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# Runs what can be run on the lowest and the highest supported versions.
+#
+#   scripts/try_versions.sh          as CI does: every Python without torch; kernels on the lowest Triton
+#   scripts/try_versions.sh --torch  the lowest and the highest torch, too: their builds for CUDA, 9 GB each
+#
+# A Python that is not on this machine is named and passed over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHONS=(3.10 3.12 3.13)
+TRITON=3.4.0 # the one that torch 2.8 brings
+LOWEST=(3.10 2.8.0)
+HIGHEST=(3.13 2.15.0)
+TOOLS=(pytest pytest-timeout hypothesis setuptools)
+PURE=(tests/unit/test_{boxes,control,errors,manifest,recipe,rooms,waiting}.py tests/test_skips.py)
+builder=$(realpath -s "${BUILDER:-.venv/bin/python}")
+home=$(mktemp -d "${TMPDIR:-/tmp}/fp8sync-versions.XXXXXX")
+trap 'rm -rf "$home"' EXIT
+
+find_python() {
+    local python
+    for python in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python; do
+        "$python" -c 'import ensurepip, venv' 2>/dev/null && command -v "$python" && return
+    done
+    return 1
+}
+
+environment() { # python, what to install
+    "$1" -m venv "$home/$2"
+    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check install "${@:3}"
+    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation .
+}
+
+tests() { # python, pytest's arguments
+    OMP_NUM_THREADS=1 PYTHONPATH="$PWD" "$1" -m pytest -q -p no:cacheprovider "${@:2}" >"$home/log" 2>&1 ||
+        { cat "$home/log"; return 1; }
+    tail -n 1 "$home/log"
+}
+
+without_torch() {
+    local python
+    python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
+    environment "$python" "$1" "${TOOLS[@]}"
+    "$home/$1/bin/fp8sync" plan --model deepseek-v3 --trainer tp=8,pp=16,dp=8,ep=64,etp=1 \
+        --engine tp=8,dp=4,ep,engines=16 >/dev/null
+    "$home/$1/bin/fp8sync" doctor | grep "torch is not installed" >/dev/null
+    echo "Python $1, without torch: $(tests "$home/$1/bin/python" -m "not torch" "${PURE[@]}")"
+}
+
+lowest_triton() {
+    "$builder" -m pip --quiet --disable-pip-version-check install --no-deps --target "$home/triton" \
+        "triton==$TRITON" "numpy<2" # its interpreter needs the older NumPy
+    echo "Triton $TRITON, interpreted: $(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter)"
+}
+
+with_torch() {
+    local python
+    python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
+    environment "$python" "torch-$2" "${TOOLS[@]}" "torch==$2" numpy psutil safetensors
+    echo "Python $1, torch $2: $(tests "$home/torch-$2/bin/python" tests/unit tests/golden)"
+    echo "... its Triton, interpreted: $(TRITON_INTERPRET=1 tests "$home/torch-$2/bin/python" tests/kernels/interpreter)"
+}
+
+printf '#!/bin/sh\nPYTHONPATH="%s:$PYTHONPATH" exec "%s" "$@"\n' "$home/triton" "$builder" >"$home/kernels"
+chmod +x "$home/kernels"
+
+for version in "${PYTHONS[@]}"; do without_torch "$version"; done
+lowest_triton
+if [[ ${1:-} == --torch ]]; then
+    with_torch "${LOWEST[@]}"
+    with_torch "${HIGHEST[@]}"
+fi
