@@ -16,6 +16,7 @@ def main() -> int:
     """Run it; 0 if the mean reward of the last steps exceeds that of the first by enough."""
     import torch
 
+    from fp8sync.doctor import environment
     from scripts.examples.grpo import loop
 
     parser = argparse.ArgumentParser(description=__doc__)
@@ -39,7 +40,8 @@ def main() -> int:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"seed": options.seed, "gain": gain, "seconds": seconds}
         steps = [step.to_json() for step in done]
-        options.json.write_text(json.dumps({**result, "steps": steps}), encoding="utf-8")
+        result |= {"versions": environment(), "steps": steps}
+        options.json.write_text(json.dumps(result), encoding="utf-8")
     print(f"seed {options.seed}: reward +{gain:.3f} (limit {loop.GAIN:g}) in {seconds:.0f} s")
     return 0 if gain >= loop.GAIN else 1
 
