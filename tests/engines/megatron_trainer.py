@@ -1,9 +1,10 @@
-"""A Megatron-Core trainer of two ranks, for torchrun in Megatron's own environment.
+"""A Megatron-Core trainer of several ranks, for torchrun in Megatron's own environment.
 
     python -m torch.distributed.run --nproc_per_node=2 -m tests.engines.megatron_trainer URL FOLDER RECIPE LAYOUT...
 
-For each LAYOUT (`tp=2`), loads FOLDER/LAYOUT/hf into a model so divided and refits the server at URL from
-it. Writes FOLDER/LAYOUT/RANK.json, with the collectives that ran meanwhile, and waits for FOLDER/LAYOUT/seen.
+For each LAYOUT (`tp=2`), loads FOLDER/LAYOUT/hf into a model so divided, refits the server at URL from
+it and audits it, before and after one element of the last rank changes. Writes FOLDER/LAYOUT/RANK.json, with
+the collectives that ran during a refit, and waits for FOLDER/LAYOUT/seen.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import fp8sync
+from fp8sync.sources.megatron import MegatronSource
 from tests.megatron import cpu
 from tests.megatron.watch import Watch
 
@@ -53,8 +55,24 @@ def main(url: str, folder: Path, recipe: fp8sync.Recipe, layouts: list[str]) -> 
         told = {"version": report.version, "bytes": report.bytes_sent}
         weights_sent = [fault for fault in watch.faults if fault.startswith("c10d")]
         told |= {"collectives": collectives, "weights_in_collectives": weights_sent}
+        fp8sync.close(engine=engine)
+        with fp8sync.connect(MegatronSource(chunks, bridge), engine, recipe) as link:
+            told["audits"] = audits(link, weights, last=rank == dist.get_world_size() - 1)
         (place / f"{rank}.json").write_text(json.dumps(told))
         wait_for(place / "seen")
+
+
+@torch.no_grad()
+def audits(link: Any, weights: list[torch.nn.Parameter], *, last: bool) -> list[Any]:
+    """What an audit says, and what it says once an element of the last rank's first matrix has changed."""
+    element = next(w for w in weights if w.dim() == 2).data[3, 5]
+    kept = element.clone()
+    before = link.audit()
+    if last:
+        element += 1.0
+    after = link.audit()
+    element.copy_(kept)
+    return [before.to_json(), after.to_json()]
 
 
 class counted:

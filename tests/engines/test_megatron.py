@@ -1,4 +1,4 @@
-"""Megatron-Core trainers of two ranks, in an environment of their own, refit real vLLM servers over HTTP."""
+"""Megatron-Core trainers of several ranks, in an environment of their own, refit real servers over HTTP."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from fp8sync.audit import AuditReport
 from tests.engines import world
 from tests.engines.test_server import Served
 
@@ -21,12 +22,13 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = Path(os.environ.get("FP8SYNC_MEGATRON_PYTHON", ROOT / ".venv-megatron/bin/python"))
-RANKS = 2
 SHAPE = {"intermediate_size": 512}
-CASES = {
-    "dense": ("dense", {}, ["tp=2", "pp=2"]),
-    "dense into TP2": ("dense", {"tensor_parallel_size": 2}, ["tp=2", "pp=2"]),
-    "moe": ("moe", {}, ["ep=2", "tp=2,ep=2"]),
+TP2 = {"tensor_parallel_size": 2}
+CASES = {  # model, trainer ranks, the engine's options, the trainer's layouts
+    "dense": ("dense", 2, {}, ["tp=2", "pp=2"]),
+    "dense into TP2": ("dense", 2, TP2, ["tp=2", "pp=2"]),
+    "moe": ("moe", 2, {}, ["ep=2", "tp=2,ep=2"]),
+    "moe on four ranks": ("moe", 4, {}, ["tp=2,pp=2,ep=2"]),
 }
 
 pytestmark = [
@@ -40,10 +42,10 @@ def trained(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, Any]]:
     """By trainer layout: (a fresh engine's log-probabilities, the refitted server's, what ranks said)."""
-    kind, options, layouts = CASES[request.param]
+    kind, ranks, options, layouts = CASES[request.param]
     folder = tmp_path_factory.mktemp("megatron")
     patch = pytest.MonkeyPatch()
-    workers = range(options.get("tensor_parallel_size", 1))
+    workers = range(1 if not options else 2)
     patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(number) for number in workers))
     expected: dict[str, torch.Tensor] = {}
     for seed, layout in enumerate(layouts):
@@ -54,7 +56,7 @@ def trained(
     config = world.write_config(model, folder / "served")
     served = Served(config, max_model_len=128, **options)
     try:
-        yield refitted(served, folder, layouts, expected)
+        yield refitted(served, folder, ranks, layouts, expected)
     finally:
         served.close()
         patch.undo()
@@ -68,11 +70,15 @@ def logprobs_of(folder: Path, options: dict[str, Any]) -> torch.Tensor:
 
 
 def refitted(
-    served: Served, folder: Path, layouts: list[str], expected: dict[str, torch.Tensor]
+    served: Served,
+    folder: Path,
+    ranks: int,
+    layouts: list[str],
+    expected: dict[str, torch.Tensor],
 ) -> dict[str, Any]:
     recipe = json.dumps(world.recipe("blockwise-pow2").to_json())
     command = [str(PYTHON), "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc_per_node={RANKS}", "-m", "tests.engines.megatron_trainer"]
+    command += [f"--nproc_per_node={ranks}", "-m", "tests.engines.megatron_trainer"]
     trainer = subprocess.Popen(
         [*command, served.url, str(folder), recipe, *layouts],
         cwd=ROOT,
@@ -81,10 +87,10 @@ def refitted(
     found = {}
     try:
         for layout in layouts:
-            told = [folder / layout / f"{rank}.json" for rank in range(RANKS)]
+            told = [folder / layout / f"{rank}.json" for rank in range(ranks)]
             wait_for(told, trainer)
-            ranks = [json.loads(path.read_text()) for path in told]
-            found[layout] = expected[layout], served.logprobs(), ranks
+            said = [json.loads(path.read_text()) for path in told]
+            found[layout] = expected[layout], served.logprobs(), said
             (folder / layout / "seen").touch()
         assert trainer.wait(60) == 0
     finally:
@@ -109,5 +115,16 @@ def test_the_server_is_as_a_fresh_load(trained: dict[str, Any]) -> None:
 
 def test_no_collective_touches_a_weight(trained: dict[str, Any]) -> None:
     for _, _, ranks in trained.values():
-        assert [told["collectives"] for told in ranks] == [{}] * RANKS
-        assert [told["weights_in_collectives"] for told in ranks] == [[]] * RANKS
+        assert [told["collectives"] for told in ranks] == [{}] * len(ranks)
+        assert [told["weights_in_collectives"] for told in ranks] == [[]] * len(ranks)
+
+
+def test_an_audit_is_of_all_ranks(trained: dict[str, Any]) -> None:
+    """Every rank is told the same, of every tensor; a change on the last rank is found where it is."""
+    for _, _, ranks in trained.values():
+        before, after = (AuditReport.from_json(each) for each in ranks[0]["audits"])
+        assert all(told["audits"] == ranks[0]["audits"] for told in ranks)
+        assert before.equal
+        assert not before.unread
+        assert {d.tensor for d in after.differences} < {e.tensor for e in before.entries}
+        assert after.differences[0].coordinate is not None

@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.audit import AuditReport
 from tests.engines import world
 
 ROOT = Path(__file__).parents[2]
+WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe"])
@@ -75,6 +77,13 @@ def test_sharded_trainer_whose_ranks_share_blocks(tmp_path: Path) -> None:
         )
         assert rank["nonfinite"].count("expected finite") == 1
         assert rank["last"] == 3
-        assert rank["prepared"] == 1 + 5
+        assert rank["prepared"] == 1 + 5 + 2
+        assert "trainer rank 1 failed" in rank["unaudited"]
+        assert rank["audits"] == ranks[0]["audits"]
+    equal, changed = (AuditReport.from_json(each) for each in ranks[0]["audits"])
+    assert equal.equal
+    assert not equal.unread
+    assert {d.tensor for d in changed.differences} == {WEIGHT}
+    assert changed.differences[0].coordinate == (2 * -(-512 // 3), 5)
     assert ranks[0]["kept"] == 0.0
     assert ranks[0]["again"] == 0.0

@@ -79,10 +79,11 @@ def main(folder: Path) -> None:
         result["difference"] = (before - world.logprobs(fresh)).abs().max().item()
         world.stop_engine(fresh)
     dist.barrier()
+    result["audits"] = audits(link, model.get_parameter(WEIGHT).to_local(), rank)
 
     source.broken = rank == 1
     began = time.monotonic()
-    result["unread"] = error_of(link)
+    result["unread"] = error_of(link.refit)
     result["unread_s"] = time.monotonic() - began
     source.broken = False
 
@@ -91,7 +92,7 @@ def main(folder: Path) -> None:
     if rank == 2:
         with torch.no_grad():
             shard[0, 5] = torch.nan  # in a block that rank 1 has a part of, too
-    result["nonfinite"] = error_of(link)
+    result["nonfinite"] = error_of(link.refit)
     with torch.no_grad():
         shard.copy_(kept)
     if llm:
@@ -102,6 +103,8 @@ def main(folder: Path) -> None:
     if llm:
         result["again"] = (world.logprobs(llm) - before).abs().max().item()
         world.stop_engine(llm)
+    source.broken = rank == 1
+    result["unaudited"] = error_of(link.audit)
     link.close()
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
@@ -119,9 +122,22 @@ def sharded(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def error_of(link: Any) -> str:
+@torch.no_grad()
+def audits(link: Any, shard: torch.Tensor, rank: int) -> list[Any]:
+    """Of the refitted engine, and once an element of rank 2, in a block that rank 1 shares, has changed."""
+    before = link.audit()
+    kept = shard[0, 5].clone()
+    if rank == 2:
+        shard[0, 5] = -kept
+    after = link.audit()
+    if rank == 2:
+        shard[0, 5] = kept
+    return [before.to_json(), after.to_json()]
+
+
+def error_of(act: Any) -> str:
     try:
-        link.refit()
+        act()
     except fp8sync.Fp8SyncError as error:
         return f"{type(error).__name__}: {error}"
     return ""
