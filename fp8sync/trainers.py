@@ -1,7 +1,7 @@
 """The trainer's own ranks: who we are, what rank 0 tells the others, and teams of ranks.
 
-What is told goes through the store of torch.distributed's default group: plain JSON of any length, every
-wait bounded, and no collective that a rank which failed could leave others waiting in.
+What rank 0 tells goes through the store of torch.distributed's default group: plain JSON of any length,
+every wait bounded, and no collective that a rank which failed could leave others waiting in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fp8sync.waiting import waiting
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Opening", "hear", "join_team", "rank_and_size"]
+__all__ = ["Opening", "exchange", "hear", "join_team", "rank_and_size"]
 
 dist: Any = torch.distributed  # its stores are not in its stubs
 
@@ -38,6 +38,28 @@ def rank_and_size() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def exchange(told: Any) -> list[Any]:
+    """Return what every rank tells, in rank order; a collective of the default group.
+
+    Args:
+        told: JSON-able data, which travels as such: two all-gathers of bytes.
+    """
+    size = rank_and_size()[1]
+    if size == 1:
+        return [told]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    data = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
+    length = torch.tensor([data.numel()], device=device)
+    lengths = [torch.zeros_like(length) for _ in range(size)]
+    dist.all_gather(lengths, length)
+    sizes = [int(n) for n in lengths]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: data.numel()] = data
+    rows = [torch.empty_like(padded, device=device) for _ in range(size)]
+    dist.all_gather(rows, padded.to(device))
+    return [json.loads(row[:n].cpu().numpy().tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
 class Opening:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +9,7 @@ import torch.distributed as dist
 
 from fp8sync.errors import from_wire
 from fp8sync.sending.sender import named_error
-from fp8sync.trainers import rank_and_size
+from fp8sync.trainers import exchange, rank_and_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -54,7 +53,7 @@ def agree(act: Callable[[], Any]) -> list[Any]:
         told = {"error": None, "value": act()}
     except Exception as error:  # noqa: BLE001  (every rank raises it below)
         told = {"error": named_error(error, rank).to_wire(), "value": None}
-    found = _exchange(told)
+    found = exchange(told)
     for said in found:
         if said["error"] is not None:
             raise from_wire(said["error"])
@@ -71,23 +70,6 @@ def receive(nbytes: int, rank: int) -> torch.Tensor:
     payload = torch.empty(nbytes, dtype=torch.uint8, device=_device())
     dist.recv(payload, rank)
     return payload.cpu()
-
-
-def _exchange(told: Any) -> list[Any]:
-    """Return what every rank tells, as JSON in two collectives of bytes."""
-    size = rank_and_size()[1]
-    if size == 1:
-        return [told]
-    data = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
-    length = torch.tensor([data.numel()], device=_device())
-    lengths = [torch.zeros_like(length) for _ in range(size)]
-    dist.all_gather(lengths, length)
-    sizes = [int(n) for n in lengths]
-    padded = torch.zeros(max(sizes), dtype=torch.uint8)
-    padded[: data.numel()] = data
-    rows = [torch.empty_like(padded, device=_device()) for _ in range(size)]
-    dist.all_gather(rows, padded.to(_device()))
-    return [json.loads(row[:n].cpu().numpy().tobytes()) for row, n in zip(rows, sizes, strict=True)]
 
 
 def _device() -> str:

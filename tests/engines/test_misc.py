@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,6 +125,45 @@ def test_a_pair_cut_inside_a_block_is_quantized_anew_by_the_engine(tmp_path: Pat
     plain = () if world.FP8 else (GATE,)  # an engine without FP8 is given the values themselves
     fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "1", "pow2", plain=plain))
     assert (world.logprobs(live) - world.logprobs(fresh)).abs().max().item() == 0.0
+
+
+class Gathered:
+    """A trainer some of whose tensors are no boxes of its parameters; it says so of them."""
+
+    REASON = "mapping class OwnMapping is not known to be boxes"
+    NAMES = (GATE, "model.layers.1.self_attn.k_proj.weight", "model.norm.weight")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._source = ModuleSource(model)
+        self.storages = self._source.storages
+
+    def manifest(self) -> Manifest:
+        own = self._source.manifest()
+        infos = (
+            replace(info, misc=self.REASON) if info.name in self.NAMES else info
+            for info in own.tensors.values()
+        )
+        return Manifest.of(infos, own.ranks)
+
+
+def test_what_the_trainer_gathers_takes_the_engines_loader(tmp_path: Path) -> None:
+    models = [world.tiny_model("dense", seed) for seed in (1, 2)]
+    folder = world.write_config(models[0], tmp_path / "config")
+    live = world.start_engine(folder, load_format="dummy")
+    found = []
+    for model in models:
+        with fp8sync.connect(Gathered(model), live, world.recipe("blockwise-pow2")) as link:
+            report = link.refit()
+            told = link.plan.explain()
+        found.append(world.logprobs(live))
+        misc = {t.name: t.reason for t in report.tensors if t.route == "misc"}
+        assert misc == dict.fromkeys(Gathered.NAMES, Gathered.REASON)
+        assert f"misc {GATE}: {Gathered.REASON}" in told
+    world.stop_engine(live)
+    for model, seen in zip(models, found, strict=True):
+        fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "fresh", "pow2"))
+        assert (world.logprobs(fresh) - seen).abs().max().item() == 0.0
+        world.stop_engine(fresh)
 
 
 def peeking_model(kept: bool) -> str:

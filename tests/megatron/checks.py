@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -45,13 +46,13 @@ def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     check_tiling(merged)
     live = source.storages()
     expected = reference(checkpoint)
-    faults += _same_tensors(merged, expected)
+    faults += same_tensors(merged, expected)
     arrived = transfer(merged, destination(merged, {}), live)
     faults += differences(arrived, expected)
     for formula in Formula:
         formulas = {name: formula for name in merged.tensors if LINEAR.search(name)}
         arrived = transfer(merged, destination(merged, formulas), live)
-        faults += differences(arrived, _quantized(expected, formulas))
+        faults += differences(arrived, as_quantized(expected, formulas))
     return faults
 
 
@@ -111,7 +112,7 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         faults += [f"{name}: not {formula}" for name, f in formulas.items() if f is not formula]
         if not formulas or formulas.keys() == merged.tensors.keys():
             faults.append(f"expected a mixed model, found {len(formulas)} pairs")
-        faults += differences(assemble(merged, source.storages()), _quantized(expected, formulas))
+        faults += differences(assemble(merged, source.storages()), as_quantized(expected, formulas))
         # A step: new codes and new scales, in the same buffers or (as replace_raw_data) in others.
         for number, (_, parameter) in enumerate(pairs.linear_weights(chunks)):
             parameter.detach().mul_(1.5)
@@ -122,7 +123,7 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
                 parameter.metadata["rowwise_data"].copy_(codes)
                 parameter.metadata["rowwise_scale_inv"].copy_(scale_inv)
         moved = {n: t * 1.5 if n in formulas else t for n, t in expected.items()}
-        faults += differences(assemble(merged, source.storages()), _quantized(moved, formulas))
+        faults += differences(assemble(merged, source.storages()), as_quantized(moved, formulas))
     return faults
 
 
@@ -164,13 +165,13 @@ def check_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         merged = gather(source.manifest())
         check_tiling(merged)
         expected = {n: t.float() * (1 + 2**-12) for n, t in reference(checkpoint).items()}
-        faults += _same_tensors(merged, expected)
+        faults += same_tensors(merged, expected)
         live = source.storages()
         faults += differences(transfer(merged, destination(merged, {}), live), expected)
         if not distributed or dist.get_world_size() == axes.get("tp", 1) * axes.get("pp", 1):
             formulas = {n: Formula.POW2 for n in merged.tensors if LINEAR.search(n)}
             arrived = transfer(merged, destination(merged, formulas), live)
-            faults += differences(arrived, _quantized(expected, formulas))
+            faults += differences(arrived, as_quantized(expected, formulas))
     return faults
 
 
@@ -219,6 +220,35 @@ def check_config(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     alone = AutoBridge.from_hf_config(AutoConfig.from_pretrained(str(checkpoint)))
     with_weights, without = (MegatronSource(chunks, b).manifest() for b in (bridge, alone))
     return [] if with_weights.digest() == without.digest() else ["the manifests differ"]
+
+
+def check_mtp(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Layers that predict further tokens, in a model made from a config; transformers saves none."""
+    from megatron.bridge import AutoBridge
+    from megatron.core.models.gpt import gpt_layer_specs
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(str(checkpoint))
+    config.num_nextn_predict_layers = 1
+    bridge = AutoBridge.from_hf_config(config)
+    spec = gpt_layer_specs.get_gpt_mtp_block_spec
+
+    def local(*args: Any, **kwargs: Any) -> Any:
+        return spec(*args, **{**kwargs, "use_transformer_engine": False})
+
+    with patch.object(gpt_layer_specs, "get_gpt_mtp_block_spec", local):
+        chunks = cpu.build_chunks(bridge, axes, load=False)
+    source = MegatronSource(chunks, bridge)
+    merged = gather(source.manifest())
+    check_tiling(merged)
+    after = f"model.layers.{config.num_hidden_layers}."
+    found = {n.removeprefix(after) for n in merged.tensors if n.startswith(after)}
+    own = {f"{part}.weight" for part in ("eh_proj", "enorm", "hnorm", "shared_head.norm")}
+    layer = {n.removeprefix("model.layers.1.") for n in reference(checkpoint) if ".layers.1." in n}
+    faults = [f"not listed: {n}" for n in sorted((own | layer) - found)]
+    faults += [f"unknown: {n}" for n in sorted(found - own - layer)]
+    embeddings = [n for n in merged.tensors if "embed" in n]
+    return faults if embeddings == ["model.embed_tokens.weight"] else [*faults, f"{embeddings}"]
 
 
 def check_export(checkpoint: Path, axes: dict[str, int]) -> list[str]:
@@ -292,7 +322,7 @@ def differences(arrived: dict[str, torch.Tensor], expected: dict[str, torch.Tens
     return faults
 
 
-def _same_tensors(merged: Manifest, expected: dict[str, torch.Tensor]) -> list[str]:
+def same_tensors(merged: Manifest, expected: dict[str, torch.Tensor]) -> list[str]:
     found = {name: tuple(info.shape) for name, info in merged.tensors.items()}
     wanted = {name: tuple(tensor.shape) for name, tensor in expected.items()}
     return [
@@ -302,7 +332,7 @@ def _same_tensors(merged: Manifest, expected: dict[str, torch.Tensor]) -> list[s
     ]
 
 
-def _quantized(
+def as_quantized(
     tensors: dict[str, torch.Tensor], formulas: dict[str, Formula]
 ) -> dict[str, torch.Tensor]:
     made = dict(tensors)

@@ -10,14 +10,15 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
-import types
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import torch
+
+from tests.megatron import recurrent
+from tests.megatron.stand_ins import stand_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,30 +29,15 @@ STAND_INS = ("transformer_engine", "transformer_engine.pytorch", "transformer_en
 
 def import_bridge() -> None:
     """Import `megatron.bridge`, with a stand-in for Transformer Engine where it is missing."""
+    recurrent.stand_in_kernels()
     # First: Megatron-Core decides here that there is no Transformer Engine, and keeps to it.
     from megatron.core.extensions import transformer_engine
 
     if not transformer_engine.HAVE_TE:
         for name in STAND_INS:
-            sys.modules[name] = _stand_in(name)
+            sys.modules[name] = stand_in(name, TE_VERSION)
     importlib.import_module("megatron.bridge")
     _without_cuda()
-
-
-def _stand_in(name: str) -> types.ModuleType:
-    module = types.ModuleType(name)
-    module.__path__ = []
-    module.__spec__ = ModuleSpec(name, None, is_package=True)
-    module.__version__ = TE_VERSION
-
-    def anything(attribute: str) -> Any:
-        if attribute.startswith("__"):
-            raise AttributeError(attribute)
-        child = f"{name}.{attribute}"
-        return sys.modules.get(child) or type(attribute, (torch.nn.Module,), {"__module__": name})
-
-    module.__getattr__ = anything
-    return module
 
 
 def _without_cuda() -> None:
@@ -59,6 +45,7 @@ def _without_cuda() -> None:
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
     torch.cuda.current_device = lambda: "cpu"
+    torch.cuda.synchronize = lambda *_: None
     torch.Tensor.cuda = lambda self, *_, **__: self
     CudaRNGStatesTracker.fork = lambda self, *_, **__: nullcontext()
     build = DotProductAttention.__init__
@@ -85,9 +72,7 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
         load: whether to load the checkpoint.
         changes: further attributes of the provider.
     """
-    from megatron.bridge.models.gpt_provider import local_layer_spec
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
     parallel_state.destroy_model_parallel()
     virtual = axes.get("vpp", 1) if axes.get("vpp", 1) > 1 else None
@@ -108,27 +93,38 @@ def build_chunks(bridge: Any, axes: dict[str, int], *, load: bool = True, **chan
         "context_parallel_size": axes.get("cp", 1),
         "expert_model_parallel_size": axes.get("ep", 1),
         "expert_tensor_parallel_size": expert_tp,
-        "sequence_parallel": False,
-        "pipeline_dtype": torch.bfloat16,
-        "moe_token_dispatcher_type": "allgather",
-        "transformer_layer_spec": local_layer_spec,
     }
     if "pad" in axes:
         settings |= {"should_pad_vocab": True, "make_vocab_size_divisible_by": axes["pad"]}
-    if getattr(provider, "multi_latent_attention", False):
-        spec = partial(get_gpt_decoder_block_spec, use_transformer_engine=False)
-        settings["transformer_layer_spec"] = spec
-    off = (
-        "gradient_accumulation_fusion apply_rope_fusion bias_dropout_fusion masked_softmax_fusion "
-        "bias_activation_fusion persist_layer_norm cross_entropy_loss_fusion moe_permute_fusion "
-        "moe_shared_expert_overlap"
-    )
-    for name, value in {**settings, **dict.fromkeys(off.split(), False), **changes}.items():
+    for name, value in {**settings, **settings_of(provider), **changes}.items():
         setattr(provider, name, value)
     provider.finalize()
     return provider.provide_distributed_model(
         wrap_with_ddp=False, use_cpu_initialization=True, bf16=True
     )
+
+
+def settings_of(provider: Any) -> dict[str, Any]:
+    """What a provider is to be set to, whatever its layout: no fused kernels, local layers."""
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+
+    spec: Any = local_layer_spec
+    if getattr(provider, "multi_latent_attention", False):
+        spec = partial(get_gpt_decoder_block_spec, use_transformer_engine=False)
+    settings = {
+        "sequence_parallel": False,
+        "pipeline_dtype": torch.bfloat16,
+        "moe_token_dispatcher_type": "allgather",
+        "transformer_layer_spec": spec,
+        "batch_p2p_sync": False,
+    }
+    off = (
+        "gradient_accumulation_fusion apply_rope_fusion bias_dropout_fusion masked_softmax_fusion "
+        "bias_activation_fusion persist_layer_norm cross_entropy_loss_fusion moe_permute_fusion "
+        "moe_shared_expert_overlap"
+    )
+    return settings | dict.fromkeys(off.split(), False) | recurrent.settings(provider)
 
 
 def with_optimizer(chunks: list, *, distributed: bool, overlap: bool = False) -> tuple[list, Any]:
@@ -145,7 +141,7 @@ def with_optimizer(chunks: list, *, distributed: bool, overlap: bool = False) ->
     parts = {"use_distributed_optimizer": distributed}
     ddp = DistributedDataParallelConfig(**parts, overlap_param_gather=overlap, bucket_size=50_000)
     config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=True, **parts)
-    with _said_to_be_cuda():
+    with said_to_be_cuda():
         wrapped = [
             DistributedDataParallel(config=chunk.config, ddp_config=ddp, module=chunk)
             for chunk in chunks
@@ -154,17 +150,22 @@ def with_optimizer(chunks: list, *, distributed: bool, overlap: bool = False) ->
 
 
 @contextmanager
-def _said_to_be_cuda() -> Iterator[None]:
-    """Megatron's optimizers know parameters by the name of a CUDA type, and make scalars on CUDA."""
-    read, make = torch.Tensor.type, torch.tensor
+def said_to_be_cuda() -> Iterator[None]:
+    """Megatron's optimizers know tensors by the name of a CUDA type, and make scalars on CUDA."""
+    read = torch.Tensor.type
 
     def told(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         found = read(tensor, *args, **kwargs)
-        named = isinstance(found, str) and isinstance(tensor, torch.nn.Parameter)
-        return found.replace("torch.", "torch.cuda.") if named else found
+        return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
 
-    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
-        return make(*args, **{**kwargs, "device": "cpu"})
+    def made_by(make: Any) -> Any:
+        def made(*args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
+            return make(*args, **kwargs, device="cpu" if device == "cuda" else device)
 
-    with patch.object(torch.Tensor, "type", told), patch.object(torch, "tensor", made):
+        return made
+
+    with ExitStack() as patches:
+        patches.enter_context(patch.object(torch.Tensor, "type", told))
+        for name in ("tensor", "zeros", "ones"):
+            patches.enter_context(patch.object(torch, name, made_by(getattr(torch, name))))
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,6 +42,24 @@ LATENT = {
     "topk_group": 1,
     "num_nextn_predict_layers": 0,
 }
+DELTA = {
+    "num_hidden_layers": 4,  # three of gated delta networks, one of attention
+    "shared_expert_intermediate_size": 256,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_conv_kernel_dim": 4,
+}
+MAMBA = {
+    "num_hidden_layers": 3,
+    "layers_block_type": ["mamba", "attention", "mlp"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 64,
+    "n_groups": 2,
+    "ssm_state_size": 64,
+    "use_mamba_kernels": False,
+}
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", HEADS),
     "qwen3-4layers": ("Qwen3", HEADS | {"num_hidden_layers": 4}),
@@ -52,6 +71,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", HEADS),
     "qwen2": ("Qwen2", {"hidden_size": 512}),
     "deepseek-v3": ("DeepseekV3", LATENT),
+    "qwen3-next": ("Qwen3Next", HEADS | EXPERTS | DELTA),
+    "nemotron-h": ("NemotronH", HEADS | MAMBA),
     "gpt-oss": ("GptOss", HEADS | {"num_local_experts": 4, "intermediate_size": 256}),
 }
 
@@ -69,4 +90,11 @@ def write_checkpoint(kind: str, folder: Path) -> Path:
             if tensor.dim() == 1:
                 tensor.copy_(torch.rand_like(tensor) + ("norm" in name))
     model.save_pretrained(folder)
+    if (
+        family == "NemotronH"
+    ):  # NVIDIA's checkpoints, which the bridge knows, have another name here
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        tensors["backbone.embeddings.weight"] = tensors.pop("backbone.embedding.weight")
+        save_file(tensors, path, {"format": "pt"})
     return folder

@@ -32,6 +32,15 @@ PAIRS = {
 }
 EXPORTS = {"qwen3": ["tp=2"], "qwen3-moe": ["tp=2,ep=2"]}
 MASTERS = {"qwen3": ["tp=2", "tp=4"], "qwen3-moe": ["tp=2,ep=2"]}
+GATHERED = [
+    "check_loose:qwen3:pp=2",
+    "check_loose:qwen3-moe:tp=2,ep=2",
+    "check_loose:qwen3-moe:tp=2,ep=2,pp=2",
+    "check_gathered:qwen3-next:",
+    "check_gathered:qwen3-next:tp=2",
+    "check_gathered:nemotron-h:",
+    "check_gathered:nemotron-h:tp=2",
+]
 REFUSALS = [
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
@@ -80,6 +89,11 @@ def test_masters(case: str, faults: dict[str, list[str]]) -> None:
     "case", ["check_config:qwen3-moe:tp=2,ep=2", "check_config:qwen3-tied:pp=2"]
 )
 def test_a_config_is_enough(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_what_is_no_box_is_gathered_alone(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 

@@ -170,6 +170,7 @@ class _Describer:
                 reason = "a KV-cache scale"
             if reason and name not in paired and held.encoding is Encoding.PLAIN:
                 info = held  # the loader computes with what a checkpoint would hold
+            reason = reason or held.misc
             found = None if reason else self._boxes(info, writes, pairs)
             if found is None:
                 info = replace(info, misc=reason or "its scales cannot be cut where the weight is")

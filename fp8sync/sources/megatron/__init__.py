@@ -4,6 +4,7 @@ tasks.py     the bridge's conversion tasks: which local parameter is which globa
 mappings.py  a mapping class and its module: which rectangles of which HF tensors it holds
 pieces.py    those rectangles, as plain integers
 held.py      how a parameter is held: plain elements, or Transformer Engine FP8 pairs
+gathered.py  tensors that are no boxes, from the bridge's own export
 masters.py   the FP32 masters of a distributed optimizer, as rectangles
 source.py    the `Source`
 """

@@ -1,7 +1,7 @@
 """A Megatron-Bridge mapping at the module it speaks of, as a layout.
 
 Mappings are told apart by their exact class: a subclass that does something of its own is another
-mapping. What is not listed here is not a rectangle, or not known to be one; it is refused by name.
+mapping. What is not listed here is not a rectangle, or not known to be one: `why_no_boxes` says so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from fp8sync.sources.megatron.pieces import Layout, Run, Shape, Shard
 
-__all__ = ["Site", "layout_of"]
+__all__ = ["Site", "layout_of", "why_no_boxes"]
 
 _HOME = "megatron.bridge.models.conversion.param_mapping"
 _STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
@@ -64,11 +64,34 @@ def layout_of(site: Site) -> Layout:
     Raises:
         ValueError: what the mapping does is not a rectangle, or the shapes contradict it.
     """
-    cls = type(site.mapping)
-    read = _READERS.get(cls.__name__) if cls.__module__ == _HOME else None
-    if read is None:
-        raise ValueError(f"mapping class {cls.__module__}.{cls.__name__} is not known to be boxes")
-    return read(site)
+    reason = why_no_boxes(site.mapping)
+    if reason:
+        raise ValueError(reason)
+    return _READERS[type(site.mapping).__name__](site)
+
+
+def why_no_boxes(mapping: Any) -> str:
+    """Return why a mapping's tensors are no rectangles of its parameter; nothing if they are.
+
+    Read off the mapping alone, so that every rank says the same, whether it has the parameter or not.
+    """
+    cls = type(mapping)
+    name = cls.__name__
+    if cls.__module__ != _HOME or name not in _READERS:
+        return f"mapping class {cls.__module__}.{name} is not known to be boxes"
+    if getattr(mapping, "permute_dims", None) is not None:
+        return f"the mapping permutes dims {mapping.permute_dims}"
+    if name in _STACKS:
+        return _why_no_stack(mapping)
+    return ""
+
+
+def _why_no_stack(mapping: Any) -> str:
+    kind = _STACKS[type(mapping).__name__]
+    stack = _STACK.match(mapping.hf_param)
+    if stack is None or stack["kind"] != kind:
+        return f"a stack of experts named {mapping.hf_param}, expected ...experts.{kind}"
+    return "the stack of experts is transposed" if mapping.transpose_on_export else ""
 
 
 def _whole(site: Site) -> Layout:
@@ -87,8 +110,6 @@ def _row(site: Site) -> Layout:
 
 
 def _auto(site: Site) -> Layout:
-    if site.mapping.permute_dims is not None:
-        raise ValueError(f"the mapping permutes dims {site.mapping.permute_dims}")
     return _BY_PARALLELISM[_parallelism(site.mapping, site.module)](site)
 
 
@@ -119,23 +140,20 @@ def _gated(site: Site) -> Layout:
 
 def _stacked(site: Site) -> Layout:
     """One expert of an HF stack, under the name that a checkpoint gives the expert alone."""
-    return _auto(replace(site, names=f"{_of_stack(site, 'down_proj')}.down_proj.weight"))
+    return _auto(replace(site, names=f"{_of_stack(site)}.down_proj.weight"))
 
 
 def _stacked_gated(site: Site) -> Layout:
-    expert = _of_stack(site, "gate_up_proj")
+    expert = _of_stack(site)
     names = {"gate": f"{expert}.gate_proj.weight", "up": f"{expert}.up_proj.weight"}
     return _gated(replace(site, names=names))
 
 
-def _of_stack(site: Site, kind: str) -> str:
+def _of_stack(site: Site) -> str:
     """Return `<prefix>.experts.<number>` for an expert of a stack `<prefix>.experts.<kind>`."""
-    stack = _STACK.match(site.names)
-    expert = _EXPERT.search(site.mapping.megatron_param)
-    if stack is None or stack["kind"] != kind or expert is None:
-        raise ValueError(f"a stack of experts named {site.names}, expected ...experts.{kind}")
-    if site.mapping.transpose_on_export or site.mapping.permute_dims is not None:
-        raise ValueError("the stack of experts is transposed")
+    stack, expert = _STACK.match(site.names), _EXPERT.search(site.mapping.megatron_param)
+    if stack is None or expert is None:
+        raise ValueError(f"which expert of {site.names} it is cannot be read off its name")
     return f"{stack['experts']}.{expert[1] or expert[2]}"
 
 
@@ -175,6 +193,7 @@ _BY_PARALLELISM: dict[str, Callable[[Site], Layout]] = {
     "row": _row,
     "replicated": _whole,
 }
+_STACKS = {"FusedExpertMapping": "down_proj", "FusedGatedExpertMapping": "gate_up_proj"}
 _READERS: dict[str, Callable[[Site], Layout]] = {
     "AutoMapping": _auto,
     "ColumnParallelMapping": _column,

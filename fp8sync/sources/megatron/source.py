@@ -8,13 +8,16 @@ import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, TensorInfo
+from fp8sync.sources.megatron.gathered import Gathered
 from fp8sync.sources.megatron.masters import Masters
 from fp8sync.sources.megatron.reading import describe, live
 from fp8sync.sources.megatron.tasks import LocalParameter, local_parameters
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
+
+    from fp8sync.sources.megatron.tasks import LooseTask
 
 __all__ = ["MegatronSource"]
 
@@ -47,10 +50,13 @@ class MegatronSource:
         self._bridge = bridge
         self._masters = None if masters is None else Masters(masters)
         self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
-        self._complete = not self._overlapping
         self._rank = rank_and_size()[0]
-        found, faults = local_parameters(unwrap_model(self._chunks), bridge)
-        self._parameters, self._faults = found, faults
+        chunks = unwrap_model(self._chunks)
+        found = local_parameters(chunks, bridge)
+        self._parameters = found.boxed
+        self._gathered = Gathered(bridge, chunks, found.loose)
+        self._complete = not self._needs_preparing
+        self._faults = [*found.faults, *self._unread_masters(found.loose)]
         self._forms: dict[str, _Form] = {}
 
     @property
@@ -61,9 +67,16 @@ class MegatronSource:
     def manifest(self) -> Manifest:
         """Return this rank's boxes; nothing is gathered, nothing is allocated.
 
+        Tensors that are no boxes are named with the reason; `prepare` has gathered them.
+
         Raises:
-            UnsupportedLayout: naming every parameter that is not boxes, with the reason.
+            UnsupportedLayout: naming every parameter that cannot be sent, with the reason.
         """
+        if self._gathered and not self._complete:
+            raise UnsupportedLayout(
+                f"trainer rank {self._rank}: some of the model's tensors are no boxes of its parameters, "
+                "and have to be gathered; expected prepare() on every rank"
+            )
         faults = list(self._faults)
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
@@ -79,17 +92,25 @@ class MegatronSource:
             summary = "parameters that cannot be sent as they lie"
             raise UnsupportedLayout(summary, self._at_rank(faults))
         self._forms = {name: _form(tensor) for name, tensor in self._read()[0].items()}
+        infos += self._gathered.infos()
+        boxes += self._gathered.boxes()
         return Manifest.of(infos, {self._rank: boxes})
 
     def prepare(self) -> None:
         """Make the parameters complete; every rank calls it after the step, before `storages`.
 
         A distributed optimizer with `overlap_param_gather` leaves its all-gather of parameters to the
-        next forward. It is done here, as that forward would. For all others nothing happens.
+        next forward. It is done here, as that forward would. Then tensors that are no boxes are
+        exported by the bridge, one by one. For all others nothing happens.
+
+        Raises:
+            Fp8SyncError: the bridge's export fails, on whatever rank.
         """
         for chunk in self._overlapping:
             with torch.no_grad():
                 chunk.start_param_sync(force_sync=True)
+        with torch.no_grad():
+            self._gathered.gather()
         self._complete = True
 
     def storages(self) -> dict[str, torch.Tensor]:
@@ -101,10 +122,10 @@ class MegatronSource:
         """
         if not self._complete:
             raise UnsupportedLayout(
-                f"trainer rank {self._rank}: the distributed optimizer gathers parameters in the "
-                "next forward; expected prepare() on every rank before they are read"
+                f"trainer rank {self._rank}: parameters are not complete, or not gathered, before "
+                "prepare() on every rank; expected prepare() on every rank before they are read"
             )
-        self._complete = not self._overlapping
+        self._complete = not self._needs_preparing
         found, faults = self._read()
         if not faults:
             faults = [
@@ -116,7 +137,17 @@ class MegatronSource:
         if faults:
             summary = "parameters changed their form since the link was made"
             raise UnsupportedLayout(summary, self._at_rank(faults))
-        return found
+        return found | self._gathered.take()
+
+    @property
+    def _needs_preparing(self) -> bool:
+        return bool(self._overlapping or self._gathered)
+
+    def _unread_masters(self, loose: Sequence[LooseTask]) -> Iterator[str]:
+        for task in loose:
+            parameter = task.parameter
+            if parameter and self._masters and self._masters.of(parameter.live()):
+                yield f"{parameter.name}: the bridge exports the parameter, not its master ({task.reason})"
 
     def _read(self) -> tuple[dict[str, torch.Tensor], list[str]]:
         found: dict[str, torch.Tensor] = {}

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fp8sync.sources.megatron.mappings import why_no_boxes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     import torch
 
-__all__ = ["LocalParameter", "local_parameters"]
+__all__ = [
+    "VOCABULARIES",
+    "LocalParameter",
+    "LooseTask",
+    "Parameters",
+    "hook_faults",
+    "local_parameters",
+    "vocabulary_of",
+]
 
-_VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
+VOCABULARIES = ("embedding.word_embeddings.weight", "output_layer.weight")
+"""How the names of vocabularies end."""
 _HARMLESS_HOOKS = {
     # These only add rotary frequencies that a checkpoint happens to carry; no engine loads them.
     "MegatronModelBridge",
@@ -45,33 +56,68 @@ class LocalParameter:
         return getattr(self.module, self.attribute)
 
 
-def local_parameters(chunks: Sequence[Any], bridge: Any) -> tuple[list[LocalParameter], list[str]]:
+@dataclass(frozen=True)
+class LooseTask:
+    """A conversion task whose tensors are no boxes; every rank has it.
+
+    Args:
+        task: the bridge's.
+        parameter: what it converts, where this rank has it.
+        reason: why its tensors are no boxes.
+    """
+
+    task: Any
+    parameter: LocalParameter | None
+    reason: str
+
+    def live(self) -> torch.Tensor | None:
+        """Return the parameter as the module holds it now."""
+        return None if self.parameter is None else self.parameter.live()
+
+
+class Parameters(NamedTuple):
+    """Those of this rank that are boxes, the tasks of all others, and what cannot be read at all."""
+
+    boxed: list[LocalParameter]
+    loose: list[LooseTask]
+    faults: list[str]
+
+
+def local_parameters(chunks: Sequence[Any], bridge: Any) -> Parameters:
     """List this rank's parameters; collective over the pipeline group, for names alone.
 
     Args:
         chunks: unwrapped model chunks of this rank.
         bridge: a `megatron.bridge.AutoBridge`.
-
-    Returns:
-        The parameters, and one line for each that cannot be read through the bridge.
     """
     model_bridge = bridge._model_bridge
     tasks = model_bridge.build_conversion_tasks(bridge.hf_pretrained, list(chunks))
-    tasks = [task for task in tasks if task is not None and task.param_weight is not None]
-    faults = [*_hook_faults(model_bridge), *_unmapped(chunks, model_bridge, tasks)]
-    vocabulary = _vocabulary(bridge)
-    found = [
-        LocalParameter(
-            name=task.global_param_name,
-            mapping=task.mapping,
-            module=task.megatron_module,
-            attribute=task.param_name.rpartition(".")[2],
-            vocabulary=vocabulary if task.global_param_name.endswith(_VOCABULARIES) else None,
-        )
-        for task in tasks
-        if not model_bridge._should_skip_mtp_duplicate_embedding_export(task, chunks)
-    ]
-    return found, faults
+    tasks = [task for task in tasks if task is not None]
+    held = [task for task in tasks if task.param_weight is not None]
+    faults = [*hook_faults(model_bridge), *_unmapped(chunks, model_bridge, held)]
+    vocabulary = vocabulary_of(bridge)
+    found = Parameters([], [], faults)
+    for task in tasks:
+        parameter = _local(task, vocabulary)
+        if model_bridge._should_skip_mtp_duplicate_embedding_export(task, chunks):
+            parameter = None
+        if reason := why_no_boxes(task.mapping):
+            found.loose.append(LooseTask(task, parameter, reason))
+        elif parameter is not None:
+            found.boxed.append(parameter)
+    return found
+
+
+def _local(task: Any, vocabulary: int | None) -> LocalParameter | None:
+    if task.param_weight is None:
+        return None
+    return LocalParameter(
+        name=task.global_param_name,
+        mapping=task.mapping,
+        module=task.megatron_module,
+        attribute=task.param_name.rpartition(".")[2],
+        vocabulary=vocabulary if task.global_param_name.endswith(VOCABULARIES) else None,
+    )
 
 
 def _unmapped(chunks: Sequence[Any], model_bridge: Any, tasks: Sequence[Any]) -> Iterator[str]:
@@ -93,14 +139,15 @@ def _unmapped(chunks: Sequence[Any], model_bridge: Any, tasks: Sequence[Any]) ->
             )
 
 
-def _hook_faults(model_bridge: Any) -> Iterator[str]:
-    """A bridge may change tensors after its mappings; then boxes would not be what it exports."""
+def hook_faults(model_bridge: Any) -> Iterator[str]:
+    """Say if a bridge changes tensors after its mappings; boxes would not be what it exports."""
     owner = type(model_bridge).maybe_modify_converted_hf_weight.__qualname__.partition(".")[0]
     if owner not in _HARMLESS_HOOKS:
         yield f"{owner}.maybe_modify_converted_hf_weight changes what the mappings give"
 
 
-def _vocabulary(bridge: Any) -> int | None:
+def vocabulary_of(bridge: Any) -> int | None:
+    """Return the rows of the HF embedding; what a parameter has beyond them is padding."""
     config = getattr(bridge.hf_pretrained, "config", bridge.hf_pretrained)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
