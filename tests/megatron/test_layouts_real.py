@@ -41,6 +41,7 @@ GATHERED = [
     "check_gathered:nemotron-h:",
     "check_gathered:nemotron-h:tp=2",
 ]
+KV = {"qwen3": ["tp=2", "tp=4", "pp=2"], "qwen3-4layers": ["pp=2,vpp=2"]}
 REFUSALS = [
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
@@ -94,6 +95,11 @@ def test_a_config_is_enough(case: str, faults: dict[str, list[str]]) -> None:
 
 @pytest.mark.parametrize("case", GATHERED)
 def test_what_is_no_box_is_gathered_alone(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_kv", KV))
+def test_kv_cache_scales(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 
