@@ -76,8 +76,17 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export", help="write a checkpoint as a Hugging Face directory, in BF16 or blockwise FP8"
     )
-    export.add_argument("source", type=Path, help="a Hugging Face directory")
+    export.add_argument(
+        "source",
+        type=Path,
+        help="a Hugging Face directory, or a Megatron distributed checkpoint (torch_dist)",
+    )
     export.add_argument("folder", type=Path, help="what to write")
+    export.add_argument(
+        "--config",
+        type=Path,
+        help="a Hugging Face directory with the model's config.json, for a Megatron checkpoint",
+    )
     export.add_argument("--format", choices=("bf16", "fp8"), required=True)
     export.add_argument("--formula", choices=[f.value for f in Formula], help="of FP8 scales")
     export.add_argument(
@@ -108,13 +117,27 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from fp8sync.export import export_checkpoint  # needs torch, which planning does not
+    # These need torch, which planning does not.
+    from fp8sync.export import export_checkpoint
+    from fp8sync.sources.megatron.distributed import (
+        DistributedCheckpointSource,
+        holds_distributed_checkpoint,
+    )
 
     kind = f"blockwise-{arguments.formula}" if arguments.formula else "blockwise"
     patterns = (*Recipe().unquantized, *(arguments.unquantized or ()))
     recipe = Recipe("bf16" if arguments.format == "bf16" else kind, unquantized=patterns)
+    folder, source = arguments.source, arguments.source
+    if holds_distributed_checkpoint(folder):
+        if arguments.config is None:
+            raise ValueError(f"{folder} is a Megatron checkpoint; say of which model with --config")
+        source = DistributedCheckpointSource.of(folder, arguments.config)
     made = export_checkpoint(
-        arguments.source, arguments.folder, recipe, shard_bytes=arguments.shard_bytes
+        source,
+        arguments.folder,
+        recipe,
+        config=arguments.config,
+        shard_bytes=arguments.shard_bytes,
     )
     print(
         f"{made.folder}: {made.tensors} tensors, {made.quantized} in FP8, "

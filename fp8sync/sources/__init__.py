@@ -43,12 +43,17 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
         model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
             DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
             Megatron-Core model: the list of its chunks on this rank.
-        bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model.
+        bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model. With a path, that of a
+            Megatron distributed checkpoint.
         masters: its optimizer, if the FP32 masters are to be read; see `MegatronSource`.
 
     Raises:
         UnsupportedLayout: nothing here can list the boxes of such an object.
     """
+    if bridge is not None and isinstance(model, (str, Path)):
+        from fp8sync.sources.megatron import DistributedCheckpointSource
+
+        return DistributedCheckpointSource(model, bridge)
     if bridge is not None:
         from fp8sync.sources.megatron import MegatronSource
 

@@ -16,7 +16,33 @@ from pathlib import Path
 import torch
 
 from fp8sync.export import export_checkpoint
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.recipe import Recipe
+from fp8sync.sources.megatron.records import Records
+
+
+class Recorded:
+    """The tensors of a `torch.distributed.checkpoint` directory, under their own names."""
+
+    def __init__(self, folder: Path) -> None:
+        records = Records(folder)
+        parts = {n: list(records.parts(n)) for n in records.shapes}
+        self._infos = [
+            TensorInfo(n, s, str(parts[n][0].tensor.dtype).removeprefix("torch."))
+            for n, s in records.shapes.items()
+        ]
+        self._live = {f"{n}{r.start}": r.tensor for n, held in parts.items() for r in held}
+        self._boxes = [
+            Box(n, r.start, tuple(r.tensor.shape), Placement(f"{n}{r.start}", 0, r.tensor.stride()))
+            for n, held in parts.items()
+            for r in held
+        ]
+
+    def manifest(self) -> Manifest:
+        return Manifest.of(self._infos, {0: self._boxes})
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        return self._live
 
 
 def anonymous_bytes() -> int:
@@ -38,7 +64,9 @@ def main(source: str, folder: str, recipe: str, band_bytes: int) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    made = export_checkpoint(source, folder, Recipe(recipe), band_bytes=band_bytes, progress=False)
+    model = Recorded(Path(source)) if (Path(source) / ".metadata").exists() else source
+    way = {"config": source, "band_bytes": band_bytes, "progress": False}
+    made = export_checkpoint(model, folder, Recipe(recipe), **way)
     done.set()
     watcher.join()
     print(json.dumps({"bytes": made.bytes, "peak_bytes": peak - before}))

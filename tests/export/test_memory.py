@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,10 +19,22 @@ BANDS = 40
 """What becomes of a band on its way, above all in float32, and what malloc keeps of it."""
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "blockwise-pow2", "blockwise-fp32"])
-def test_memory_is_a_few_bands(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        ("bf16", "safetensors"),
+        ("blockwise-pow2", "safetensors"),
+        ("blockwise-fp32", "safetensors"),
+        ("bf16", "torch_dist"),
+        ("blockwise-pow2", "torch_dist"),
+    ],
+)
+def test_memory_is_a_few_bands(recipe: str, kind: str, tmp_path: Path) -> None:
     weight = torch.randn(ROWS, COLS).bfloat16()  # 128 MiB
-    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    if kind == "safetensors":
+        save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    else:
+        dcp.save({"a.weight": weight}, checkpoint_id=tmp_path, no_dist=True)
     (tmp_path / "config.json").write_text('{"model_type": "none"}')
     command = [
         "-m",

@@ -41,8 +41,17 @@ GATHERED = [
     "check_gathered:nemotron-h:",
     "check_gathered:nemotron-h:tp=2",
 ]
+CHECKPOINTS = {
+    "qwen3": ["tp=2"],
+    "qwen3-4layers": ["pp=2,vpp=2"],
+    "qwen3-tied": ["pp=2"],
+    "qwen3-vocab130": ["pad=128,tp=2"],
+    "qwen3-moe": ["tp=2,ep=2,pp=2"],
+    "deepseek-v3": ["tp=2,ep=2"],
+}
 KV = {"qwen3": ["tp=2", "tp=4", "pp=2"], "qwen3-4layers": ["pp=2,vpp=2"]}
 REFUSALS = [
+    "check_bad_checkpoint:qwen3:tp=2",
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
     "check_missing_rank:qwen3:tp=2,pp=2",
@@ -95,6 +104,11 @@ def test_a_config_is_enough(case: str, faults: dict[str, list[str]]) -> None:
 
 @pytest.mark.parametrize("case", GATHERED)
 def test_what_is_no_box_is_gathered_alone(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_checkpoint", CHECKPOINTS))
+def test_distributed_checkpoints(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 

@@ -7,8 +7,11 @@ held.py      how a parameter is held: plain elements, or Transformer Engine FP8 
 gathered.py  tensors that are no boxes, from the bridge's own export
 masters.py   the FP32 masters of a distributed optimizer, as rectangles
 source.py    the `Source`
+records.py   a distributed checkpoint's tensors, mapped into memory
+distributed.py  such a checkpoint as a `Source`
 """
 
+from fp8sync.sources.megatron.distributed import DistributedCheckpointSource
 from fp8sync.sources.megatron.source import MegatronSource
 
-__all__ = ["MegatronSource"]
+__all__ = ["DistributedCheckpointSource", "MegatronSource"]
