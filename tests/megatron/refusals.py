@@ -7,13 +7,15 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 
 from fp8sync.errors import Fp8SyncError
+from fp8sync.export import export_checkpoint
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
 from fp8sync.sources.megatron import MegatronSource
-from tests.megatron import pairs
+from tests.megatron import cpu, pairs
 from tests.megatron.checks import gather, load
 
 if TYPE_CHECKING:
@@ -60,6 +62,37 @@ def check_wrong_bridge(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         for kind in "qk"
     ]
     return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_other_experts(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Experts in one tensor, as `moe_single_grouped_weight` and older Megatron-Core hold them."""
+    bridge, chunks = load(checkpoint, axes)
+    experts = next(m for n, m in chunks[0].named_modules() if n.endswith("layers.0.mlp.experts"))
+    experts.linear_fc1 = torch.nn.Module()
+    for owner, name in ((experts.linear_fc1, "weight"), (experts, "weight1"), (experts, "weight2")):
+        owner.register_parameter(name, torch.nn.Parameter(torch.zeros(2, 512, 256)))
+    expected = [
+        rf"decoder\.layers\.0\.mlp\.experts\.{name}: expected a mapping of Qwen3MoEBridge .* found none"
+        for name in (r"linear_fc1\.weight", "weight1", "weight2")
+    ]
+    return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_nan_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """A master that is NaN on one rank: all ranks name the tensor, and no file is left."""
+    bridge, chunks = load(checkpoint, axes)
+    chunks, optimizer = cpu.with_optimizer(chunks, distributed=True)
+    source = MegatronSource(chunks, bridge, masters=optimizer)
+    if dist.get_rank() == 1:
+        names = dict(chunks[0].named_parameters())
+        damaged = next(p for n, p in names.items() if n.endswith("layers.1.mlp.linear_fc2.weight"))
+        damaged.main_param.view(-1)[0] = torch.nan
+    folder = checkpoint.parent / f"nan-{checkpoint.name}"
+    told = {"config": checkpoint, "progress": False}
+    expected = [r"model\.layers\.1\.mlp\.down_proj\.weight: expected finite values, found 1 NaN"]
+    faults = unsaid(expected, lambda: export_checkpoint(source, folder, "blockwise-pow2", **told))
+    dist.barrier()
+    return faults + [f"{path} is left" for path in folder.glob("*.safetensors")]
 
 
 def check_missing_rank(checkpoint: Path, axes: dict[str, int]) -> list[str]:

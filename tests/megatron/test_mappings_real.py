@@ -178,3 +178,11 @@ class OwnMapping(param_mapping.QKVMapping):
 def test_what_is_not_known_to_be_boxes_is_refused_by_name(mapping: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         layout_of(Site.of(place(mapping, 0, 1), torch.nn.Embedding(1, 1), torch.empty(2, 2)))
+
+
+def test_an_architecture_without_a_bridge_is_named() -> None:
+    from megatron.bridge import AutoBridge
+    from transformers import MixtralConfig
+
+    with pytest.raises(ValueError, match="MixtralForCausalLM"):
+        AutoBridge.from_hf_config(MixtralConfig(architectures=["MixtralForCausalLM"]))
