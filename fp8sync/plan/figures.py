@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from heapq import nsmallest
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.plan.forecast import forecast
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
     from fp8sync.plan.traffic import Traffic
 
 __all__ = ["figures", "report"]
+
+_Link = tuple[int, str, int, int]
+"""Bytes, negative, so that the busiest comes first; the sender's side and rank, and the receiver's rank."""
 
 
 def report(traffic: Traffic, bandwidths: Bandwidths, top: int = 10) -> str:
@@ -27,7 +31,7 @@ def report(traffic: Traffic, bandwidths: Bandwidths, top: int = 10) -> str:
         f"{len(links):,} links, {_messages(traffic, links):,} messages of {traffic.bucket_bytes:,} bytes",
         _extremes("sent by a trainer rank", [moved[r] for r in traffic.held]),
         _extremes("received by an engine rank", [received[r] for r in traffic.staged]),
-        *(f"link {name}: {nbytes:,} bytes" for name, nbytes in links[:top]),
+        *(f"link {name}: {nbytes:,} bytes" for name, nbytes in _busiest(links, top)),
         f"peak memory, trainer rank: {buffers:,} bytes (two buckets)",
         f"peak memory, engine rank: {peak:,} bytes (staging and two buckets)",
     ]
@@ -59,7 +63,7 @@ def figures(traffic: Traffic, bandwidths: Bandwidths, top: int = 10) -> dict[str
         "bytes": traffic.total_bytes,
         "links": len(links),
         "messages": _messages(traffic, links),
-        "top_links": [[name, nbytes] for name, nbytes in links[:top]],
+        "top_links": [list(link) for link in _busiest(links, top)],
         "max_sent_bytes": max(moved.values(), default=0),
         "max_received_bytes": max(traffic.received().values(), default=0),
         "max_staged_bytes": max(traffic.staged.values(), default=0),
@@ -72,20 +76,23 @@ def figures(traffic: Traffic, bandwidths: Bandwidths, top: int = 10) -> dict[str
     }
 
 
-def _moved(traffic: Traffic, ahead: Outlook) -> tuple[Counter[int], list[tuple[str, int]]]:
-    """Return what every trainer rank sends, and the links by name, busiest first."""
+def _moved(traffic: Traffic, ahead: Outlook) -> tuple[Counter[int], list[_Link]]:
+    """Return what every trainer rank sends, and all links."""
     moved = traffic.fed if ahead.pays else traffic.links
     forwards = traffic.forwards if ahead.pays else {}
     sent: Counter[int] = Counter()
     for (source, _), nbytes in moved.items():
         sent[source] += nbytes
-    named = [(f"{a} -> {b}", nbytes) for (a, b), nbytes in sorted(moved.items())]
-    named += [(f"engine {a} -> {b}", nbytes) for (a, b), nbytes in sorted(forwards.items())]
-    return sent, sorted(named, key=lambda item: -item[1])
+    links = [(-nbytes, "", *link) for link, nbytes in moved.items()]
+    return sent, links + [(-nbytes, "engine ", *link) for link, nbytes in forwards.items()]
 
 
-def _messages(traffic: Traffic, links: list[tuple[str, int]]) -> int:
-    return sum(-(-nbytes // traffic.bucket_bytes) for _, nbytes in links)
+def _busiest(links: list[_Link], top: int) -> list[tuple[str, int]]:
+    return [(f"{side}{a} -> {b}", -less) for less, side, a, b in nsmallest(top, links)]
+
+
+def _messages(traffic: Traffic, links: list[_Link]) -> int:
+    return sum(-(less // traffic.bucket_bytes) for less, _, _, _ in links)
 
 
 def _extremes(what: str, values: list[int]) -> str:

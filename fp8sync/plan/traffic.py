@@ -124,7 +124,7 @@ class _Relay:
         self._per_node = gpus_per_node
         self._load: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
         self._nodes: dict[tuple[int, ...], list[tuple[int, ...]]] = {}
-        self.fed: Counter[tuple[int, int]] = Counter()
+        self._spared: Counter[tuple[int, int]] = Counter()
         self.forwards: Counter[tuple[int, int]] = Counter()
 
     def share(self, senders: Mapping[int, int], nbytes: int, count: int) -> None:
@@ -136,25 +136,31 @@ class _Relay:
             count: of tensors.
         """
         for sharers in self._by_node(tuple(senders)):
-            if len(sharers) == 1:
-                self.fed[senders[sharers[0]], sharers[0]] += nbytes * count
-                continue
             load = self._load[sharers]
+            for rank in sharers:
+                self._spared[senders[rank], rank] += nbytes * count
             each, more = divmod(count, len(sharers))
             for place, rank in enumerate(sorted(sharers, key=load.__getitem__)):
                 own = nbytes * (each + (place < more))
                 if own:
                     load[rank] += own
-                    self.fed[senders[rank], rank] += own
+                    self._spared[senders[rank], rank] -= own
                     self.forwards.update({(rank, other): own for other in sharers if other != rank})
 
+    def fed(self, links: Mapping[tuple[int, int], int]) -> dict[tuple[int, int], int]:
+        """Return the links that are left of `links`."""
+        left = ((link, nbytes - self._spared[link]) for link, nbytes in links.items())
+        return {link: nbytes for link, nbytes in left if nbytes}
+
     def _by_node(self, ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Return who of `ranks` share a node with another one of them."""
         found = self._nodes.get(ranks)
         if found is None:
             nodes: dict[int, list[int]] = defaultdict(list)
             for rank in ranks:
                 nodes[rank // self._per_node].append(rank)
-            found = self._nodes[ranks] = [tuple(sorted(n)) for n in nodes.values()]
+            shared = [tuple(sorted(n)) for n in nodes.values() if len(n) > 1]
+            found = self._nodes[ranks] = shared
         return found
 
 
@@ -207,7 +213,9 @@ def traffic(
         raise UnsupportedLayout("the layouts cannot be joined exactly", faults)
     amax = _amax(source, infos)
     about = infos, links, copies, staged, _held(source), amax, bucket_bytes
-    return Traffic(*about, relay.fed, relay.forwards) if relay.forwards else Traffic(*about)
+    if not relay.forwards:
+        return Traffic(*about)
+    return Traffic(*about, relay.fed(links), relay.forwards)
 
 
 def _kinds(

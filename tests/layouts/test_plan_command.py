@@ -90,7 +90,24 @@ def test_the_text_says_what_there_is_to_know(capsys) -> None:
         assert part in out
     assert "partial amax: " in out  # 768 rows of an expert on 8 ranks
     assert "wire time: " in out
+    assert "forwarding: " in out
     assert lines[-1] == "misc: 0 tensors"
+
+
+def test_it_says_what_is_forwarded_and_why(capsys) -> None:
+    """Four replicas on one node beside the trainer's, and the same on nodes of their own."""
+    sides = ("--model", "llama-3.1-8b", "--trainer", "tp=2", "--engine", "tp=2,engines=4")
+    _, out, _ = run(capsys, *sides, "--json")
+    together = json.loads(out)
+    assert "bytes are forwarded, each node being fed once: " in together["forwarding"]
+    assert together["wire_s"] < 0.5 * together["direct_wire_s"]
+    part = together["forwarded_bytes"] / together["bytes"]
+    assert 3 / 4 < part < 0.7501  # norms lie on all eight ranks
+    assert any(name.startswith("engine ") for name, _ in together["top_links"])
+    _, out, _ = run(capsys, *sides, "--bandwidth", "gpus_per_node=2")
+    assert "forwarding: nothing is forwarded: feeding each node once would take " in out
+    _, out, _ = run(capsys, *sides, "--bandwidth", "gpus_per_node=1")
+    assert "forwarding: nothing is forwarded: no two engine ranks of a node want the same" in out
 
 
 def test_the_misc_list_comes_with_reasons(capsys, tmp_path) -> None:
