@@ -32,6 +32,7 @@ from fp8sync.sending.sender import named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.trainers import Opening, rank_and_size
+from fp8sync.transport.rendezvous import bound_address
 from fp8sync.waiting import HostTime, waiting
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def connect(
             a list of these, which get one version: all of them install it, or none.
         recipe: name or `Recipe`.
         timeout_s: limit of every single wait for a peer.
-        host: address that the rendezvous binds; loopback unless told otherwise.
+        host: address or name of this host that the rendezvous binds, and by which workers reach it (IPv4);
+            loopback unless told otherwise.
         bucket_bytes: payload of a message; each side keeps at most two such buffers.
         transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
             `nccl` (buckets between GPUs), `gloo` (buckets through host memory), `golden` (whole
@@ -83,7 +85,7 @@ def connect(
     Raises:
         TensorMismatch: a tensor is missing, superfluous or of another shape.
         RecipeMismatch: the engine does not hold what the recipe makes.
-        UnsupportedLayout: a layout that cannot be moved exactly.
+        UnsupportedLayout: a layout that cannot be moved exactly, or a `host` that workers cannot reach.
         PlanMismatch: the two sides computed different plans.
         TransferTimeout, EngineLost: a worker did not answer, or is gone.
 
@@ -119,12 +121,13 @@ class Link:
         self._model = model
         self._name = secrets.token_hex(8)
         self._engine = as_engine(engine)
-        self._engine.check_host(host)
+        self._host = bound_address(host)
+        self._engine.check_host(self._host)
         # A call holds at most: waits for two messages, and vLLM's own work.
         self._engine.limit(3 * timeout_s)
         self.recipe = recipe
         self.version = 0
-        self._timeout_s, self._host, self._bucket_bytes = timeout_s, host, bucket_bytes
+        self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._closed = False
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None

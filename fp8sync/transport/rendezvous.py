@@ -9,11 +9,11 @@ from typing import Any
 
 import torch.distributed
 
-from fp8sync.errors import TransferTimeout
+from fp8sync.errors import TransferTimeout, UnsupportedLayout
 
 dist: Any = torch.distributed  # its classes of stores are not in its stubs
 
-__all__ = ["Rendezvous", "is_loopback", "own_host", "reach"]
+__all__ = ["Rendezvous", "bound_address", "is_loopback", "own_host", "reach"]
 
 
 class Rendezvous:
@@ -57,6 +57,26 @@ def reach(host: str, port: int, timeout_s: float) -> Any:
 def is_loopback(host: str) -> bool:
     """Whether a bound address is one that this host alone can reach."""
     return ip_address(host).is_loopback
+
+
+def bound_address(host: str) -> str:
+    """Return the IPv4 address that a rendezvous on `host` binds, which is what workers are told.
+
+    Raises:
+        UnsupportedLayout: `host` is no address of this host, or stands for all of them.
+    """
+    try:
+        with socket.create_server((host, 0)) as probe:
+            address = str(probe.getsockname()[0])
+    except OSError as error:
+        raise UnsupportedLayout(
+            f"the rendezvous cannot bind {host!r}: expected an address or name of this host, found {error}"
+        ) from error
+    if ip_address(address).is_unspecified:
+        raise UnsupportedLayout(
+            f"the rendezvous would bind every interface: expected one address of this host, found {host!r}"
+        )
+    return address
 
 
 def own_host(host: str) -> str:

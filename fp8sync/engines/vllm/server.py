@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import time
 from contextlib import closing
 from http import HTTPStatus
@@ -142,9 +143,7 @@ class Server(Handle):
 
 
 def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
     try:
-        return ip_address(host).is_loopback
-    except ValueError:
+        return ip_address(socket.gethostbyname(host)).is_loopback
+    except OSError:
         return False
