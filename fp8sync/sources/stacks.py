@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["HfPart", "hf_parts"]
 
-_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|down_proj)$")
+_STACK = re.compile(r"(?P<experts>.*\.experts)\.(?P<kind>gate_up_proj|up_proj|down_proj)$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,10 @@ class HfPart:
 def hf_parts(name: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[HfPart]:
     """Yield the HF tensors of a parameter: itself, or the experts of a stack, as checkpoints name them.
 
-    Stacks `experts.gate_up_proj` [E, 2I, H] with `experts.down_proj` [E, H, I] are taken apart. Where
-    the model keeps both transposed, [E, H, 2I] and [E, I, H] (GPT-OSS, Llama 4), checkpoints hold the
-    stack itself, and so does the list.
+    Stacks `experts.gate_up_proj` [E, 2I, H] with `experts.down_proj` [E, H, I] are taken apart, and so is
+    `experts.up_proj` [E, I, H] of experts without a gate (Nemotron-H). Where the model keeps both
+    transposed, [E, H, 2I] and [E, I, H] (GPT-OSS, Llama 4), checkpoints hold the stack itself, and so does
+    the list.
 
     Args:
         name: of the parameter.
@@ -56,7 +57,7 @@ def hf_parts(name: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[HfPart]
         yield HfPart(name, ((0,) * len(shape), shape), tuple(range(len(shape))))
         return
     experts, rows, cols = shape
-    kinds = ["down_proj"] if stack["kind"] == "down_proj" else ["gate_proj", "up_proj"]
+    kinds = ["gate_proj", "up_proj"] if stack["kind"] == "gate_up_proj" else [stack["kind"]]
     rows //= len(kinds)
     for expert in range(experts):
         for half, kind in enumerate(kinds):
@@ -66,7 +67,12 @@ def hf_parts(name: str, shapes: Mapping[str, Sequence[int]]) -> Iterator[HfPart]
 
 def _is_transposed(experts: str, shapes: Mapping[str, Sequence[int]]) -> bool:
     """Tell from both stacks' shapes; they cannot fit both ways."""
-    gate_up, down = (tuple(shapes.get(f"{experts}.{k}", ())) for k in ("gate_up_proj", "down_proj"))
+    gate_up, up, down = (
+        tuple(shapes.get(f"{experts}.{kind}", ()))
+        for kind in ("gate_up_proj", "up_proj", "down_proj")
+    )
+    if not gate_up and len(up) == len(down) == 3 and up == (down[0], down[2], down[1]):
+        return False  # which is how the one such model of transformers lies; shapes cannot tell
     if len(gate_up) == len(down) == 3 and gate_up[0] == down[0]:
         if gate_up[1:] == (2 * down[2], down[1]):
             return False

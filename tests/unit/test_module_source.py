@@ -119,6 +119,17 @@ def test_expert_stacks_are_listed_per_expert(strided: bool) -> None:
         assert torch.equal(down_one, down[expert])
 
 
+def test_stacks_without_a_gate_are_listed_per_expert() -> None:
+    up, down = torch.randn(3, 5, 4), torch.randn(3, 4, 5)
+    module = Experts(up, down)
+    module.mlp.experts.up_proj = module.mlp.experts._parameters.pop("gate_up_proj")
+    shown = seen_through(ModuleSource(module))
+    assert len(shown) == 6
+    for expert in range(3):
+        assert torch.equal(shown[f"mlp.experts.{expert}.up_proj.weight"], up[expert])
+        assert torch.equal(shown[f"mlp.experts.{expert}.down_proj.weight"], down[expert])
+
+
 def test_other_parameters_called_experts_stay_whole() -> None:
     module = nn.Module()
     module.experts = nn.Module()
