@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from fp8sync.errors import (
         CorruptBucket,
         EngineLost,
+        EngineUnusable,
         Fp8SyncError,
         InstallFailed,
         NonFiniteWeight,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CorruptBucket",
     "EngineLost",
+    "EngineUnusable",
     "Fp8SyncError",
     "InstallFailed",
     "Link",

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link import Link
+    from fp8sync.link.commit import Commit
     from fp8sync.link.follower import FollowerLink
     from fp8sync.report import RefitReport
     from fp8sync.sources.kv_scales import KvScales
@@ -28,6 +29,7 @@ class _Kept:
     """A link, the scales that it reads, and what its key names, so that no id is used again meanwhile."""
 
     link: Link | FollowerLink
+    commit: Commit
     kv_scales: dict[str, float | torch.Tensor]
     key: tuple[Any, Any]
 
@@ -45,11 +47,12 @@ def refit(
     bridge: Any = None,
     kv_scales: KvScales | None = None,
     scales: str | None = None,
+    commit: Commit = "staged",
 ) -> RefitReport:
     """Put a model's weights, as they are now, into a live engine.
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
-    the next calls with the same model and engine, and made anew when the recipe or the names of
+    the next calls with the same model and engine, and made anew when the recipe, `commit` or the names of
     KV-cache scales change. It holds on to both until `fp8sync.close`.
 
     Args:
@@ -64,12 +67,14 @@ def refit(
         kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name; without, the engine keeps
             its own. Every trainer rank gives the same names; rank 0's values are sent.
         scales: `paired` or `misc`, if not as the recipe says; see `fp8sync.Recipe`.
+        commit: `staged`, `in-place` where the engine's memory is short, or `auto`; see `fp8sync.connect`.
 
     Returns:
         What was done: version, bytes, seconds per stage, route and error per tensor.
 
     Raises:
-        Fp8SyncError: one of `fp8sync.errors`; the engine then serves its old weights.
+        Fp8SyncError: one of `fp8sync.errors`; the engine then serves its old weights, except for
+            `EngineUnusable` (`Link.refit`).
 
     Example:
         >>> report = fp8sync.refit(model, llm, recipe="blockwise")  # doctest: +SKIP
@@ -77,8 +82,11 @@ def refit(
     wanted = Recipe.of(recipe, scales)
     key = _name(model), _name(engine)
     known = _links.get(key)
-    if known and (
-        known.link.recipe != wanted or known.kv_scales.keys() != (kv_scales or {}).keys()
+    names = (kv_scales or {}).keys()
+    if known and (known.link.recipe, known.commit, known.kv_scales.keys()) != (
+        wanted,
+        commit,
+        names,
     ):
         del _links[key]
         known.link.close()
@@ -86,8 +94,8 @@ def refit(
     if known is None:
         held = dict(kv_scales or {})
         source = model if bridge is None else as_source(model, bridge)
-        link = connect(source, engine, wanted, kv_scales=held or None)
-        known = _links[key] = _Kept(link, held, (_frozen(model), _frozen(engine)))
+        link = connect(source, engine, wanted, kv_scales=held or None, commit=commit)
+        known = _links[key] = _Kept(link, commit, held, (_frozen(model), _frozen(engine)))
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "CorruptBucket",
     "EngineLost",
+    "EngineUnusable",
     "Fp8SyncError",
     "InstallFailed",
     "NonFiniteWeight",
@@ -83,6 +84,10 @@ class EngineLost(Fp8SyncError):
     """The engine (or one of its workers) is gone."""
 
 
+class EngineUnusable(Fp8SyncError):
+    """The engine holds parts of two versions, and must not generate until a complete refit succeeds."""
+
+
 class InstallFailed(Fp8SyncError):
     """The engine could not process the received weights; it keeps its old ones."""
 
@@ -106,6 +111,7 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
         CorruptBucket,
         TransferTimeout,
         EngineLost,
+        EngineUnusable,
         InstallFailed,
         RefitInProgress,
         PeerFailed,

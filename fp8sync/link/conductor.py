@@ -8,34 +8,33 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8sync.audit.auditor import Auditor
 from fp8sync.errors import (
     Fp8SyncError,
-    InstallFailed,
-    NonFiniteWeight,
     PeerFailed,
-    PlanMismatch,
     UnsupportedLayout,
     from_wire,
     gathered,
 )
+from fp8sync.link.commit import choose_commit
+from fp8sync.link.faults import broken, difference, failures, nonfinite
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_all_held, check_all_used
 from fp8sync.plan.forward import as_runs
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
-from fp8sync.sending.nodes import choose_feeding
+from fp8sync.sending.nodes import Feeding, choose_feeding
 from fp8sync.sending.outgoing import choose_transport, forward_bytes, message_bytes, not_linked
 from fp8sync.sending.sender import Sent, Written, named_error
 from fp8sync.transport import Invitation
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     from fp8sync.audit.ledger import Ledger
     from fp8sync.audit.report import AuditReport
@@ -67,6 +66,7 @@ class Conductor:
         bucket_bytes: payload of a message.
         timeout_s: limit of every wait.
         transport: `auto` or a name (`outgoing`).
+        commit: how versions are installed (`link.commit`).
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Conductor:
         bucket_bytes: int,
         timeout_s: float,
         transport: str,
+        commit: str,
     ) -> None:
         self._member, self._recipe = member, recipe
         self._expected = {("trainer", rank) for rank in range(1, trainers)}
@@ -88,11 +89,13 @@ class Conductor:
         self._seats: dict[str, list[Seat]] = {}
         self._nodes: list[tuple[int, str]] = []
         self._feeding = ""
+        self._short: dict[int, str] = {}
         self._wanted, self.transport, self.transport_reason = transport, "", ""
+        self._wanted_commit, self.commit_kind, self.commit_reason = commit, "", ""
         self.faults: list[Fp8SyncError] = []
         self.decided = False
         self._sent: list[Sent] = []
-        self._seconds: dict[str, float] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
         self._invitation: Invitation | None = None
         self._audited: dict[str, list[int]] = {}
         self._ledger: Ledger | None = None
@@ -101,6 +104,11 @@ class Conductor:
     def plan(self) -> Plan:
         """The agreed plan."""
         return self._member.plan
+
+    @property
+    def portions(self) -> int:
+        """In how many portions a version is sent and installed; one where it is staged."""
+        return self._member.portions
 
     def agree(self, listener: Listener) -> None:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""
@@ -113,10 +121,14 @@ class Conductor:
                 channel.try_send({"type": "error", "error": told.to_wire()})
             raise
 
-    def open(self, version: int, *, audit: bool = False) -> None:
-        """Announce a version: trainers begin to send, workers read it in `start_weight_update`."""
+    def open(self, version: int, portion: int = 0, *, audit: bool = False) -> None:
+        """Announce a version, or one of its later portions.
+
+        Trainers begin to send; workers read it in `start_weight_update`.
+        """
+        message = {"type": "version", "version": version, "portion": portion, "audit": audit}
         for channel in self._channels.values():
-            channel.send({"type": "version", "version": version, "audit": audit})
+            channel.send(message)
         if audit:
             self._ledger = self._member.ledger()
 
@@ -131,29 +143,29 @@ class Conductor:
         self._tell("trainer", {"type": "audited", "report": report.to_json()})
         return report
 
-    def send(self, version: int) -> None:
-        """Send this rank's share, and wait until every worker has verified what all ranks sent.
+    def send(self, version: int, portion: int = 0) -> None:
+        """Send this rank's share of a portion, and wait until every worker has verified what all ranks sent.
 
         Faults are kept for `commit`, so that every worker hears of them.
         """
         began = time.perf_counter()
-        sent = [self._member.send(version, self._pass_on)]
+        sent = [self._member.send(version, portion, self._pass_on)]
         said, lost = self._hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
-        self.faults = lost + _failures(sent) or _nonfinite(sent)
+        self.faults = lost + failures(sent) or nonfinite(sent)
         refused = self._votes()
         self.faults = self.faults or refused
         verified = time.perf_counter()
         if self._nodes:
             self._forward()
-        self._sent = sent
-        self._seconds = {
-            "quantize": max(s.quantize_s for s in sent),
-            "send": max(s.send_s for s in sent),
-            "verify": verified - began - sent_s,
-            "forward": time.perf_counter() - verified,
-        }
+        if portion == 0:
+            self._sent, self._seconds = [], defaultdict(float)
+        self._sent += sent
+        self._seconds["quantize"] += max(s.quantize_s for s in sent)
+        self._seconds["send"] += max(s.send_s for s in sent)
+        self._seconds["verify"] += verified - began - sent_s
+        self._seconds["forward"] += time.perf_counter() - verified
 
     def _forward(self) -> None:
         """Workers hand on to one another what trainer ranks sent, once all of it is verified."""
@@ -185,7 +197,10 @@ class Conductor:
         self.faults.append(error)
 
     def commit(self) -> Outcome:
-        """Lead the two-phase commit; the workers are in `finish_weight_update` meanwhile.
+        """Lead the two-phase commit of a portion; the workers are in `finish_weight_update` meanwhile.
+
+        Returns:
+            What was sent of the version so far.
 
         Raises:
             Fp8SyncError: of the kind that stopped the refit; every worker has kept its old weights,
@@ -202,17 +217,17 @@ class Conductor:
         done: list[Message] = []
         if self.decided:
             done, lost = self._hear("engine", "committed")
-            faults = _broken(done, lost)
+            faults = broken(done, lost)
         error = gathered(faults) if faults else None
         outcome = {"type": "outcome", "error": error.to_wire() if error else None}
         self._spread("trainer", outcome)
         if error is not None:
             raise error
-        commits = [float(said["commit_s"]) for said in done]
-        seconds = {**self._seconds, "prepare": prepare_s, "commit": max(commits)}
+        self._seconds["prepare"] += prepare_s
+        self._seconds["commit"] += max(float(said["commit_s"]) for said in done)
         parts = tuple(part for share in self._sent for part in share.parts)
         tensors = LazyTensorReports(self.plan, parts)
-        return Outcome(tensors, sum(s.bytes for s in self._sent), seconds)
+        return Outcome(tensors, sum(s.bytes for s in self._sent), dict(self._seconds))
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
@@ -233,6 +248,7 @@ class Conductor:
         }
         self._tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
+        self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
         check_all_used(wanted)
         plan = self._feed(self._member.make_plan(held, wanted, self._recipe))
         team = {"team": secrets.token_hex(8), "host": listener.host}
@@ -248,6 +264,10 @@ class Conductor:
         trainers = [self._member.seat, *self._seats["trainer"]]
         engines = dict(enumerate(self._seats["engine"]))
         feeding = choose_feeding(self._wanted, plan, trainers, engines, self._bucket_bytes)
+        if self.commit_kind == "in-place":
+            feeding = Feeding(
+                plan, "nothing is forwarded in place: workers may be at other portions"
+            )
         for rank, channel in enumerate(self._each("engine")):
             channel.send({"type": "shared", "runs": as_runs(feeding.sharers.get(rank, ()))})
         self._nodes, self._feeding = list(feeding.nodes.items()), feeding.reason
@@ -277,6 +297,7 @@ class Conductor:
         if refused:
             raise gathered(refused)
         self._seats[role] = [Seat(**said["seat"]) for said in found]
+        self._short = {rank: said.get("short", "") for rank, said in enumerate(found)}
         return [Manifest.from_json(said["manifest"]) for said in found]
 
     def _compare(self, plan: Plan) -> None:
@@ -289,10 +310,10 @@ class Conductor:
             )
             found = channel.receive("plan")["digests"]
             mine = {str(r): plan.digest(r) for r in ranks}
-            channel.send({"type": "agreed", "digests": mine})
+            channel.send({"type": "agreed", "digests": mine, "commit": self.commit_kind})
             if found != mine:
                 theirs = channel.receive("digests")["digests"]
-                raise _difference(plan, theirs, channel.peer)
+                raise difference(plan, theirs, channel.peer)
 
     def _open_transport(self, plan: Plan, team: str, host: str) -> None:
         engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
@@ -349,45 +370,3 @@ class Conductor:
                 error = from_wire(vote["error"])
                 faults.append(type(error)(f"{vote['peer']}: {error.summary}", error.violations))
         return faults
-
-
-def _broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
-    """What went wrong after the decision to install."""
-    text = "installing failed after the decision: refit again before the engine is used"
-    broken = [f"{said['peer']}: {said['failure']}" for said in done if said["failure"]]
-    broken += [str(error) for error in lost]
-    if not broken:
-        return []
-    return [(type(lost[0]) if lost else InstallFailed)(text, broken)]
-
-
-def _failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:
-    """Errors of the trainer's ranks, causes before their consequences on other ranks."""
-    errors = [share.error for share in shares if share.error is not None]
-    return sorted(errors, key=lambda error: isinstance(error, PeerFailed))
-
-
-def _nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:
-    bad: Counter[str] = Counter()
-    for share in shares:
-        for part in share.parts:
-            bad[f"{part.tensor} (trainer rank {share.rank})"] += part.nonfinite
-    faults = [
-        f"{where}: expected finite values, found {count} NaN or Inf"
-        for where, count in bad.items()
-        if count
-    ]
-    return [NonFiniteWeight("NaN or Inf in the trainer's weights", faults)] if faults else []
-
-
-def _difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:
-    for rank, found in theirs.items():
-        mine = plan.digests(int(rank))
-        for name in {**mine, **found}:
-            if mine.get(name) != found.get(name):
-                line = (
-                    f"{name}: first tensor that differs (to engine rank {rank}); "
-                    f"expected {mine.get(name)}, found {found.get(name)}"
-                )
-                return PlanMismatch(f"{peer} computed another plan than trainer rank 0", [line])
-    return PlanMismatch(f"{peer} orders its copies differently from trainer rank 0")

@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.audit.report import AuditReport
 from fp8sync.control import Channel
 from fp8sync.engines.vllm import check_in_flight
-from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, TransferTimeout, from_wire
+from fp8sync.errors import (
+    EngineLost,
+    EngineUnusable,
+    Fp8SyncError,
+    PlanMismatch,
+    TransferTimeout,
+    from_wire,
+)
+from fp8sync.link.commit import half_installed
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
 from fp8sync.plan import LinkPlan
 from fp8sync.plan.forward import shared, with_forwarding
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sending.sender import Written, named_error
+from fp8sync.sending.sender import Sent, Written, named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import hear, rank_and_size
 from fp8sync.waiting import HostTime
@@ -24,7 +32,6 @@ from fp8sync.waiting import HostTime
 if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.plan import Plan
-    from fp8sync.sending.sender import Sent
 
 __all__ = ["Follower", "FollowerLink"]
 
@@ -64,13 +71,26 @@ class Follower:
         Raises:
             Fp8SyncError: what stopped the refit, on whichever rank.
         """
+        whole = Sent(self._member.rank)
+        portion, version = 0, 0
+        try:
+            for portion in range(self._member.portions):
+                version = self._send_portion(portion, whole)
+        except Fp8SyncError as error:
+            if portion:
+                raise half_installed(error, portion, self._member.portions) from error
+            raise
+        return version, whole
+
+    def _send_portion(self, portion: int, whole: Sent) -> int:
         version = self._opened(audit=False)
-        sent = self._member.send(version, self._tell)
+        sent = self._member.send(version, portion, self._tell)
+        whole.add(sent)
         self._channel.send(sent.to_json())
         error = self._channel.receive("outcome", _PATIENCE * self._channel.timeout_s)["error"]
         if error is not None:
             raise from_wire(error)
-        return version, sent
+        return version
 
     def _tell(self, written: Written | None) -> None:
         digests = None if written is None else list(written.items())
@@ -170,7 +190,7 @@ class FollowerLink:
         follower = self._connected()
         try:
             version, sent = follower.transfer()
-        except (TransferTimeout, EngineLost):
+        except (TransferTimeout, EngineLost, EngineUnusable):
             self._leave(self._current)
             raise
         self.version = version

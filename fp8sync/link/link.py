@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
-from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, TransferTimeout
+from fp8sync.link.commit import check_commit, half_installed
 from fp8sync.link.conductor import Conductor
 from fp8sync.link.follower import FollowerLink
 from fp8sync.link.member import Member
@@ -38,6 +39,7 @@ from fp8sync.waiting import HostTime, waiting
 if TYPE_CHECKING:
     from fp8sync.audit.report import AuditReport
     from fp8sync.engines.vllm import InFlight
+    from fp8sync.link.commit import Commit
     from fp8sync.link.conductor import Outcome
     from fp8sync.sources.kv_scales import KvScales
 
@@ -55,6 +57,7 @@ def connect(
     transport: str = "auto",
     kv_scales: KvScales | None = None,
     scales: str | None = None,
+    commit: Commit = "staged",
 ) -> Link | FollowerLink:
     """Join a trainer's model and a live engine; nothing in the engine is changed.
 
@@ -78,6 +81,11 @@ def connect(
         kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name (`fp8sync.calibrate_kv`
             makes them). Its values are read at every refit, like the weights; rank 0's are sent.
         scales: `paired` or `misc`, if not as the recipe says; see `Recipe`.
+        commit: `staged` (the engine generates until a whole version lies in staging memory as large as
+            its weights; a failure leaves the old ones), `in-place` (it stands still while a version is
+            received and installed, some modules at a time; staging memory is `bucket_bytes`, or as large
+            as the largest module; see `Link.refit` for failures), or `auto`: staged where it fits into
+            memory; `link.commit` says which, and why. Rank 0 decides.
 
     Returns:
         A link; `link.refit()` moves the weights, `link.plan.explain()` says how.
@@ -85,7 +93,8 @@ def connect(
     Raises:
         TensorMismatch: a tensor is missing, superfluous or of another shape.
         RecipeMismatch: the engine does not hold what the recipe makes.
-        UnsupportedLayout: a layout that cannot be moved exactly, or a `host` that workers cannot reach.
+        UnsupportedLayout: a layout that cannot be moved exactly, a `host` that workers cannot reach, or
+            `golden` with another `commit` than `staged`.
         PlanMismatch: the two sides computed different plans.
         TransferTimeout, EngineLost: a worker did not answer, or is gone.
 
@@ -94,13 +103,16 @@ def connect(
         >>> link.refit().version  # doctest: +SKIP
         1
     """
+    check_commit(commit, transport)
     wanted = Recipe.of(recipe, scales)
     if kv_scales is not None:
         model = KvScaleSource(model, kv_scales, rank_and_size()[0])
     if rank_and_size()[0] > 0:
         return FollowerLink(model, wanted, timeout_s)
     with Opening() as opening:
-        return Link(model, engine, wanted, timeout_s, host, bucket_bytes, transport, opening)
+        return Link(
+            model, engine, wanted, timeout_s, host, bucket_bytes, transport, commit, opening
+        )
 
 
 class Link:
@@ -115,9 +127,10 @@ class Link:
         host: str,
         bucket_bytes: int,
         transport: str,
+        commit: Commit,
         opening: Opening,
     ) -> None:
-        self._transport = transport
+        self._transport, self._wanted_commit = transport, commit
         self._model = model
         self._name = secrets.token_hex(8)
         self._engine = as_engine(engine)
@@ -129,6 +142,8 @@ class Link:
         self.version = 0
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._closed = False
+        self._mixed = False
+        """Whether the engine holds parts of two versions."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None
         with self._engine.exclusive():
@@ -144,6 +159,13 @@ class Link:
         """How the bytes travel, and why."""
         conductor = self._connected()
         return f"{conductor.transport}: {conductor.transport_reason}"
+
+    @property
+    def commit(self) -> str:
+        """How versions are installed, in how many portions, and why."""
+        conductor = self._connected()
+        portions = f" in {conductor.portions} portions" if conductor.portions > 1 else ""
+        return f"{conductor.commit_kind}{portions}: {conductor.commit_reason}"
 
     def refit(self, in_flight: InFlight = "wait") -> RefitReport:
         """Move the model's weights, as they are now, into the engine.
@@ -161,10 +183,17 @@ class Link:
         before the engine is used. `version` says whether the new weights were installed: if so, it is the
         prefix cache that could not be emptied.
 
+        With commit `in-place` the old weights serve on only if nothing was installed yet, which all that
+        can be known beforehand makes likely: both sides agree on the plan when they connect, and NaN and
+        Inf are looked for in all weights before the first is installed. What goes wrong later is
+        `EngineUnusable`: the engine holds parts of both versions, and an `AsyncLLM` or a server stays
+        paused, until a complete refit has succeeded.
+
         Raises:
             ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
+            EngineUnusable: in place only; names what went wrong between two portions.
             RefitInProgress: the engine is already being refitted or connected.
 
         Example:
@@ -182,7 +211,7 @@ class Link:
                 opening.say({"link": self._name})
             try:
                 return self._refit(self._connected(), in_flight)
-            except (TransferTimeout, EngineLost):
+            except (TransferTimeout, EngineLost, EngineUnusable):
                 self._disconnect()  # a peer that was late may still be writing: begin anew next time
                 raise
 
@@ -256,6 +285,7 @@ class Link:
                 self._bucket_bytes,
                 self._timeout_s,
                 self._transport,
+                self._wanted_commit,
             )
             task = self._threads.submit(conductor.agree, listener)
             try:
@@ -274,22 +304,11 @@ class Link:
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version = self.version + 1
         began, host = time.perf_counter(), HostTime()
-        try:
-            conductor.open(version)
-            with waiting():
-                self._engine.start()
-            conductor.send(version)
-            with waiting():
-                self._engine.update(version)
-        except BaseException as error:
-            conductor.abandon(error)
-            self._disconnect()
-            self._close_update(version)
-            raise
+        self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._commit(conductor)
         arrived = time.perf_counter()
-        with self._engine.resuming():
+        with self._engine.resuming(unless=lambda: self._mixed):
             try:
                 with waiting():
                     self._engine.pause(in_flight)
@@ -303,6 +322,10 @@ class Link:
             # With `wait` it generates until the last request has ended.
             stopped = drained if in_flight == "wait" else arrived
             outcome = self._commit(conductor)
+            for portion in range(1, conductor.portions):
+                self._mixed = True
+                outcome = self._install(conductor, version, portion)
+            self._mixed = False
             self.version = version
             with waiting():
                 self._engine.reset_caches(in_flight)
@@ -319,6 +342,29 @@ class Link:
             label,
             host.seconds,
         )
+
+    def _transfer(self, conductor: Conductor, version: int, portion: int = 0) -> None:
+        """Send a portion of a version; returns when every worker has verified it, or said why not."""
+        try:
+            conductor.open(version, portion)
+            with waiting():
+                self._engine.start()
+            conductor.send(version, portion)
+            with waiting():
+                self._engine.update(version)
+        except BaseException as error:
+            conductor.abandon(error)
+            self._disconnect()
+            self._close_update(version)
+            raise
+
+    def _install(self, conductor: Conductor, version: int, portion: int) -> Outcome:
+        """Send and install a later portion, while the engine is paused."""
+        try:
+            self._transfer(conductor, version, portion)
+            return self._commit(conductor)
+        except Exception as error:
+            raise half_installed(error, portion, conductor.portions) from error
 
     def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)

@@ -8,19 +8,21 @@ from typing import TYPE_CHECKING
 from fp8sync.audit.trainer import trainer_ledger
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
-from fp8sync.plan import Plan, build_plan
+from fp8sync.plan import Plan, build_plan, in_portions
+from fp8sync.sending.ahead import look_ahead
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
-from fp8sync.sending.outgoing import Outgoing, Share, open_sender
+from fp8sync.sending.outgoing import Outgoing, Share, open_senders
 from fp8sync.sending.sender import named_error
 from fp8sync.trainers import join_team
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
     from fp8sync.audit.ledger import Ledger
+    from fp8sync.plan import Copy
     from fp8sync.recipe import Recipe
     from fp8sync.sending.sender import Sent, Told
     from fp8sync.sources import LiveSource
@@ -43,7 +45,8 @@ class Member:
     ) -> None:
         self.source, self.rank, self._progress = source, rank, progress
         self._exchange: AmaxExchange | None = None
-        self._sender: Outgoing | None = None
+        self._senders: Sequence[Outgoing] = ()
+        self._later: list[Copy] = []
         self._plan: Plan | None = None
         self._held = Manifest({})
         self._bucket_bytes = 0
@@ -55,6 +58,11 @@ class Member:
         if self._plan is None:
             raise Fp8SyncError("no plan yet")
         return self._plan
+
+    @property
+    def portions(self) -> int:
+        """In how many portions a version is sent, one after the other."""
+        return len(self._senders)
 
     @property
     def seat(self) -> Seat:
@@ -89,18 +97,34 @@ class Member:
         device = next(iter(self.source.storages().values())).device
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = self._exchange = open_exchange(self.plan.amax, self.rank, device, join)
-        about = self.source, self.rank, self._held, self.plan
-        share = Share(*about, timeout_s, exchange, self._progress)
-        self._sender = open_sender(choice, share)
+        plans = in_portions(self.plan, dict(choice["portions"]))
+        about = timeout_s, exchange, self._progress
+        shares = [
+            Share(self.source, self.rank, self._held, plan, *about, number)
+            for number, plan in enumerate(plans)
+        ]
+        later = [copy for plan in plans[1:] for copy in plan.copies]
+        self._later = [copy for copy in later if copy.source_rank == self.rank]
+        self._senders = open_senders(choice, shares)
         self.source.release()
 
-    def send(self, version: int, told: Told) -> Sent:
-        """Send this rank's share of a version; an error is part of what it returns."""
-        if self._sender is None:
+    def send(self, version: int, portion: int, told: Told) -> Sent:
+        """Send this rank's share of a portion of a version; an error is part of what it returns.
+
+        With the first, it tells of NaN and Inf in all others, too.
+        """
+        if not self._senders:
             raise Fp8SyncError("the link was not established")
-        self.source.prepare()
-        sent = self._sender.send(version, told)
-        self.source.release()
+        if portion == 0:
+            self.source.prepare()
+        sent = self._senders[portion].send(version, told)
+        if portion == 0 and sent.error is None:
+            try:
+                sent.parts += look_ahead(self.source.storages(), self._later)
+            except Exception as error:  # noqa: BLE001  (what stops it is told, as while it sends)
+                sent.error = named_error(error, self.rank)
+        if portion == self.portions - 1:
+            self.source.release()
         return sent
 
     def ledger(self) -> Ledger:
@@ -120,7 +144,8 @@ class Member:
 
     def close(self) -> None:
         """Free the way out; a `send` under way ends with an error."""
-        for part in (self._sender, self._exchange):
+        for part in (*self._senders, self._exchange):
             if part is not None:
                 part.close()
-        self._sender = self._exchange = None
+        self._senders, self._exchange = (), None
+        self.source.release()

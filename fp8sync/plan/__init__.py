@@ -6,6 +6,7 @@ from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import LinkPlan, explain
 from fp8sync.plan.formats import MISC, cut_pairs
+from fp8sync.plan.portions import in_portions
 
 __all__ = [
     "DEFAULT_BUCKET_BYTES",
@@ -23,6 +24,7 @@ __all__ = [
     "explain",
     "fill_buckets",
     "in_parts",
+    "in_portions",
     "in_turns",
     "teams",
 ]

@@ -24,6 +24,8 @@ from fp8sync.wire.payload import PartReport, Storages, view
 from fp8sync_kernels import build_table, digest, job, run_table
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fp8sync.manifest import Box, Manifest
     from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
@@ -123,12 +125,13 @@ class GoldenSender:
         self._pieces = [piece for piece in pieces if piece.rank == share.rank]
 
     @classmethod
-    def open(cls, choice: Choice, share: Share) -> GoldenSender:
-        """Join the group of an invitation."""
+    def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GoldenSender]:
+        """Join the group of an invitation; a version has one portion."""
+        (share,) = shares
         source_device = next(iter(share.source.storages().values())).device
         group, device = join_group(choice, source_device, share.timeout_s)
         workers = [number for _, number in choice["members"]]
-        return cls(share, group, device, workers)
+        return [cls(share, group, device, workers)]
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""

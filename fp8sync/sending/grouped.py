@@ -13,7 +13,7 @@ import torch
 
 from fp8sync.plan import in_turns
 from fp8sync.sending.sender import Sent, Told, named_error, own_buckets
-from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, lay_out
+from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
 from fp8sync.wire.payload import PartReport
@@ -21,7 +21,7 @@ from fp8sync.wire.tables import pack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
@@ -39,15 +39,22 @@ class GroupSender:
         group: the transport.
         members: number of every engine rank in the group.
         bucket_bytes: payload of a message.
+        buffers: for messages (`make_buffers`), if other portions of a version use them, too.
     """
 
     def __init__(
-        self, share: Share, group: Group, members: Mapping[int, int], bucket_bytes: int
+        self,
+        share: Share,
+        group: Group,
+        members: Mapping[int, int],
+        bucket_bytes: int,
+        buffers: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._share, self._rank = share, share.rank
         self._group, self._members = group, members
         self._device = next(iter(share.source.storages().values())).device
-        self._turns = lay_out(in_turns(own_buckets(share, members, bucket_bytes)), self._device)
+        turns = in_turns(own_buckets(share, members, bucket_bytes))
+        self._turns = lay_out(turns, buffers or make_buffers(turns, self._device))
         placed = [p for turn in self._turns for p in turn.buckets]
         self._tensors = [part.copy.tensor for p in placed for part in p.bucket.parts]
         plans = {rank: bytes.fromhex(share.plan.digest(rank))[:16] for rank in members}
@@ -59,11 +66,14 @@ class GroupSender:
         self._prepare(share.source.storages())
 
     @classmethod
-    def open(cls, choice: Choice, share: Share) -> GroupSender:
-        """Join the communicator of an invitation."""
-        device = next(iter(share.source.storages().values())).device
-        group = NcclGroup.join(choice, device, share.timeout_s)
-        return cls(share, group, dict(choice["members"]), choice["bucket_bytes"])
+    def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GroupSender]:
+        """Join the communicator of an invitation, and open a way for each portion of a version."""
+        device = next(iter(shares[0].source.storages().values())).device
+        group = NcclGroup.join(choice, device, shares[0].timeout_s)
+        members, size = dict(choice["members"]), choice["bucket_bytes"]
+        turns = [t for share in shares for t in in_turns(own_buckets(share, members, size))]
+        buffers = make_buffers(turns, device)
+        return [cls(share, group, members, size, buffers) for share in shares]
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""

@@ -31,7 +31,7 @@ __all__ = [
     "forward_bytes",
     "message_bytes",
     "not_linked",
-    "open_sender",
+    "open_senders",
 ]
 
 
@@ -57,6 +57,7 @@ class Share:
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
         progress: takes word of how many messages are left, after each that is away.
+        portion: number of the portion of a version that `plan` is.
     """
 
     source: Source
@@ -66,12 +67,16 @@ class Share:
     timeout_s: float
     exchange: AmaxExchange
     progress: Callable[[int], None] = lambda _: None
+    portion: int = 0
 
     def read(self) -> Storages:
         """Return the weights as they are now, and bring `exchange.amax` up to date with them.
 
-        A collective of the ranks that share blocks: once per refit, whatever else fails.
+        A collective of the ranks that share blocks: once per refit, in its first portion, whatever
+        else fails.
         """
+        if self.portion:
+            return self.source.storages()
         return self.exchange.agree(self.source.storages)
 
 
@@ -154,7 +159,7 @@ def forward_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
     return bucket_bytes // max(peers.values(), default=1)
 
 
-_WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {
+_WAYS: dict[str, Callable[[Choice, Sequence[Share]], Sequence[Outgoing]]] = {
     "ipc": Writer.open,
     "nccl": GroupSender.open,
     "gloo": Sender.open,
@@ -162,6 +167,6 @@ _WAYS: dict[str, Callable[[Choice, Share], Outgoing]] = {
 }
 
 
-def open_sender(choice: Choice, share: Share) -> Outgoing:
-    """Return a trainer rank's way out, from the invitation it got."""
-    return _WAYS[choice["kind"]](choice, share)
+def open_senders(choice: Choice, shares: Sequence[Share]) -> Sequence[Outgoing]:
+    """Return a trainer rank's way out for each portion of a version, from the invitation it got."""
+    return _WAYS[choice["kind"]](choice, shares)

@@ -18,7 +18,7 @@ from fp8sync.wire.payload import Amax, PartReport, Storages, pack
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fp8sync.sending.outgoing import Share
     from fp8sync.transport import Choice
@@ -42,6 +42,13 @@ class Sent:
     quantize_s: float = 0.0
     send_s: float = 0.0
     error: Fp8SyncError | None = None
+
+    def add(self, later: Sent) -> None:
+        """Add what the same rank sent in a later portion of the version."""
+        self.parts += later.parts
+        self.bytes += later.bytes
+        self.quantize_s += later.quantize_s
+        self.send_s += later.send_s
 
     def to_json(self) -> dict[str, Any]:
         """Return the share as a control message."""
@@ -82,10 +89,15 @@ class Sender:
         self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
 
     @classmethod
-    def open(cls, choice: Choice, share: Share) -> Sender:
-        """Join the group of an invitation."""
-        group = GlooGroup.join(choice, share.timeout_s)
-        return cls(share, group, dict(choice["members"]), choice["bucket_bytes"])
+    def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Sender]:
+        """Join the group of an invitation, and open a way for each portion of a version."""
+        group = GlooGroup.join(choice, shares[0].timeout_s)
+        members = dict(choice["members"])
+        senders = [cls(share, group, members, choice["bucket_bytes"]) for share in shares]
+        largest = max((s._message for s in senders), key=torch.Tensor.numel)
+        for sender in senders:  # one portion at a time
+            sender._message = largest
+        return senders
 
     def close(self) -> None:
         """The group ends with the last reference to it."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fp8sync.plan import Bucket
     from fp8sync_kernels import Table
 
-__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "lay_out"]
+__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "lay_out", "make_buffers"]
 
 BUFFERS = 2
 AHEAD = 4
@@ -40,10 +40,14 @@ class Turn:
     table: Table | None = None
 
 
-def lay_out(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[Turn]:
-    """Give every turn its place in one of two buffers, made here, each as large as the largest turn."""
+def make_buffers(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[torch.Tensor]:
+    """Return the two buffers that turns alternate between, each as large as the largest turn."""
     room = max((sum(map(_room, turn)) for turn in turns), default=0)
-    buffers = [torch.empty(room, dtype=torch.uint8, device=device) for _ in turns[:BUFFERS]]
+    return [torch.empty(room, dtype=torch.uint8, device=device) for _ in turns[:BUFFERS]]
+
+
+def lay_out(turns: Sequence[Sequence[Bucket]], buffers: Sequence[torch.Tensor]) -> list[Turn]:
+    """Give every turn its place in one of two buffers."""
     found, slot = [], 0
     for number, turn in enumerate(turns):
         buffer = buffers[number % BUFFERS]

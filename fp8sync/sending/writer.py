@@ -23,7 +23,7 @@ from fp8sync.wire.tables import write_table
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fp8sync.plan import Copy
     from fp8sync.sending.outgoing import Share
@@ -96,13 +96,13 @@ class Writer:
         self._prepare(storages)
 
     @classmethod
-    def open(cls, choice: Choice, share: Share) -> Writer:
-        """Map every worker's staging memory."""
+    def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
+        """Map every worker's staging memory, once more for each portion: CUDA counts mappings."""
         places = {
             int(rank): StagingPlace(ExportedMemory(**place["memory"]), place["offsets"])
             for rank, place in choice["places"]
         }
-        return cls(share, places)
+        return [cls(share, places) for share in shares]
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (staging knows one version)
         """Write the weights as they are now; never raises, so that the vote always takes place."""

@@ -28,7 +28,7 @@ class Invitation:
         host: address that a rendezvous binds.
         timeout_s: how long a member waits for another.
         peers: name of every other member, by (role, rank).
-        places: what each worker said of its staging memory, by engine rank.
+        places: what each worker said of its staging memory, and of its portions, by engine rank.
         sizes: payloads in bytes: `bucket_bytes` of a message from a trainer rank, `forward_bytes` of one
             from worker to worker, 0 where nothing is forwarded.
         carrier: `nccl` or `gloo`: what carries the messages of `golden`.
@@ -54,6 +54,7 @@ class Invitation:
             **sizes,
             "members": workers,
             "names": [names[member] for member in order],
+            "portions": [[rank, place["portions"]] for rank, place in places.items()],
         }
         self._places = [list(item) for item in places.items()]
         self._rendezvous: Rendezvous | None = None

@@ -17,7 +17,7 @@ import torch
 
 from fp8sync.control import Channel, Listener
 from fp8sync.engines.vllm.layout import StorageSpec
-from fp8sync.engines.vllm.receive import Intake, open_receiver
+from fp8sync.engines.vllm.receive import Intake, open_receivers
 from fp8sync.engines.vllm.staging import Staging
 from fp8sync.errors import Fp8SyncError
 from fp8sync.link.conductor import Conductor
@@ -145,7 +145,9 @@ def lead(
     member = Member(LiveSource(lambda: source), 0)
     recipe = Recipe("blockwise-pow2")
     trainers, workers = counts
-    conductor = Conductor(member, recipe, trainers, (workers,), size, TIMEOUT_S, transport)
+    conductor = Conductor(
+        member, recipe, trainers, (workers,), size, TIMEOUT_S, transport, "staged"
+    )
     member.source.prepare()
     conductor.agree(listener)
     listener.close()
@@ -186,7 +188,7 @@ class Worker:
     def __init__(self, wanted: Manifest, rank: int, device: torch.device) -> None:
         self._wanted, self._rank, self._device = wanted, rank, device
         self._staging = Staging(device, 0)
-        self._staging.lay_out(specs(wanted, rank))
+        self._staging.lay_out([specs(wanted, rank)])
         for tensor in self.staged.values():
             tensor.zero_()
 
@@ -201,20 +203,21 @@ class Worker:
         channel.send({"type": "join", "role": "engine", "rank": self._rank})
         source = Manifest.from_json(channel.receive("source")["manifest"])
         seat = Seat.at(self._device).to_json()
-        channel.send({"type": "manifest", "manifest": self._wanted.to_json(), "seat": seat})
+        own = {"manifest": self._wanted.to_json(), "seat": seat, "short": ""}
+        channel.send({"type": "manifest", **own})
         plan = build_plan(source, self._wanted, exchange_amax=True)
         if sharers := from_runs(channel.receive("shared")["runs"]):
             plan = with_forwarding(plan, {self._rank: sharers})
         channel.send({"type": "plan", "digests": {str(self._rank): plan.digest(self._rank)}})
         channel.receive("agreed")
-        place = {"type": "place", "memory": self._staging.export().to_json()}
+        place = {"type": "place", "memory": self._staging.export().to_json(), "portions": []}
         channel.send({**place, "offsets": self._staging.offsets, "gpu": gpu_id(self._device)})
         intake = Intake(
             channel, self._staging, source, self._wanted, plan, self._rank, self._device
         )
         choice = channel.receive("transport")
         self._forwards = bool(choice["forward_bytes"])
-        self._receiver = open_receiver(choice, intake)
+        (self._receiver,) = open_receivers(choice, [intake])
         channel.send({"type": "ready", "direct": 0})
 
     def take(self) -> None:

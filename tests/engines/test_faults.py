@@ -97,13 +97,14 @@ def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
 
 
 def meddle(link: Any, change: Callable[[int, torch.Tensor], None]) -> None:
-    sender = link._conductor._member._sender
+    (sender,) = link._conductor._member._senders
     sender._group = Wire(sender._group, change)
 
 
 def mend(link: Any) -> None:
     if link._conductor is not None:
-        link._conductor._member._sender._group = link._conductor._member._sender._group._group
+        (sender,) = link._conductor._member._senders
+        sender._group = sender._group._group
 
 
 @pytest.mark.usefixtures("untouched")

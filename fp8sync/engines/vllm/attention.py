@@ -23,7 +23,7 @@ from fp8sync.engines.vllm.kv_cache import (
 from fp8sync.engines.vllm.load_form import ModuleState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterable
 
 __all__ = ["AttentionInstall"]
 
@@ -46,18 +46,24 @@ class AttentionInstall:
         model: the live model.
         kv_scales: modules that are sent scales.
         dtype: the model's dtype.
+        sent: modules that are sent weights, from which others may be derived.
     """
 
     def __init__(
-        self, model: torch.nn.Module, kv_scales: Collection[str], dtype: torch.dtype
+        self,
+        model: torch.nn.Module,
+        kv_scales: Collection[str],
+        dtype: torch.dtype,
+        sent: Iterable[str],
     ) -> None:
         self._model, self._kv_scales, self._dtype = model, kv_scales, dtype
+        self._sent = {id(model.get_submodule(name)) for name in sent}
         self._entries: list[_Entry] = []
 
     def enter(self) -> None:
         """Put shadows of their tensors into the modules, and parameters to load scales into."""
         for name, module in self._model.named_modules():
-            mla = compat.is_mla(module)
+            mla = any(id(origin) in self._sent for origin in compat.derived_from(module))
             if mla or name in self._kv_scales:
                 state = ModuleState.capture(module)
                 entry = _Entry(name, module, mla, state, _tensors(module), {}, {})

@@ -19,10 +19,10 @@ from vllm.distributed.weight_transfer.base import (
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
-from fp8sync.engines.vllm.compat import worker_rank
+from fp8sync.engines.vllm.compat import engine_commit, worker_rank
 from fp8sync.engines.vllm.kv_cache import restore_scales
 from fp8sync.engines.vllm.session import WorkerSession
-from fp8sync.engines.vllm.staging import Staging, load_form_bytes
+from fp8sync.engines.vllm.staging import Staging, reserved_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,8 +67,8 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     ) -> None:
         """Reserve staging memory; vLLM sizes its KV cache afterwards."""
         super().__init__(config, vllm_config, device, model)
-        nbytes = load_form_bytes(model) if device.type == "cuda" else 0
-        self._staging = Staging(device, nbytes)
+        nbytes = reserved_bytes(model, engine_commit(vllm_config))
+        self._staging = Staging(device, nbytes if device.type == "cuda" else 0)
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left."""

@@ -15,7 +15,7 @@ from fp8sync.wire.payload import Storages, pack, unpack
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from fp8sync.engines.vllm.receive import Intake
     from fp8sync.transport import Choice
@@ -56,10 +56,15 @@ class BucketReceiver:
         self._message = torch.zeros(HEADER_BYTES + size, dtype=torch.uint8)
 
     @classmethod
-    def open(cls, choice: Choice, intake: Intake) -> BucketReceiver:
-        """Join the group of an invitation."""
-        group = GlooGroup.join(choice, intake.channel.timeout_s)
-        return cls(intake, group, dict(choice["members"]), choice["bucket_bytes"])
+    def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[BucketReceiver]:
+        """Join the group of an invitation, and open a way for each portion of a version."""
+        group = GlooGroup.join(choice, intakes[0].channel.timeout_s)
+        about = group, dict(choice["members"]), choice["bucket_bytes"]
+        receivers = [cls(intake, *about) for intake in intakes]
+        largest = max((r._message for r in receivers), key=torch.Tensor.numel)
+        for receiver in receivers:  # one portion at a time
+            receiver._message = largest
+        return receivers
 
     def close(self) -> None:
         """The group ends with the last reference to it."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = [
     "captures_full_graphs",
     "derived_from",
+    "engine_commit",
     "has_scaled_kv_cache",
     "holds_quantizable_weights",
     "init_request",
@@ -46,6 +47,16 @@ async def pause(engine: Any, mode: str) -> None:
     if mode != "keep":  # the scheduler then clears its half of this cache
         await engine.renderer.clear_mm_cache_async()
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+
+
+def engine_commit(vllm_config: Any) -> str:
+    """Return how the engine was made to be refitted, as vLLM's `additional_config` says.
+
+    `{"fp8sync": {"commit": "in-place"}}` keeps staging memory small.
+    """
+    given = vllm_config.additional_config
+    options = given.get("fp8sync", {}) if isinstance(given, dict) else {}
+    return str(options.get("commit", "staged"))
 
 
 def worker_rank(parallel_config: Any) -> int:

@@ -48,10 +48,11 @@ class GoldenReceiver:
             self._boxes[box.tensor].append(box)
 
     @classmethod
-    def open(cls, choice: Choice, intake: Intake) -> GoldenReceiver:
-        """Join the group of an invitation."""
+    def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[GoldenReceiver]:
+        """Join the group of an invitation; a version has one portion."""
+        (intake,) = intakes
         group, device = join_group(choice, intake.device, intake.channel.timeout_s)
-        return cls(intake, group, device)
+        return [cls(intake, group, device)]
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every message off the wire; stage tensor by tensor until something is wrong."""

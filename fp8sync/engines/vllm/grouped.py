@@ -15,14 +15,14 @@ from fp8sync.engines.vllm.relay import Relay, check_headers
 from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.plan.forward import handed_on, neighbours
-from fp8sync.sending.turns import AHEAD, lay_out
+from fp8sync.sending.turns import AHEAD, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unpack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from fp8sync.engines.vllm.receive import Intake
@@ -43,6 +43,7 @@ class GroupReceiver:
         members: number of every engine rank in the group.
         bucket_bytes: payload of a message.
         forward_bytes: payload of a message between workers.
+        buffers: for messages (`make_buffers`), if other portions of a version use them, too.
     """
 
     def __init__(
@@ -52,14 +53,13 @@ class GroupReceiver:
         members: Mapping[int, int],
         bucket_bytes: int,
         forward_bytes: int,
+        buffers: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._rank, self._device, self._group = intake.rank, intake.device, group
         plan = intake.plan
-        fed = in_turns(fill_buckets(plan.fed(self._rank), bucket_bytes))
-        forwarded: list[Bucket] = []
-        for route in neighbours(plan, self._rank):
-            forwarded += fill_buckets(handed_on(plan, *route), forward_bytes)
-        turns = lay_out([*fed, *in_turns(forwarded)], self._device)
+        fed, forwarded = _turns(intake, bucket_bytes, forward_bytes)
+        both = [*fed, *forwarded]
+        turns = lay_out(both, buffers or make_buffers(both, self._device))
         self._turns = turns[: len(fed)]
         self._relay = Relay(intake, group, members, turns[len(fed) :])
         self._plan = bytes.fromhex(plan.digest(self._rank))[:16]
@@ -70,11 +70,14 @@ class GroupReceiver:
         self._pointers: dict[str, int] = {}
 
     @classmethod
-    def open(cls, choice: Choice, intake: Intake) -> GroupReceiver:
-        """Join the communicator of an invitation."""
-        group = NcclGroup.join(choice, intake.device, intake.channel.timeout_s)
+    def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[GroupReceiver]:
+        """Join the communicator of an invitation, and open a way for each portion of a version."""
+        first = intakes[0]
+        group = NcclGroup.join(choice, first.device, first.channel.timeout_s)
         sizes = choice["bucket_bytes"], choice["forward_bytes"]
-        return cls(intake, group, dict(choice["members"]), *sizes)
+        turns = [turn for i in intakes for both in _turns(i, *sizes) for turn in both]
+        about = group, dict(choice["members"]), *sizes, make_buffers(turns, first.device)
+        return [cls(intake, *about) for intake in intakes]
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""
@@ -136,3 +139,14 @@ class GroupReceiver:
             return nullcontext()
         torch.cuda.set_device(self._device)  # of this thread
         return torch.cuda.stream(torch.cuda.Stream(self._device))
+
+
+def _turns(
+    intake: Intake, bucket_bytes: int, forward_bytes: int
+) -> tuple[list[list[Bucket]], list[list[Bucket]]]:
+    """Return the turns with trainer ranks, and those with other workers."""
+    plan, rank = intake.plan, intake.rank
+    forwarded: list[Bucket] = []
+    for route in neighbours(plan, rank):
+        forwarded += fill_buckets(handed_on(plan, *route), forward_bytes)
+    return in_turns(fill_buckets(plan.fed(rank), bucket_bytes)), in_turns(forwarded)

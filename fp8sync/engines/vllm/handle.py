@@ -145,13 +145,14 @@ class Handle(ABC):
         """Go on scheduling."""
 
     @contextmanager
-    def resuming(self) -> Iterator[None]:
-        """Go on scheduling afterwards, whatever happens."""
+    def resuming(self, unless: Callable[[], bool]) -> Iterator[None]:
+        """Go on scheduling afterwards, whatever happens; after a failure only if not `unless`."""
         try:
             yield
         except BaseException:
-            with suppress(Exception):
-                self.resume()
+            if not unless():
+                with suppress(Exception):
+                    self.resume()
             raise
         with waiting():
             self.resume()

@@ -19,7 +19,7 @@ from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.attention import AttentionInstall
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
 from fp8sync.engines.vllm.misc import load_misc, unloaded
-from fp8sync.engines.vllm.storage import MISC
+from fp8sync.engines.vllm.storage import MISC, module_of
 from fp8sync.errors import InstallFailed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class _Processed:
 
 
 class ProcessInstall:
-    """One version on its way into a model.
+    """One version, or a portion of one, on its way into a model.
 
     Args:
         model: the live vLLM model.
@@ -70,7 +70,8 @@ class ProcessInstall:
         self._staging = dict(staging)
         self._modules: list[_Processed] = []
         self._live: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._attention = AttentionInstall(model, layout.kv_scales, dtype)
+        sent = {module_of(name) for name in layout.storages if not name.startswith(MISC)}
+        self._attention = AttentionInstall(model, layout.kv_scales, dtype, sent)
 
     @torch.no_grad()
     def prepare(self) -> None:

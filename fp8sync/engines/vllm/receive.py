@@ -12,7 +12,7 @@ from fp8sync.errors import CorruptBucket, Fp8SyncError
 from fp8sync.sending.writer import PARTS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     import torch
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fp8sync.transport import Choice
     from fp8sync.wire.payload import Storages
 
-__all__ = ["Intake", "Receiver", "open_receiver"]
+__all__ = ["Intake", "Receiver", "open_receivers"]
 
 
 class Receiver(Protocol):
@@ -61,7 +61,7 @@ class Intake:
         staging: this worker's staging memory.
         held: the boxes of all trainer ranks.
         wanted: the boxes of this worker.
-        plan: the agreed plan, of this worker at least.
+        plan: the agreed plan, of this worker at least; or one portion of it.
         rank: this worker among the engine's.
         device: where the model lives.
     """
@@ -78,9 +78,14 @@ class Intake:
 class StagingReceiver:
     """Bytes that trainers on this host write by themselves; here they are only verified."""
 
-    def __init__(self, choice: Choice, intake: Intake) -> None:  # noqa: ARG002  (see open_receiver)
-        self._channel, self._staging = intake.channel, intake.staging
-        intake.staging.expect(intake.plan.to_rank(intake.rank), intake.rank)
+    def __init__(self, intake: Intake) -> None:
+        self._channel = intake.channel
+        self._expected = intake.staging.expect(intake.plan.to_rank(intake.rank), intake.rank)
+
+    @classmethod
+    def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[StagingReceiver]:  # noqa: ARG003
+        """Prepare to verify each portion of a version."""
+        return [cls(intake) for intake in intakes]
 
     def forward(self, version: int, staged: Storages) -> None:
         """Nothing is forwarded: trainers write to every worker."""
@@ -97,21 +102,21 @@ class StagingReceiver:
                 failure = failure or Fp8SyncError("a trainer rank stopped writing")
             if failure is None:
                 try:
-                    self._staging.verify(part, written)
+                    self._expected.verify(part, written)
                 except CorruptBucket as error:  # what is still said has to be heard
                     failure = error
         if failure is not None:
             raise failure
 
 
-_WAYS: dict[str, Callable[[Choice, Intake], Receiver]] = {
-    "ipc": StagingReceiver,
+_WAYS: dict[str, Callable[[Choice, Sequence[Intake]], Sequence[Receiver]]] = {
+    "ipc": StagingReceiver.open,
     "nccl": GroupReceiver.open,
     "gloo": BucketReceiver.open,
     "golden": GoldenReceiver.open,
 }
 
 
-def open_receiver(choice: Choice, intake: Intake) -> Receiver:
-    """Return a worker's way in, from the invitation it got."""
-    return _WAYS[choice["kind"]](choice, intake)
+def open_receivers(choice: Choice, intakes: Sequence[Intake]) -> Sequence[Receiver]:
+    """Return a worker's way in for each portion of a version, from the invitation it got."""
+    return _WAYS[choice["kind"]](choice, intakes)

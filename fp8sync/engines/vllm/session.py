@@ -19,11 +19,13 @@ from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.layout import describe_engine
 from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
-from fp8sync.engines.vllm.receive import Intake, Receiver, open_receiver
+from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_portion
+from fp8sync.engines.vllm.receive import Intake, open_receivers
+from fp8sync.engines.vllm.storage import module_of
 from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
 from fp8sync.manifest import Manifest
-from fp8sync.plan import Plan, build_plan
+from fp8sync.plan import Plan, build_plan, in_portions
 from fp8sync.plan.forward import from_runs, with_forwarding
 from fp8sync.recipe import Recipe
 from fp8sync.transport.memory import gpu_id
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.engines.vllm.storage import EngineLayout
+    from fp8sync.transport import Choice
 
 __all__ = ["WorkerSession"]
 
@@ -69,9 +72,8 @@ class WorkerSession:
         self._channel, self._model = channel, model
         self._rank, self._staging = rank, staging
         self._device, self._dtype = device, dtype
-        self._layout: EngineLayout | None = None
-        self._receiver: Receiver | None = None
-        self._direct: DirectInstall | None = None
+        self._portions: list[Portion] = []
+        self._current: Portion | None = None
         self._direct_modules: set[str] = set()
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
@@ -89,14 +91,15 @@ class WorkerSession:
         return self._report(self._agree)
 
     def start(self) -> None:
-        """Open a version and begin to receive."""
+        """Open a version, or a later portion of one, and begin to receive."""
         message = self._channel.receive("version")
         self._failure, version = None, int(message["version"])
         self._auditing = bool(message.get("audit"))
         if self._auditing:
             return
+        about = version, int(message["portion"])
         self._thread = threading.Thread(
-            target=self._receive, args=(version,), name=f"fp8sync-receive-{version}", daemon=True
+            target=self._receive, args=about, name=f"fp8sync-receive-{version}", daemon=True
         )
         self._thread.start()
 
@@ -147,8 +150,8 @@ class WorkerSession:
         self._audit().answer(self._channel)
 
     def _commit(self, install: ProcessInstall) -> None:
-        if self._direct is not None:
-            self._direct.commit()
+        if self._current is not None and self._current.direct is not None:
+            self._current.direct.commit()
         install.commit()
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -156,9 +159,9 @@ class WorkerSession:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        if self._receiver is not None:
-            self._receiver.close()
-            self._receiver = None
+        for portion in self._portions:
+            portion.receiver.close()
+        self._portions, self._current = [], None
 
     def _agree(self) -> None:
         message = self._channel.receive("source")
@@ -166,8 +169,9 @@ class WorkerSession:
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
         seat = Seat.at(self._device).to_json()
-        own = layout.manifest.to_json()
-        self._channel.send({"type": "manifest", "manifest": own, "seat": seat})
+        short = memory_short(layout, self._staging.nbytes, self._device)
+        own = {"manifest": layout.manifest.to_json(), "seat": seat, "short": short}
+        self._channel.send({"type": "manifest", **own})
         plan = build_plan(
             source, layout.manifest, exchange_amax=True, requantize=recipe.requantizes
         )
@@ -175,30 +179,62 @@ class WorkerSession:
         # Not as many as copies: then the plans differ, which is found when they are compared.
         if len(sharers) == len(plan.copies):
             plan = with_forwarding(plan, {self._rank: sharers})
-        self._compare(plan)
+        commit = self._compare(plan)
         layout = layout.with_misc_of(plan)
-        direct = direct_modules(self._model, layout, self._device, self._dtype)
-        self._staging.lay_out(layout.storages)
-        self._receiver = self._open_transport(source, layout.manifest, plan)
-        self._layout, self._direct_modules = layout, direct
+        portions = [list(layout.storages)]
+        if commit == "in-place":
+            portions = storages_by_portion(layout, message["bucket_bytes"])
+        self._direct_modules = direct_modules(self._model, layout, self._device, self._dtype)
+        self._open_portions(source, layout, plan, portions)
         # Made anew for every audit, as it remembers what it read.
-        live = partial(LiveWeights, self._model, layout, direct, self._device, self._dtype)
+        about = self._model, layout, self._direct_modules, self._device, self._dtype
+        live = partial(LiveWeights, *about)
         self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
-        if direct:
-            staged = self._staging.views()
-            self._direct = DirectInstall(self._model, direct, staged, self._device)
-        self._channel.send({"type": "ready", "direct": len(direct)})
+        self._channel.send({"type": "ready", "direct": len(self._direct_modules)})
 
-    def _compare(self, plan: Plan) -> None:
+    def _open_portions(
+        self, held: Manifest, layout: EngineLayout, plan: Plan, portions: list[list[str]]
+    ) -> None:
+        layouts = [layout.only(own) for own in portions]
+        self._staging.lay_out([own.storages for own in layouts])
+        choice = self._join_transport(portions)
+        # Another worker may have more portions; this one receives nothing in them.
+        count = max(len(own) for _, own in choice["portions"])
+        layouts += [layout.only(())] * (count - len(layouts))
+        plans = in_portions(plan, dict(choice["portions"]))
+        about = self._rank, self._device
+        receivers = open_receivers(
+            choice,
+            [
+                Intake(self._channel, self._staging, held, layout.manifest, own, *about)
+                for own in plans
+            ],
+        )
+        self._portions = [
+            Portion(own, receiver, self._direct(number))
+            for number, (own, receiver) in enumerate(zip(layouts, receivers, strict=True))
+        ]
+
+    def _direct(self, portion: int) -> DirectInstall | None:
+        staged = self._staging.views(portion) if self._direct_modules else {}
+        if not any(module_of(name) in self._direct_modules for name in staged):
+            return None
+        return DirectInstall(self._model, self._direct_modules, staged, self._device)
+
+    def _compare(self, plan: Plan) -> str:
+        """Compare digests with the trainer's; returns how versions are to be installed."""
         mine = {str(self._rank): plan.digest(self._rank)}
         self._channel.send({"type": "plan", "digests": mine})
-        if self._channel.receive("agreed")["digests"] != mine:
+        agreed = self._channel.receive("agreed")
+        if agreed["digests"] != mine:
             details = {str(self._rank): plan.digests(self._rank)}
             self._channel.send({"type": "digests", "digests": details})
             raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
+        return str(agreed["commit"])
 
-    def _open_transport(self, held: Manifest, wanted: Manifest, plan: Plan) -> Receiver:
+    def _join_transport(self, portions: list[list[str]]) -> Choice:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
+        place["portions"] = portions if len(portions) > 1 else []
         place["gpu"] = gpu_id(self._device)
         if self._device.type == "cuda":
             try:
@@ -209,17 +245,17 @@ class WorkerSession:
         self._channel.send(place)
         choice = self._channel.receive("transport")
         self._forwards = bool(choice["forward_bytes"])
-        about = held, wanted, plan, self._rank, self._device
-        return open_receiver(choice, Intake(self._channel, self._staging, *about))
+        return choice
 
-    def _receive(self, version: int) -> None:
-        self._stage(partial(self._take, version))
+    def _receive(self, version: int, portion: int) -> None:
+        self._current = current = self._portions[portion]
+        self._stage(partial(self._take, version, portion))
         if self._forwards and self._may_forward():
-            self._stage(lambda: self._open_receiver().forward(version, self._staged))
+            self._stage(lambda: current.receiver.forward(version, self._staged))
 
-    def _take(self, version: int) -> None:
-        self._staged = self._staging.views()
-        self._open_receiver().receive(version, self._staged)
+    def _take(self, version: int, portion: int) -> None:
+        self._staged = self._staging.views(portion)
+        self._portions[portion].receiver.receive(version, self._staged)
 
     def _may_forward(self) -> bool:
         """Wait for the word that every worker has what trainer ranks sent, or that one has not."""
@@ -243,20 +279,14 @@ class WorkerSession:
         said = self._failure.to_wire() if self._failure else None
         self._channel.try_send({"type": "vote", "error": said})
 
-    def _open_receiver(self) -> Receiver:
-        if self._receiver is None:
-            raise Fp8SyncError("the link was not established")
-        return self._receiver
-
     def _prepare(self) -> ProcessInstall | None:
         go = self._channel.receive("prepare")["go"]
         staged, self._staged = self._staged, {}
-        if not go or self._failure is not None or self._layout is None:
+        if not go or self._failure is not None or self._current is None:
             return None
         try:
-            install = ProcessInstall(
-                self._model, self._layout, staged, self._device, self._dtype, self._direct_modules
-            )
+            about = self._device, self._dtype, self._direct_modules
+            install = ProcessInstall(self._model, self._current.layout, staged, *about)
             install.prepare()
         except InstallFailed as error:
             self._failure = error

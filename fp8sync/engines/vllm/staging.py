@@ -15,33 +15,46 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
-from fp8sync.plan import in_parts
+from fp8sync.plan import DEFAULT_BUCKET_BYTES, in_parts
 from fp8sync.sending.writer import PARTS
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
 from fp8sync.wire.tables import check_table
 from fp8sync_kernels import Table, run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.engines.vllm.storage import StorageSpec
     from fp8sync.plan import Copy
 
-__all__ = ["Staging", "load_form_bytes"]
+__all__ = ["Expected", "Staging", "reserved_bytes"]
 
 _ALIGN = 256
 _MISC_BYTES = 1 << 20
 
 
-def load_form_bytes(model: torch.nn.Module) -> int:
-    """Return the bytes that a model's parameters in load form take, with room for the misc path.
+def reserved_bytes(model: torch.nn.Module, commit: str) -> int:
+    """Return the staging memory to reserve before vLLM sizes its KV cache.
 
-    All scale_inv of blockwise FP8, once more, are 1/4096 of the codes.
+    For `staged` that of all parameters in load form, with room for the misc path; all scale_inv of
+    blockwise FP8, once more, are 1/4096 of the codes. For `in-place` a bucket of the default size, or the
+    largest module.
+
+    Raises:
+        ValueError: another `commit`.
     """
-    total = _MISC_BYTES
-    for module in model.modules():
-        for tensor in get_layerwise_info(module).restore_metadata[0].values():
-            total += _aligned(tensor.numel() * tensor.element_size())
+    if commit not in {"staged", "in-place"}:
+        raise ValueError(f"unknown fp8sync commit {commit!r} of an engine; known: staged, in-place")
+    sizes = [
+        sum(
+            _aligned(tensor.numel() * tensor.element_size())
+            for tensor in get_layerwise_info(module).restore_metadata[0].values()
+        )
+        for module in model.modules()
+    ]
+    if commit == "in-place":
+        return max(DEFAULT_BUCKET_BYTES, *sizes)
+    total = _MISC_BYTES + sum(sizes)
     return total + total // 1024
 
 
@@ -50,34 +63,44 @@ class Staging:
 
     Args:
         device: where the model lives.
-        nbytes: to allocate now; more is allocated when a layout needs it.
+        nbytes: to allocate now; a layout that needs more, or another commit, allocates anew.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self._device = device
         self._arena = allocate(nbytes, device)
-        self._specs: Mapping[str, StorageSpec] = {}
+        self._portions: Sequence[Mapping[str, StorageSpec]] = ()
         self.offsets: dict[str, int] = {}
-        self._checks: list[list[tuple[int, Sequence[Copy], Table]]] = []
-        self._rank = 0
 
-    def lay_out(self, specs: Mapping[str, StorageSpec]) -> None:
-        """Give every storage its place."""
-        self._specs, self.offsets, self._checks = specs, {}, []
-        used = 0
-        for name, spec in specs.items():
-            self.offsets[name] = used
-            used += _aligned(spec.nbytes)
-        if used > self._arena.numel():
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return self._arena.numel()
+
+    def lay_out(self, portions: Sequence[Mapping[str, StorageSpec]]) -> None:
+        """Give every storage its place; portions of a version lie in the same memory, one by one."""
+        self._portions, self.offsets = portions, {}
+        most = 0
+        for specs in portions:
+            used = 0
+            for name, spec in specs.items():
+                self.offsets[name] = used
+                used += _aligned(spec.nbytes)
+            most = max(most, used)
+        if most > self.nbytes or (len(portions) > 1 and most < self.nbytes):
             self._arena = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._arena = allocate(used, self._device)
+            self._arena = allocate(most, self._device)
 
-    def views(self) -> dict[str, torch.Tensor]:
-        """Return the storages as tensors over the staging memory, constants filled in."""
+    def views(self, portion: int = 0) -> dict[str, torch.Tensor]:
+        """Return a portion's storages as tensors over the staging memory, constants filled in.
+
+        There are none in portions after the last that was laid out.
+        """
         if self._device.type == "cpu":
             self._arena = torch.empty_like(self._arena)
         views = {}
-        for name, spec in self._specs.items():
+        specs = self._portions[portion] if portion < len(self._portions) else {}
+        for name, spec in specs.items():
             start = self.offsets[name]
             flat = self._arena[start : start + spec.nbytes].view(spec.dtype)
             views[name] = spec.fill(flat.as_strided(spec.size, spec.strides, flat.storage_offset()))
@@ -87,16 +110,35 @@ class Staging:
         """Return what a writer on this host needs."""
         return export_memory(self._arena)
 
-    def expect(self, copies: Sequence[Copy], rank: int) -> None:
-        """Prepare to verify what each source rank writes, part by part; `rank` is this worker's."""
+    def expect(self, copies: Sequence[Copy], rank: int) -> Expected:
+        """Prepare to verify what each source rank writes of a portion; `rank` is this worker's."""
         base = self._arena.data_ptr()
-        self._checks = [[] for _ in range(PARTS)]
+        return Expected(copies, rank, lambda name: base + self.offsets[name], self._device)
+
+
+class Expected:
+    """The bytes of one portion, as trainers will write them.
+
+    Args:
+        copies: that arrive.
+        rank: this worker's.
+        locate: returns the address of a storage.
+        device: the worker's.
+    """
+
+    def __init__(
+        self,
+        copies: Sequence[Copy],
+        rank: int,
+        locate: Callable[[str], int],
+        device: torch.device,
+    ) -> None:
+        self._rank, self._device = rank, device
+        self._checks: list[list[tuple[int, Sequence[Copy], Table]]] = [[] for _ in range(PARTS)]
         for source_rank in sorted({c.source_rank for c in copies}):
             own = [c for c in copies if c.source_rank == source_rank]
             for checks, part in zip(self._checks, in_parts(own, PARTS), strict=True):
-                table = check_table(part, lambda name: base + self.offsets[name], self._device)
-                checks.append((source_rank, part, table))
-        self._rank = rank
+                checks.append((source_rank, part, check_table(part, locate, device)))
 
     def verify(self, part: int, written: Sequence[str]) -> None:
         """Compare the digests of a part, by source rank, with those of the bytes that are here.

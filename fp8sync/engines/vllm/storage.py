@@ -94,6 +94,18 @@ class EngineLayout:
     kv_scales: frozenset[str] = frozenset()
     quantize: Mapping[str, Formula] = field(default_factory=dict)
 
+    def only(self, storages: Iterable[str]) -> EngineLayout:
+        """Return the layout of some storages; scales of a KV cache come with the misc path."""
+        held = dict.fromkeys(storages)
+        misc = any(name.startswith(MISC) for name in held)
+        return replace(
+            self,
+            storages={name: self.storages[name] for name in held},
+            aliases={a: name for a, name in self.aliases.items() if name in held},
+            open=self.open & held.keys(),
+            kv_scales=self.kv_scales if misc else frozenset(),
+        )
+
     def with_misc_of(self, plan: Plan) -> EngineLayout:
         """Return the layout with what the plan, and not the trace, sent to the misc path."""
         found = {

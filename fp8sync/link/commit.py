@@ -1,0 +1,52 @@
+"""How a version is installed: whole, from staging memory as large as it, or module by module in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, UnsupportedLayout
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Commit", "check_commit", "choose_commit", "half_installed"]
+
+Commit = Literal["staged", "in-place", "auto"]
+"""`staged`: bytes land beside the live weights, all of them, and are installed at once. `in-place`: in
+portions of some modules, the engine paused from the first installed to the last. `auto`: staged where it
+fits into memory."""
+
+
+def check_commit(commit: str, transport: str) -> None:
+    """Raise ValueError for an unknown name, UnsupportedLayout for a transport that has no portions."""
+    if commit not in get_args(Commit):
+        known = ", ".join(get_args(Commit))
+        raise ValueError(f"unknown commit {commit!r}; known: {known}")
+    if commit != "staged" and transport == "golden":
+        raise UnsupportedLayout(
+            f"commit {commit!r} with transport 'golden', which sends whole tensors and not modules: "
+            "expected commit 'staged' or another transport"
+        )
+
+
+def choose_commit(wanted: str, short: Mapping[int, str]) -> tuple[str, str]:
+    """Return (`staged` or `in-place`, why).
+
+    Args:
+        wanted: what the user asked for.
+        short: by engine rank, why its memory does not do for staging; empty where it does.
+    """
+    if wanted != "auto":
+        return wanted, "asked for"
+    reasons = [f"engine rank {rank}: {reason}" for rank, reason in short.items() if reason]
+    return ("in-place", "; ".join(reasons)) if reasons else ("staged", "it fits into memory")
+
+
+def half_installed(error: Exception, portion: int, portions: int) -> Fp8SyncError:
+    """Return what to raise when a version stops after its first portions were installed."""
+    text = (
+        f"the engine holds {portion} of {portions} portions of the new weights and the rest of the old: "
+        "do not use it until a complete refit has succeeded"
+    )
+    kind = EngineLost if isinstance(error, EngineLost) else EngineUnusable
+    return kind(text, str(error).split("\n  - "))

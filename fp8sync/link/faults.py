@@ -1,0 +1,61 @@
+"""What went wrong in a refit, gathered from all peers: each worker, each trainer rank, each tensor."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import Fp8SyncError, InstallFailed, NonFiniteWeight, PeerFailed, PlanMismatch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from fp8sync.control import Message
+    from fp8sync.plan import Plan
+    from fp8sync.sending.sender import Sent
+
+__all__ = ["broken", "difference", "failures", "nonfinite"]
+
+
+def broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
+    """Return what went wrong after the decision to install."""
+    text = "installing failed after the decision: refit again before the engine is used"
+    found = [f"{said['peer']}: {said['failure']}" for said in done if said["failure"]]
+    found += [str(error) for error in lost]
+    if not found:
+        return []
+    return [(type(lost[0]) if lost else InstallFailed)(text, found)]
+
+
+def failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:
+    """Return errors of the trainer's ranks, causes before their consequences on other ranks."""
+    errors = [share.error for share in shares if share.error is not None]
+    return sorted(errors, key=lambda error: isinstance(error, PeerFailed))
+
+
+def nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:
+    """Return the one error that names every tensor with NaN or Inf, if there is one."""
+    bad: Counter[str] = Counter()
+    for share in shares:
+        for part in share.parts:
+            bad[f"{part.tensor} (trainer rank {share.rank})"] += part.nonfinite
+    faults = [
+        f"{where}: expected finite values, found {count} NaN or Inf"
+        for where, count in bad.items()
+        if count
+    ]
+    return [NonFiniteWeight("NaN or Inf in the trainer's weights", faults)] if faults else []
+
+
+def difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:
+    """Return the error that names the first tensor in which a peer's digests differ."""
+    for rank, found in theirs.items():
+        mine = plan.digests(int(rank))
+        for name in {**mine, **found}:
+            if mine.get(name) != found.get(name):
+                line = (
+                    f"{name}: first tensor that differs (to engine rank {rank}); "
+                    f"expected {mine.get(name)}, found {found.get(name)}"
+                )
+                return PlanMismatch(f"{peer} computed another plan than trainer rank 0", [line])
+    return PlanMismatch(f"{peer} orders its copies differently from trainer rank 0")
