@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 
@@ -9,11 +10,11 @@ from tests.demo.samples import sample_round, sample_run
 
 @pytest.fixture
 def run_demo(monkeypatch, tmp_path):
-    def run(*rounds):
+    def run(*rounds, arguments=()):
         monkeypatch.setattr(
             demo, "run_model", lambda kind, *_, **__: sample_run(*rounds, kind=kind)
         )
-        return demo.main(Stopwatch(), ["--report", str(tmp_path / "demo.html")])
+        return demo.main(Stopwatch(), ["--report", str(tmp_path / "demo.html"), *arguments])
 
     return run
 
@@ -30,4 +31,11 @@ def test_a_bad_round_ends_in_failure_with_its_name_and_a_report(run_demo, tmp_pa
     assert (tmp_path / "demo.html").exists()
     output = capsys.readouterr()
     assert "FAILED moe, round 1: fresh KL(engine ‖ trainer)" in output.err
+    assert "ok:" not in output.out
+
+
+def test_a_demo_that_takes_too_long_fails(run_demo, capsys):
+    assert run_demo(sample_round(), arguments=("--limit", "0.001")) == 1
+    output = capsys.readouterr()
+    assert re.search(r"FAILED it took \d+ s: expected at most 0.001 s", output.err)
     assert "ok:" not in output.out
