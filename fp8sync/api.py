@@ -103,8 +103,9 @@ def refit(
 def restore_kv_scales(engine: Any) -> None:
     """Make an engine's KV-cache scales right again after its cache woke up.
 
-    vLLM (0.25 to 0.27 at least) sets them to 1.0 on the device in `wake_up`, whatever they were. Call
-    this after it, before the engine generates.
+    vLLM (0.25 to 0.27 at least) sets them to 1.0 on the device in `wake_up`, whatever they were. The
+    engine's workers notice and put them back before the next forward, and at each refit; this call is
+    for engines with cudagraph_mode FULL or torch's stock compilation, whose forwards they cannot see.
 
     Args:
         engine: as for `refit`.

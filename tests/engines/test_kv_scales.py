@@ -124,16 +124,30 @@ def test_scales_stay_where_none_are_sent(live: Any) -> None:
     assert held(live) == loaded(scales(7))
 
 
-def test_scales_are_right_after_the_cache_woke_up(live: Any) -> None:
-    fp8sync.refit(
-        world.tiny_model("dense", 5), live, world.recipe("blockwise"), kv_scales=scales(5)
-    )
-    live.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
-    # One of vLLM's two model runners resets the scales to 1.0, the other leaves them.
-    assert {buffer for buffer, _ in held(live).values()} == {1.0} or held(live) == loaded(scales(5))
-    set_by_hand(live, {n: (1.0, host) for n, (_, host) in loaded(scales(5)).items()})
-    fp8sync.restore_kv_scales(live)
+def fill_with_ones(llm: Any) -> None:
+    """As vLLM 0.25 to 0.27 do in `wake_up`: one of their two model runners by itself, else by hand."""
+    host = {name: value for name, (_, value) in held(llm).items()}
+    llm.collective_rpc(lambda worker: worker.model_runner.post_kv_cache_wake_up())
+    assert {name: value for name, (_, value) in held(llm).items()} == host
+    set_by_hand(llm, {name: (1.0, value) for name, value in host.items()})
+    assert {buffer for buffer, _ in held(llm).values()} == {1.0}
+
+
+@pytest.mark.parametrize("means", ["forward", "refit", "call"])
+def test_scales_are_right_after_the_cache_woke_up(live: Any, means: str) -> None:
+    """Before the first forward that uses them, by a refit that sends none, and when asked to."""
+    model, recipe = world.tiny_model("dense", 5), world.recipe("blockwise")
+    fp8sync.refit(model, live, recipe, kv_scales=scales(5))
+    expected = world.decoded_logprobs(live)
+    fill_with_ones(live)
+    if means == "forward":
+        world.generate(live, tokens=1)
+    elif means == "refit":
+        fp8sync.refit(model, live, recipe)
+    else:
+        fp8sync.restore_kv_scales(live)
     assert held(live) == loaded(scales(5))
+    assert torch.equal(world.decoded_logprobs(live), expected)
 
 
 def test_incomplete_or_impossible_scales_are_refused(live: Any) -> None:

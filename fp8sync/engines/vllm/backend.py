@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import engine_commit, worker_rank
-from fp8sync.engines.vllm.kv_cache import restore_scales
+from fp8sync.engines.vllm.kv_cache import restore_scales, watch_scales
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
 
@@ -67,6 +67,8 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     ) -> None:
         """Reserve staging memory; vLLM sizes its KV cache afterwards."""
         super().__init__(config, vllm_config, device, model)
+        with set_current_vllm_config(vllm_config):
+            watch_scales(model)
         nbytes = reserved_bytes(model, engine_commit(vllm_config))
         self._staging = Staging(device, nbytes if device.type == "cuda" else 0)
 

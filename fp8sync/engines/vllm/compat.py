@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "captures_full_graphs",
+    "compiles_hooks",
     "derived_from",
     "engine_commit",
     "has_scaled_kv_cache",
     "holds_quantizable_weights",
     "init_request",
     "is_attention",
+    "is_capturing",
     "is_mla",
     "kept_formula",
     "kernels_live_in_parameters",
@@ -118,6 +120,21 @@ def captures_full_graphs() -> bool:
 
     mode = get_current_vllm_config().compilation_config.cudagraph_mode
     return bool(mode is not None and mode.has_full_cudagraphs())
+
+
+def compiles_hooks() -> bool:
+    """Whether torch compiles the model with all that is hooked to it; needs vLLM's current config."""
+    from vllm.config import CompilationMode, get_current_vllm_config
+
+    mode = get_current_vllm_config().compilation_config.mode
+    return mode is CompilationMode.STOCK_TORCH_COMPILE
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched now becomes part of a CUDA graph."""
+    import torch
+
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def holds_quantizable_weights(module: torch.nn.Module) -> bool:

@@ -25,6 +25,7 @@ __all__ = [
     "process_scales",
     "restore_scales",
     "scale_floats",
+    "watch_scales",
 ]
 
 _FOLDED = ("bmm1_scale", "bmm2_scale")
@@ -100,15 +101,38 @@ def forget_folded_scales(module: Any) -> None:
 
 
 def restore_scales(model: torch.nn.Module) -> None:
-    """Put the host's scales back into the device buffers.
+    """Put the host's scales back into the device buffers of layers with an FP8 cache.
 
     vLLM 0.25 to 0.27 fill the buffers with 1.0 when they wake the KV cache.
     """
     for _, module in _attention_modules(model):
-        for name, value in scale_floats(module).items():
-            buffer = module._buffers.get(name.removesuffix("_float"))
-            if buffer is not None:
-                buffer.fill_(value)
+        if compat.has_scaled_kv_cache(module):
+            for name, value in scale_floats(module).items():
+                buffer = module._buffers.get(name.removesuffix("_float"))
+                if buffer is not None:
+                    buffer.fill_(value)
+
+
+def watch_scales(model: torch.nn.Module) -> None:
+    """Restore scales before the next forward whenever vLLM has written to the buffers.
+
+    Nothing is read from the device: torch counts the writes to a tensor. vLLM fills the buffers of all
+    layers at once, so one is watched. A replay of a CUDA graph of the whole model calls no module; what
+    follows a wake-up is a prefill, which is such a replay only with cudagraph_mode FULL.
+    """
+    scaled = (m for _, m in _attention_modules(model) if compat.has_scaled_kv_cache(m))
+    buffer = next((m._buffers["_k_scale"] for m in scaled if "_k_scale" in m._buffers), None)
+    if buffer is None or buffer.is_inference() or compat.compiles_hooks():
+        return
+    seen = buffer._version
+
+    def restore(*_: Any) -> None:
+        nonlocal seen
+        if buffer._version != seen and not compat.is_capturing(buffer.device):
+            restore_scales(model)
+            seen = buffer._version
+
+    model.register_forward_pre_hook(restore)
 
 
 def scale_floats(module: torch.nn.Module) -> dict[str, float]:

@@ -17,6 +17,7 @@ import torch
 
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
+from fp8sync.engines.vllm.kv_cache import restore_scales
 from fp8sync.engines.vllm.layout import describe_engine
 from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
 from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_portion
@@ -153,6 +154,7 @@ class WorkerSession:
         if self._current is not None and self._current.direct is not None:
             self._current.direct.commit()
         install.commit()
+        restore_scales(self._model)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
