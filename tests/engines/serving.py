@@ -10,6 +10,7 @@ from tests.engines import world
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future
     from pathlib import Path
 
     import torch
@@ -43,8 +44,11 @@ class LoopThread:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
+    def begin(self, coroutine: Any) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
     def run(self, coroutine: Any, timeout_s: float = 240.0) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+        return self.begin(coroutine).result(timeout_s)
 
     def close(self) -> None:
         """End what still runs in the loop, then the loop and its thread."""

@@ -11,6 +11,7 @@ import torch
 
 import fp8sync
 from tests.engines import serving, world
+from tests.engines.test_in_place import meddle_with_portion
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -121,6 +122,49 @@ def test_requests_in_flight(
     assert new == serving.greedy(engine.greedy)
     label = getattr(engine.llm, "get_weight_version", None)
     assert report.weight_version == (engine.loop.run(label()) if label else None)
+
+
+def in_place(model: torch.nn.Module, engine: Engine) -> fp8sync.Link:
+    recipe = world.recipe("blockwise-pow2")
+    options = {"commit": "in-place", "bucket_bytes": 1 << 18, "transport": "gloo"}
+    return fp8sync.connect(model, engine.llm, recipe, **options)
+
+
+def test_in_place_while_requests_are_frozen(
+    engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor]
+) -> None:
+    """They see no portion: each goes on from its tokens with the new version, whole."""
+    fp8sync.refit(models[0], engine.llm, world.recipe("blockwise-pow2"))
+    old = serving.greedy(engine.greedy)
+    with in_place(models[1], engine) as link:
+        assert link._conductor.portions > 4
+        found, _ = engine.loop.run(
+            serving.refit_under_load(engine.stream, lambda: link.refit(in_flight="keep"))
+        )
+    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
+
+
+def test_an_engine_left_half_installed_generates_nothing(
+    engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor]
+) -> None:
+    def flip(_: int, message: torch.Tensor) -> None:
+        message[64 + 1000] ^= 0x10
+
+    fp8sync.refit(models[0], engine.llm, world.recipe("blockwise-pow2"))
+    with in_place(models[1], engine) as link:
+        meddle_with_portion(link, 2, flip)
+        with pytest.raises(fp8sync.EngineUnusable, match="2 of"):
+            link.refit()
+        assert engine.loop.run(engine.llm.is_paused())
+        asked = engine.loop.begin(engine.stream(serving.PROMPTS[0], 8))
+        with pytest.raises(TimeoutError):
+            asked.result(2)
+        assert link.refit().version == 1
+        tokens, reason = asked.result(60)
+    assert (len(tokens), reason) == (8, "length")
+    assert tokens == engine.greedy(serving.PROMPTS[0], 8)
+    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
 
 
 def test_called_in_its_own_loop(engine: Engine, models: list[torch.nn.Module]) -> None:

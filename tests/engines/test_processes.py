@@ -51,6 +51,7 @@ def test_trainer_of_two_ranks_engine_of_two_workers(tmp_path: Path) -> None:
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
     assert ranks[0]["difference"] == 0.0
     assert all(rank["sent"]["bytes"] > 0 for rank in ranks)
+    assert all(rank["reported"] == rank["planned"] for rank in ranks)  # over all portions
     assert [rank["version"] for rank in ranks] == [2, 2]
     assert all("cannot refit a object" in rank["refused"] for rank in ranks)
     # NaN was on rank 1 alone: the engine kept its weights, and both ranks were told.

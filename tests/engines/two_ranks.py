@@ -33,6 +33,13 @@ def main(folder: Path, tensor_parallel: int) -> None:
     for model in (*models, *models):
         report = fp8sync.refit(model, llm, world.recipe("blockwise-pow2"))
     result["version"] = report.version
+    fp8sync.refit(models[0], llm, world.recipe("blockwise-pow2"))
+    recipe = world.recipe("blockwise-pow2")
+    with fp8sync.connect(models[1], llm, recipe, commit="in-place", bucket_bytes=1 << 18) as link:
+        report = link.refit()
+        copies = [c for c in link.plan.plan.copies if rank in (0, c.source_rank)]
+    result["planned"] = sum(c.weight_bytes + c.scale_bytes for c in copies)
+    result["reported"] = sum(t.bytes for t in report.tensors)
     if rank == 0:
         checkpoint = world.write_checkpoint(models[-1], folder / "fresh", "pow2")
         fresh = without_torchrun(lambda: world.start_engine(checkpoint, **options))
