@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import json
 import math
+import select
 import socket
 import struct
 import time
@@ -99,6 +100,15 @@ class Channel:
     def progress(self, left: int) -> None:
         """Tell a peer that waits how much there is left to do; less each time."""
         self.try_send({"type": "progress", "left": left})
+
+    def hung_up(self) -> bool:
+        """Whether the peer, from which nothing is expected now, has closed the connection."""
+        poll = select.poll()
+        try:
+            poll.register(self._sock, select.POLLIN)
+            return bool(poll.poll(0)) and not self._sock.recv(1, socket.MSG_PEEK)
+        except (OSError, ValueError):  # closed here, or reset by the peer
+            return True
 
     def close(self) -> None:
         """Close the connection; the peer sees it as gone."""

@@ -97,7 +97,7 @@ class PeerFailed(Fp8SyncError):
 
 
 class RefitInProgress(Fp8SyncError):
-    """Another refit of the same engine runs, through any link of this process."""
+    """Another refit of the same engine runs, in this process or in another one."""
 
 
 _BY_NAME: dict[str, type[Fp8SyncError]] = {

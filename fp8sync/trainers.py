@@ -7,6 +7,8 @@ every wait bounded, and no collective that a rank which failed could leave other
 from __future__ import annotations
 
 import json
+import os
+import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from fp8sync.waiting import waiting
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["Opening", "exchange", "hear", "join_team", "rank_and_size"]
+__all__ = ["Opening", "exchange", "hear", "join_team", "rank_and_size", "this_process"]
 
 dist: Any = torch.distributed  # its stores are not in its stubs
 
@@ -60,6 +62,11 @@ def exchange(told: Any) -> list[Any]:
     rows = [torch.empty_like(padded, device=device) for _ in range(size)]
     dist.all_gather(rows, padded.to(device))
     return [json.loads(row[:n].cpu().numpy().tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def this_process() -> str:
+    """Return what to call this process where others hear of it."""
+    return f"process {os.getpid()} of {socket.gethostname()}"
 
 
 class Opening:

@@ -94,6 +94,8 @@ class Conductor:
         self._wanted_commit, self.commit_kind, self.commit_reason = commit, "", ""
         self.faults: list[Fp8SyncError] = []
         self.decided = False
+        self.left_open = False
+        """Whether an engine's update was left open by a trainer that is gone."""
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._invitation: Invitation | None = None
@@ -109,6 +111,11 @@ class Conductor:
     def portions(self) -> int:
         """In how many portions a version is sent and installed; one where it is staged."""
         return self._member.portions
+
+    @property
+    def hung_up(self) -> bool:
+        """Whether a worker has left for another process's link, or is gone."""
+        return any(channel.hung_up() for channel in self._each("engine"))
 
     def agree(self, listener: Listener) -> None:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""
@@ -283,6 +290,7 @@ class Conductor:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
             if role == "engine":
                 channel.peer += self._of_engine(rank)
+                self.left_open |= bool(joined["updating"])
             self._channels[role, rank] = channel
 
     def _each(self, role: str) -> list[Channel]:

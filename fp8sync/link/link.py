@@ -32,7 +32,7 @@ from fp8sync.report import RefitReport
 from fp8sync.sending.sender import named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
-from fp8sync.trainers import Opening, rank_and_size
+from fp8sync.trainers import Opening, rank_and_size, this_process
 from fp8sync.transport.rendezvous import bound_address
 from fp8sync.waiting import HostTime, waiting
 
@@ -183,11 +183,9 @@ class Link:
         before the engine is used. `version` says whether the new weights were installed: if so, it is the
         prefix cache that could not be emptied.
 
-        With commit `in-place` the old weights serve on only if nothing was installed yet, which all that
-        can be known beforehand makes likely: both sides agree on the plan when they connect, and NaN and
-        Inf are looked for in all weights before the first is installed. What goes wrong later is
+        With commit `in-place` that holds until the first portion is installed. What goes wrong later is
         `EngineUnusable`: the engine holds parts of both versions, and an `AsyncLLM` or a server stays
-        paused, until a complete refit has succeeded.
+        paused, until a complete refit has succeeded; `wait` then freezes requests, like `keep`.
 
         Raises:
             ValueError: unknown `in_flight`.
@@ -204,7 +202,7 @@ class Link:
         with Opening() as opening, self._engine.exclusive():
             if self._closed:
                 raise Fp8SyncError("this link was closed; connect again")
-            if self._conductor is None or not self._engine.follows(self._conductor):
+            if not self._has_engine():
                 self._disconnect()
                 self._connect(opening)
             else:
@@ -233,7 +231,7 @@ class Link:
         """
         with self._engine.exclusive():
             conductor = self._connected()
-            if not self._engine.follows(conductor):
+            if not self._has_engine():
                 raise EngineLost(
                     "another link has taken the engine; the next refit() connects again"
                 )
@@ -259,6 +257,11 @@ class Link:
         self._disconnect()
         self._threads.shutdown(wait=False)
 
+    def _has_engine(self) -> bool:
+        """Whether no other link has taken the engine, be it of this process or of another."""
+        known = self._conductor
+        return known is not None and self._engine.follows(known) and not known.hung_up
+
     def _connected(self) -> Conductor:
         if self._conductor is None:
             raise EngineLost("the link is down; the next refit() connects again")
@@ -272,6 +275,7 @@ class Link:
             "port": listener.port,
             "token": token,
             "timeout_s": self._timeout_s,
+            "owner": this_process(),
         }
         try:
             opening.say({"link": self._name, "open": info})
@@ -300,10 +304,15 @@ class Link:
             listener.close()
         self._conductor = conductor
         self._engine.claim(conductor)
+        if conductor.left_open:
+            with suppress(Exception):  # engines of a list that have none open say so
+                self._engine.finish()
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version = self.version + 1
         began, host = time.perf_counter(), HostTime()
+        if self._mixed and in_flight == "wait":
+            in_flight = "keep"  # to end, requests would need a usable engine
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._commit(conductor)
@@ -360,11 +369,12 @@ class Link:
 
     def _install(self, conductor: Conductor, version: int, portion: int) -> Outcome:
         """Send and install a later portion, while the engine is paused."""
+        portions = conductor.portions  # before a failure hangs up
         try:
             self._transfer(conductor, version, portion)
             return self._commit(conductor)
         except Exception as error:
-            raise half_installed(error, portion, conductor.portions) from error
+            raise half_installed(error, portion, portions) from error
 
     def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)

@@ -149,7 +149,7 @@ def test_an_engine_left_half_installed_generates_nothing(
     engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor]
 ) -> None:
     def flip(_: int, message: torch.Tensor) -> None:
-        message[64 + 1000] ^= 0x10
+        message[64 + 100] ^= 0x10
 
     fp8sync.refit(models[0], engine.llm, world.recipe("blockwise-pow2"))
     with in_place(models[1], engine) as link:

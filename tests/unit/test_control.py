@@ -64,6 +64,20 @@ def test_messages_arrive_whole_and_in_order(listener: Listener) -> None:
     worker.close()
 
 
+def test_who_has_hung_up_is_known_without_waiting(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    assert not channel.hung_up()
+    peer.sendall(framed(b'{"type": "vote"}'))
+    assert not channel.hung_up()
+    assert channel.receive("vote") == {"type": "vote"}  # it was looked at, and left
+    peer.close()
+    ends = time.monotonic() + WAIT_S
+    while not channel.hung_up():
+        assert time.monotonic() < ends
+    channel.close()
+    assert channel.hung_up()
+
+
 def test_a_frame_is_a_length_and_json(pair: tuple[Channel, socket.socket]) -> None:
     channel, peer = pair
     channel.send({"type": "version", "version": 3})

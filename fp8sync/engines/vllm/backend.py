@@ -23,6 +23,7 @@ from fp8sync.engines.vllm.compat import engine_commit, worker_rank
 from fp8sync.engines.vllm.kv_cache import restore_scales, watch_scales
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
+from fp8sync.errors import RefitInProgress
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,7 +37,7 @@ __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"
 class Fp8SyncInitInfo(WeightTransferInitInfo):
     """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank.
 
-    With `woken` there is no link to join: vLLM has woken the KV cache, whose scales are put back.
+    `owner` is what others are told who want to refit the engine meanwhile. With `woken` there is no link to join: vLLM has woken the KV cache, whose scales are put back.
     """
 
     host: str = ""
@@ -44,6 +45,7 @@ class Fp8SyncInitInfo(WeightTransferInitInfo):
     token: str = ""
     timeout_s: float = 0.0
     first_rank: int = 0
+    owner: str = ""
     woken: bool = False
 
 
@@ -61,6 +63,9 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     update_info_cls = Fp8SyncUpdateInfo
     supports_draft_weight_update = False
     _session: WorkerSession | None = None
+    _owner = ""
+    _updating = False
+    """Whether vLLM takes an update for open, also after the trainer that opened it has died."""
 
     def __init__(
         self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
@@ -73,15 +78,22 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self._staging = Staging(device, nbytes if device.type == "cuda" else 0)
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
-        """Join a link and agree on a plan; an earlier link is left."""
+        """Join a link and agree on a plan; an earlier link is left, unless it is refitting."""
         if init_info.woken:
             restore_scales(self.model)
             return
-        self.shutdown()
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
         rank = info.first_rank + worker_rank(self.parallel_config)
-        channel.send({"type": "join", "role": "engine", "rank": rank})
+        join = {"type": "join", "role": "engine", "rank": rank, "updating": self._updating}
+        channel.send(join)
+        if self._session is not None and self._session.busy:
+            text = f"engine rank {rank} is being refitted by {self._owner}"
+            channel.send({"type": "error", "error": RefitInProgress(text).to_wire()})
+            channel.close()
+            return
+        self.shutdown()
+        self._owner = info.owner
         dtype = self.model_config.dtype
         session = WorkerSession(channel, self.model, rank, self._staging, self.device, dtype)
         # 0.25 does not set the current config around these calls; later versions do.
@@ -94,6 +106,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     def start_weight_update(self) -> None:
         """Open a version and begin to receive."""
         self._open_session().start()
+        self._updating = True
 
     def receive_weights(self, update_info: Fp8SyncUpdateInfo) -> None:  # noqa: ARG002
         """Wait until the version is staged and verified."""
@@ -101,6 +114,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
 
     def finish_weight_update(self) -> None:
         """Install the version, or leave the old weights: as the link decides."""
+        self._updating = False
         with set_current_vllm_config(self.vllm_config):
             self._open_session().finish()
 

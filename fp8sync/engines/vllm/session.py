@@ -74,7 +74,8 @@ class WorkerSession:
         self._rank, self._staging = rank, staging
         self._device, self._dtype = device, dtype
         self._portions: list[Portion] = []
-        self._current: Portion | None = None
+        self._number = 0
+        self._opened = False
         self._direct_modules: set[str] = set()
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
@@ -82,6 +83,14 @@ class WorkerSession:
         self._forwards = False
         self._audit: Callable[[], Ledger] | None = None
         self._auditing = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a version, or an audit, is under way, and whoever opened it is still there."""
+        if not self._opened:
+            return False
+        receives = self._thread is not None and self._thread.is_alive()
+        return receives or not self._channel.hung_up()
 
     def agree(self) -> bool:
         """Describe this worker, build the plan, compare digests, join the transport.
@@ -95,12 +104,12 @@ class WorkerSession:
         """Open a version, or a later portion of one, and begin to receive."""
         message = self._channel.receive("version")
         self._failure, version = None, int(message["version"])
+        self._opened, self._number = True, int(message["portion"])
         self._auditing = bool(message.get("audit"))
         if self._auditing:
             return
-        about = version, int(message["portion"])
         self._thread = threading.Thread(
-            target=self._receive, args=about, name=f"fp8sync-receive-{version}", daemon=True
+            target=self._receive, args=(version,), name=f"fp8sync-receive-{version}", daemon=True
         )
         self._thread.start()
 
@@ -116,8 +125,12 @@ class WorkerSession:
         """Take part in the two-phase commit: prepare, vote, then install or abandon.
 
         Never raises: until the decision the old weights stay, and vLLM's update session closes in any
-        case. What happens after the decision is told in `committed`.
+        case. What happens after the decision is told in `committed`. There is nothing to do in a session
+        that opened no version, where vLLM's update was left open by an earlier one.
         """
+        opened, self._opened = self._opened, False
+        if not opened:
+            return
         if self._auditing:
             self._report(self._answer_audit)
             return
@@ -136,6 +149,7 @@ class WorkerSession:
             return
         failure = ""
         began = time.perf_counter()
+        self._opened = self._number + 1 < len(self._portions)
         try:
             self._commit(install)
         # The live weights may be a mixture now; only the trainer can put that right.
@@ -151,8 +165,9 @@ class WorkerSession:
         self._audit().answer(self._channel)
 
     def _commit(self, install: ProcessInstall) -> None:
-        if self._current is not None and self._current.direct is not None:
-            self._current.direct.commit()
+        direct = self._portions[self._number].direct
+        if direct is not None:
+            direct.commit()
         install.commit()
         restore_scales(self._model)
         if self._device.type == "cuda":
@@ -163,7 +178,7 @@ class WorkerSession:
         self._channel.close()
         for portion in self._portions:
             portion.receiver.close()
-        self._portions, self._current = [], None
+        self._portions = []
 
     def _agree(self) -> None:
         message = self._channel.receive("source")
@@ -249,15 +264,15 @@ class WorkerSession:
         self._forwards = bool(choice["forward_bytes"])
         return choice
 
-    def _receive(self, version: int, portion: int) -> None:
-        self._current = current = self._portions[portion]
-        self._stage(partial(self._take, version, portion))
+    def _receive(self, version: int) -> None:
+        self._stage(partial(self._take, version))
         if self._forwards and self._may_forward():
-            self._stage(lambda: current.receiver.forward(version, self._staged))
+            receiver = self._portions[self._number].receiver
+            self._stage(lambda: receiver.forward(version, self._staged))
 
-    def _take(self, version: int, portion: int) -> None:
-        self._staged = self._staging.views(portion)
-        self._portions[portion].receiver.receive(version, self._staged)
+    def _take(self, version: int) -> None:
+        self._staged = self._staging.views(self._number)
+        self._portions[self._number].receiver.receive(version, self._staged)
 
     def _may_forward(self) -> bool:
         """Wait for the word that every worker has what trainer ranks sent, or that one has not."""
@@ -284,11 +299,12 @@ class WorkerSession:
     def _prepare(self) -> ProcessInstall | None:
         go = self._channel.receive("prepare")["go"]
         staged, self._staged = self._staged, {}
-        if not go or self._failure is not None or self._current is None:
+        if not go or self._failure is not None:
             return None
         try:
+            layout = self._portions[self._number].layout
             about = self._device, self._dtype, self._direct_modules
-            install = ProcessInstall(self._model, self._current.layout, staged, *about)
+            install = ProcessInstall(self._model, layout, staged, *about)
             install.prepare()
         except InstallFailed as error:
             self._failure = error
