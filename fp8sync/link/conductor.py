@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from fp8sync.audit.auditor import Auditor
 from fp8sync.errors import (
+    EngineLost,
     Fp8SyncError,
     PeerFailed,
     UnsupportedLayout,
@@ -113,6 +114,11 @@ class Conductor:
         return self._member.portions
 
     @property
+    def lost(self) -> EngineLost | None:
+        """The loss of an engine among the faults of the version that is open."""
+        return next((fault for fault in self.faults if isinstance(fault, EngineLost)), None)
+
+    @property
     def hung_up(self) -> bool:
         """Whether a worker has left for another process's link, or is gone."""
         return any(channel.hung_up() for channel in self._each("engine"))
@@ -133,6 +139,7 @@ class Conductor:
 
         Trainers begin to send; workers read it in `start_weight_update`.
         """
+        self.faults = []
         message = {"type": "version", "version": version, "portion": portion, "audit": audit}
         for channel in self._channels.values():
             channel.send(message)

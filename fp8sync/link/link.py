@@ -342,15 +342,8 @@ class Link:
         ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         label = str(version) if labelled else None
-        return RefitReport(
-            version,
-            outcome.bytes_sent,
-            seconds,
-            ended - stopped,
-            outcome.tensors,
-            label,
-            host.seconds,
-        )
+        said = outcome.tensors, label, host.seconds
+        return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
 
     def _transfer(self, conductor: Conductor, version: int, portion: int = 0) -> None:
         """Send a portion of a version; returns when every worker has verified it, or said why not."""
@@ -362,9 +355,12 @@ class Link:
             with waiting():
                 self._engine.update(version)
         except BaseException as error:
-            conductor.abandon(error)
+            lost = None if isinstance(error, Fp8SyncError) else conductor.lost  # says whom
+            conductor.abandon(lost or error)
             self._disconnect()
             self._close_update(version)
+            if lost:
+                raise lost from error
             raise
 
     def _install(self, conductor: Conductor, version: int, portion: int) -> Outcome:

@@ -8,11 +8,13 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 import torch
 
 import fp8sync
 from fp8sync.sources import ModuleSource
+from tests import skips
 from tests.engines import world
 
 if TYPE_CHECKING:
@@ -302,6 +304,45 @@ def test_engine_process_killed(tmp_path: Path) -> None:
         link.refit()
     assert time.monotonic() - began < 30.0
     link.close()
+    world.stop_engine(llm)
+
+
+@pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
+def test_worker_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two, in the middle of a refit; the engine that takes their place is healed."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    model = world.tiny_model("dense", 1, intermediate_size=512)
+    folder = world.write_config(model, tmp_path)
+    options = {"load_format": "dummy", "multiprocess": True, "tensor_parallel_size": 2}
+    llm = world.start_engine(folder, **options)
+    source = Held(model)
+    source.go.set()
+    link = fp8sync.connect(source, llm, world.recipe("blockwise"), timeout_s=30.0)
+    link.refit()
+    expected = world.logprobs(llm)
+    source.go.clear()
+    source.asked.clear()
+    (core, *_) = llm.llm_engine.engine_core.resources.engine_manager.processes
+    children = psutil.Process(core.pid).children(recursive=True)
+    (worker,) = (p for p in children if "Worker_TP1" in " ".join(p.cmdline()))
+
+    def kill() -> None:
+        source.asked.wait()
+        worker.kill()
+        source.go.set()
+
+    threading.Thread(target=kill).start()
+    began = time.monotonic()
+    with pytest.raises(fp8sync.EngineLost, match=r"engine rank 1|engine died"):
+        link.refit()
+    assert time.monotonic() - began < 60.0
+    link.close()
+    world.stop_engine(llm)
+
+    llm = world.start_engine(folder, **options)
+    with fp8sync.connect(source, llm, world.recipe("blockwise"), timeout_s=30.0) as link:
+        link.refit()
+    assert (world.logprobs(llm) - expected).abs().max().item() == 0.0
     world.stop_engine(llm)
 
 
