@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.engines import world
+from tests.engines.test_megatron import PYTHON as MEGATRON_PYTHON
 from tests.engines.test_server import Served
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).resolve().parents[2]
-RANKS = {"hf": 1, "fsdp2": 2}
+RANKS = {"hf": 1, "fsdp2": 2, "megatron": 2}
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 
 
@@ -49,6 +50,11 @@ def test_the_engine_has_the_last_step(served: Served, folder: Path, trainer: str
     ]
     ranks = [*TORCHRUN, f"--nproc_per_node={RANKS[trainer]}"] if RANKS[trainer] > 1 else []
     command = [sys.executable, *ranks, "-m", "scripts.examples.recipe", *options]
+    if trainer == "megatron":
+        if not MEGATRON_PYTHON.exists():
+            pytest.skip("needs Megatron's environment")
+        on_processor = ["-m", "tests.megatron.training", "scripts.examples.recipe"]
+        command = [str(MEGATRON_PYTHON), "-W", "ignore", *ranks, *on_processor, *options]
     ran = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
     )

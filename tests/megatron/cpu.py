@@ -166,6 +166,6 @@ def said_to_be_cuda() -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(torch.Tensor, "type", told))
-        for name in ("tensor", "zeros", "ones"):
+        for name in ("tensor", "zeros", "ones", "empty", "full"):
             patches.enter_context(patch.object(torch, name, made_by(getattr(torch, name))))
         yield
