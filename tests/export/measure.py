@@ -14,6 +14,7 @@ import threading
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint.filesystem  # its modules take memory that is not an export's
 
 from fp8sync.export import export_checkpoint
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
