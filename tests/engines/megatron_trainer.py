@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --nproc_per_node=2 -m tests.engines.megatron_trainer URL FOLDER RECIPE LAYOUT...
 
-For each LAYOUT (`tp=2`), loads FOLDER/LAYOUT/hf into a model so divided, refits the server at URL from
+For each LAYOUT (`tp=2`; with `own=1`, with mappings that are no boxes), loads FOLDER/LAYOUT/hf into a model so divided, refits the server at URL from
 it and audits it, before and after one element of the last rank changes. Writes FOLDER/LAYOUT/RANK.json, with
 the collectives that ran during a refit, and waits for FOLDER/LAYOUT/seen.
 """
@@ -25,6 +25,7 @@ import torch.distributed as dist
 import fp8sync
 from fp8sync.sources.megatron import MegatronSource
 from tests.megatron import cpu
+from tests.megatron.loose import mapped_by, own_mappings
 from tests.megatron.watch import Watch
 
 LIMIT = timedelta(seconds=120)
@@ -47,8 +48,9 @@ def main(url: str, folder: Path, recipe: fp8sync.Recipe, layouts: list[str]) -> 
         place = folder / layout
         axes = {axis: int(size) for axis, size in (a.split("=") for a in layout.split(","))}
         bridge = AutoBridge.from_hf_pretrained(str(place / "hf"))
-        chunks = cpu.build_chunks(bridge, axes)
-        fp8sync.refit(chunks, engine, recipe, bridge=bridge)  # makes the link
+        with mapped_by(own_mappings() if axes.pop("own", 0) else {}):
+            chunks = cpu.build_chunks(bridge, axes)
+            fp8sync.refit(chunks, engine, recipe, bridge=bridge)  # makes the link
         weights = [p for chunk in chunks for p in chunk.parameters()]
         with Watch(weights) as watch, counted() as collectives:
             report = fp8sync.refit(chunks, engine, recipe, bridge=bridge)

@@ -13,6 +13,7 @@ from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
 from fp8sync.sources.megatron import MegatronSource
 from fp8sync.sources.megatron.gathered import GATHERED
+from tests.megatron import cpu
 from tests.megatron.checks import (
     LINEAR,
     as_quantized,
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-def check_loose(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+def own_mappings() -> dict[str, type]:
     """Someone's own mappings of attention and experts, and one that speaks on one rank alone."""
     from megatron.bridge.models.conversion import param_mapping
 
@@ -48,14 +49,29 @@ def check_loose(checkpoint: Path, axes: dict[str, int]) -> list[str]:
             found = super().megatron_to_hf(weights, module)
             return {} if self.tp_rank else found
 
-    own = {
+    return {
         "self_attention.linear_qkv.weight": OwnQKV,
         "experts.linear_fc1": OwnGated,
         "local_experts.*.linear_fc1.weight": OwnGated,
         "final_layernorm.weight": Quiet,
     }
-    with _mapped_by(own):
+
+
+def check_loose(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """A model with `own_mappings`."""
+    with mapped_by(own_mappings()):
         return check_gathered(checkpoint, axes)
+
+
+def check_loose_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """The bridge exports parameters; who asked for masters is told."""
+    with mapped_by(own_mappings()):
+        bridge, chunks = load(checkpoint, axes)
+        chunks, optimizer = cpu.with_optimizer(chunks, distributed=True)
+        source = MegatronSource(chunks, bridge, masters=optimizer)
+        source.prepare()
+        said = "linear_qkv.weight: the bridge exports the parameter, not its master"
+        return refused(said, source.manifest)
 
 
 def check_gathered(checkpoint: Path, axes: dict[str, int]) -> list[str]:
@@ -117,7 +133,7 @@ def _watched(export: Any, faults: list[str]) -> Any:
     return watched
 
 
-class _mapped_by:
+class mapped_by:
     """Let the registry's mappings of these parameters be of other classes."""
 
     def __init__(self, own: dict[str, type]) -> None:
