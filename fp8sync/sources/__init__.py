@@ -59,6 +59,10 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
 
         return MegatronSource(model if isinstance(model, list) else [model], bridge, masters)
     if isinstance(model, (str, Path)):
+        if (Path(model) / ".metadata").exists():
+            raise UnsupportedLayout(
+                f"{model} is a distributed checkpoint: expected the bridge= that knows its mappings"
+            )
         return CheckpointSource(model)
     if isinstance(model, torch.nn.Module):
         return _source_of(model, rank_and_size()[0])

@@ -9,6 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from fp8sync.errors import UnsupportedLayout
+from fp8sync.sources import as_source
 from fp8sync.sources.megatron.records import Records
 
 if TYPE_CHECKING:
@@ -60,3 +61,8 @@ def test_a_file_that_is_missing_or_cut_short_is_named(folder: Path) -> None:
     (folder / ".metadata").write_bytes(b"no index")
     with pytest.raises(UnsupportedLayout, match=r"\.metadata cannot be read"):
         Records(folder)
+
+
+def test_without_a_bridge_it_is_refused(folder: Path) -> None:
+    with pytest.raises(UnsupportedLayout, match="expected the bridge= that knows its mappings"):
+        as_source(folder)
