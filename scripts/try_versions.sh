@@ -11,11 +11,13 @@ PYTHONS=(3.10 3.12 3.13)
 TRITON=3.4.0 # the one that torch 2.8 brings
 LOWEST=(3.10 2.8.0)
 HIGHEST=(3.13 2.15.0)
-TOOLS=(pytest pytest-timeout hypothesis setuptools)
+TOOLS=(pytest pytest-timeout hypothesis "setuptools>=77")
 PURE=(tests/unit/test_{boxes,control,errors,manifest,recipe,rooms,waiting}.py tests/test_skips.py)
 builder=$(realpath -s "${BUILDER:-.venv/bin/python}")
 home=$(mktemp -d "${TMPDIR:-/tmp}/fp8sync-versions.XXXXXX")
 trap 'rm -rf "$home"' EXIT
+mkdir "$home/source"
+git archive --format=tar HEAD | tar -x -C "$home/source"
 
 find_python() {
     local python
@@ -28,7 +30,8 @@ find_python() {
 environment() { # python, what to install
     "$1" -m venv "$home/$2"
     "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check install "${@:3}"
-    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check install --no-deps --no-build-isolation .
+    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check \
+        install --no-deps --no-build-isolation "$home/source"
 }
 
 tests() { # python, pytest's arguments
@@ -41,9 +44,9 @@ without_torch() {
     local python
     python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
     environment "$python" "$1" "${TOOLS[@]}"
-    "$home/$1/bin/fp8sync" plan --model deepseek-v3 --trainer tp=8,pp=16,dp=8,ep=64,etp=1 \
-        --engine tp=8,dp=4,ep,engines=16 >/dev/null
-    "$home/$1/bin/fp8sync" doctor | grep "torch is not installed" >/dev/null
+    "$home/$1/bin/fp8sync" plan --model qwen3-30b-a3b --trainer tp=2,pp=2,dp=2,ep=4,etp=1 \
+        --engine tp=2 >/dev/null
+    { "$home/$1/bin/fp8sync" doctor || true; } | grep "torch is not installed" >/dev/null
     echo "Python $1, without torch: $(tests "$home/$1/bin/python" -m "not torch" "${PURE[@]}")"
 }
 

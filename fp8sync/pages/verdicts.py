@@ -154,5 +154,5 @@ def _exceptions(results: Mapping[str, Result]) -> str:
 
 def _versions(results: Mapping[str, Result]) -> str:
     names: Sequence[str] = list(dict.fromkeys(n for r in results.values() for n in r["versions"]))
-    said = {n: {r["versions"].get(n, "") for r in results.values()} for n in names}
+    said = {n: {r["versions"][n] for r in results.values() if n in r["versions"]} for n in names}
     return table(("", "version"), [(n, ", ".join(sorted(said[n]))) for n in names])
