@@ -7,10 +7,10 @@
 # A Python that is not on this machine is named and passed over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-PYTHONS=(3.10 3.12 3.13)
+PYTHONS=(3.10 3.13)
 TRITON=3.4.0 # the one that torch 2.8 brings
-LOWEST=(3.10 2.8.0)
-HIGHEST=(3.13 2.15.0)
+LOWEST=(3.10 2.8.0 "numpy<2")
+HIGHEST=(3.13 2.15.0 numpy)
 TOOLS=(pytest pytest-timeout hypothesis "setuptools>=77")
 PURE=(tests/unit/test_{boxes,control,errors,manifest,recipe,rooms,waiting}.py tests/test_skips.py)
 builder=$(realpath -s "${BUILDER:-.venv/bin/python}")
@@ -35,39 +35,50 @@ environment() { # python, what to install
 }
 
 tests() { # python, pytest's arguments
-    OMP_NUM_THREADS=1 PYTHONPATH="$PWD" "$1" -m pytest -q -p no:cacheprovider "${@:2}" >"$home/log" 2>&1 ||
-        { cat "$home/log"; return 1; }
-    tail -n 1 "$home/log"
+    local log
+    log=$(mktemp "$home/log.XXXXXX")
+    OMP_NUM_THREADS=1 PYTHONPATH="$PWD" "$1" -m pytest -q -p no:cacheprovider "${@:2}" >"$log" 2>&1 ||
+        { cat "$log" >&2; return 1; }
+    tail -n 1 "$log"
 }
 
 without_torch() {
-    local python
+    local python said
     python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
     environment "$python" "$1" "${TOOLS[@]}"
     "$home/$1/bin/fp8sync" plan --model qwen3-30b-a3b --trainer tp=2,pp=2,dp=2,ep=4,etp=1 \
         --engine tp=2 >/dev/null
     { "$home/$1/bin/fp8sync" doctor || true; } | grep "torch is not installed" >/dev/null
-    echo "Python $1, without torch: $(tests "$home/$1/bin/python" -m "not torch" "${PURE[@]}")"
+    said=$(tests "$home/$1/bin/python" -m "not torch" "${PURE[@]}")
+    echo "Python $1, without torch: $said"
 }
 
 lowest_triton() {
     "$builder" -m pip --quiet --disable-pip-version-check install --no-deps --target "$home/triton" \
         "triton==$TRITON" "numpy<2" # its interpreter needs the older NumPy
-    echo "Triton $TRITON, interpreted: $(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter)"
+    said=$(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter)
+    echo "Triton $TRITON, interpreted: $said"
 }
 
 with_torch() {
-    local python
+    local python said
     python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
-    environment "$python" "torch-$2" "${TOOLS[@]}" "torch==$2" numpy psutil safetensors
-    echo "Python $1, torch $2: $(tests "$home/torch-$2/bin/python" tests/unit tests/golden)"
-    echo "... its Triton, interpreted: $(TRITON_INTERPRET=1 tests "$home/torch-$2/bin/python" tests/kernels/interpreter)"
+    environment "$python" "torch-$2" "${TOOLS[@]}" "torch==$2" "$3" psutil safetensors
+    said=$(tests "$home/torch-$2/bin/python" tests/unit tests/golden --ignore tests/unit/test_calibrate.py)
+    echo "Python $1, torch $2: $said"
+    said=$(TRITON_INTERPRET=1 tests "$home/torch-$2/bin/python" tests/kernels/interpreter)
+    echo "Python $1, torch $2, its Triton, interpreted: $said"
 }
 
 printf '#!/bin/sh\nPYTHONPATH="%s:$PYTHONPATH" exec "%s" "$@"\n' "$home/triton" "$builder" >"$home/kernels"
 chmod +x "$home/kernels"
 
-for version in "${PYTHONS[@]}"; do without_torch "$version"; done
+running=()
+for version in "${PYTHONS[@]}"; do
+    without_torch "$version" &
+    running+=($!)
+done
+for one in "${running[@]}"; do wait "$one"; done
 lowest_triton
 if [[ ${1:-} == --torch ]]; then
     with_torch "${LOWEST[@]}"
