@@ -79,4 +79,6 @@ def test_every_worker_is_compared(engine: Any) -> None:
     differences = link.audit().differences
     assert {d.tensor for d in differences} == {name}
     assert {d.rank for d in differences} == {1}
-    assert differences[0].coordinate == (0, trainer.get_parameter(name).shape[1] - 1)
+    row, column = differences[0].coordinate  # in its block: all of it has another scale
+    assert row == 0
+    assert column >= trainer.get_parameter(name).shape[1] - 128
