@@ -29,8 +29,8 @@ find_python() {
 
 environment() { # python, what to install
     "$1" -m venv "$home/$2"
-    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check install "${@:3}"
-    "$home/$2/bin/python" -m pip --quiet --disable-pip-version-check \
+    "$home/$2/bin/python" -m pip --quiet --quiet --disable-pip-version-check install "${@:3}"
+    "$home/$2/bin/python" -m pip --quiet --quiet --disable-pip-version-check \
         install --no-deps --no-build-isolation "$home/source"
 }
 
@@ -54,7 +54,7 @@ without_torch() {
 }
 
 lowest_triton() {
-    "$builder" -m pip --quiet --disable-pip-version-check install --no-deps --target "$home/triton" \
+    "$builder" -m pip --quiet --quiet --disable-pip-version-check install --no-deps --target "$home/triton" \
         "triton==$TRITON" "numpy<2" # its interpreter needs the older NumPy
     said=$(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter)
     echo "Triton $TRITON, interpreted: $said"
