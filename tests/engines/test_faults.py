@@ -194,6 +194,42 @@ def test_trainer_lost_before_the_decision(
         link.refit()
 
 
+@pytest.mark.parametrize(
+    ("hang_up", "error", "text"),
+    [
+        (False, fp8sync.InstallFailed, "engine rank 0: RuntimeError: the device is lost"),
+        (True, fp8sync.EngineLost, "engine rank 0 closed the connection"),
+    ],
+)
+def test_commit_that_fails_after_the_decision(
+    engine: Any, link: fp8sync.Link, monkeypatch: Any, hang_up: bool, error: Any, text: str
+) -> None:
+    """Half of it is installed: said so, and the next refit makes it whole."""
+    from fp8sync.engines.vllm.session import WorkerSession
+
+    commit = WorkerSession._commit
+
+    def fail(session: Any, install: Any) -> None:
+        commit(session, install)
+        with torch.no_grad():
+            next(session._model.parameters()).zero_()
+        if hang_up:
+            session._channel.close()
+        raise RuntimeError("the device is lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WorkerSession, "_commit", fail)
+        with pytest.raises(error, match="installing failed after the decision") as raised:
+            link.refit()
+    assert text in str(raised.value)
+    assert "refit again before the engine is used" in str(raised.value)
+    assert link.version == 1
+    broken = world.live_bytes(engine)
+    assert link.refit().version == 2
+    assert world.live_bytes(engine) != broken
+    assert link.audit().equal
+
+
 @pytest.mark.usefixtures("untouched")
 def test_engine_that_cannot_be_paused(link: fp8sync.Link, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(_: str) -> None:

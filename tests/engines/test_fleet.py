@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import torch
 import fp8sync
 from tests.engines import world
 from tests.engines.test_faults import Held
+from tests.engines.test_processes import torchrun
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -94,3 +96,16 @@ def test_two_engines_get_one_version_and_the_loss_of_one_leaves_the_other_as_it_
         fp8sync.connect(model, [engines[0], engines[0]], recipe)
     for llm in engines:
         world.stop_engine(llm)
+
+
+def test_two_engines_of_a_trainer_of_two_ranks(tmp_path: Path) -> None:
+    """Each rank sends its share to both engines; what one rank finds, stops both."""
+    torchrun("tests.engines.fleet_ranks", 2, str(tmp_path))
+    ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
+    assert ranks[0]["difference"] == [0.0, 0.0]
+    assert ranks[0]["kept"] == [0.0, 0.0]
+    for rank in ranks:
+        assert rank["routes"] == [[0, 0], [0, 1], [1, 0], [1, 1]]
+        assert rank["version"] == 1
+        assert rank["sent"] > 0
+        assert "model.norm.weight (trainer rank 1): expected finite" in rank["error"]

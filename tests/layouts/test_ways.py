@@ -21,7 +21,7 @@ from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.receive import Intake, Receiver
-from fp8sync.errors import CorruptBucket
+from fp8sync.errors import CorruptBucket, EngineLost
 from fp8sync.layouts import manifest
 from fp8sync.plan import Plan, build_plan
 from fp8sync.recipe import Formula
@@ -310,6 +310,22 @@ def test_a_member_that_falls_silent(side: str) -> None:
     assert time.monotonic() - began < 20
     text = " ".join(str(e) for e in [*(s.error for s in sent), *raised] if e)
     assert re.search(rf"{side} rank 0 (did not (send|take) a bucket within 1 s|is gone)", text)
+
+
+def test_a_trainer_rank_that_is_gone_does_not_hold_up_the_others() -> None:
+    """Workers take on what the other one sends, which would wait for them until its time is over."""
+    refit = two_and_two("buckets", limit_s=10.0)
+    refit.senders[1]._group = None  # the last reference: its connections are closed
+    began = time.monotonic()
+    sent = refit.pool.submit(refit.senders[0].send, 1, lambda _: None)
+    taken = [
+        refit.pool.submit(r.receive, 1, refit.destination[n]) for n, r in refit.receivers.items()
+    ]
+    assert sent.result().error is None
+    for each in taken:
+        with pytest.raises(EngineLost, match="trainer rank 1 is gone"):
+            each.result()
+    assert time.monotonic() - began < 9.0
 
 
 def test_weights_that_cannot_be_read(refit: Refit) -> None:

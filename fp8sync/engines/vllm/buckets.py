@@ -77,7 +77,13 @@ class BucketReceiver:
             if bucket.source_rank in silent:
                 continue
             used = self._room_of(bucket)
-            self._group.receive(used, bucket.source_rank)
+            try:
+                self._group.receive(used, bucket.source_rank)
+            except (TransferTimeout, EngineLost) as error:
+                # The other ranks still send, and shall not wait for a worker that takes nothing.
+                silent.add(bucket.source_rank)
+                failure = failure or error
+                continue
             try:
                 void = _is_void(used)
                 if not void:

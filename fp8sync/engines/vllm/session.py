@@ -287,6 +287,7 @@ class WorkerSession:
         try:
             step()
         except Fp8SyncError as error:
+            logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
             self._failure = error
         # The thread has no caller to raise to: the vote carries the reason.
         except Exception as error:

@@ -1,0 +1,104 @@
+"""Trainers that die in the middle of sending: `killed_trainer server URL`, `killed_trainer ranks FOLDER RANK`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import fp8sync
+from tests import conftest as _environment  # noqa: F401  (sets it)
+from tests.engines import serving, world
+
+BUCKET_BYTES = 1 << 16
+TIMEOUT_S = 30.0
+
+
+class LastWords:
+    """A member's transport; the process is killed instead of sending its sixth bucket."""
+
+    def __init__(self, group: Any) -> None:
+        self._group, self._count = group, 0
+
+    def send(self, message: torch.Tensor, to: int) -> None:
+        self._count += 1
+        if self._count > 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        self._group.send(message, to)
+
+
+def connect(model: torch.nn.Module, engine: Any) -> Any:
+    return fp8sync.connect(
+        model,
+        engine,
+        world.recipe("blockwise-pow2"),
+        transport="gloo",
+        bucket_bytes=BUCKET_BYTES,
+        timeout_s=TIMEOUT_S,
+    )
+
+
+def double(model: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+
+
+def to_server(url: str) -> None:
+    model = serving.models()[1]
+    link = connect(model, url)
+    link.refit()
+    double(model)
+    (sender,) = link._conductor._member._senders
+    sender._group = LastWords(sender._group)
+    link.refit()
+
+
+def of_two_ranks(folder: Path, rank: int) -> None:
+    """Rank 1 dies; rank 0 says what it saw, goes on alone, and refits the same engine."""
+    store = dist.FileStore(str(folder / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = world.tiny_model("dense", 1)
+    llm = None
+    if rank == 0:
+        config = world.write_config(model, folder / "config")
+        llm = world.start_engine(config, load_format="dummy", multiprocess=True)
+    dist.barrier()
+    link = connect(model, llm)
+    link.refit()
+    double(model)
+    if rank == 1:
+        (sender,) = link._followers[link._current]._member._senders
+        sender._group = LastWords(sender._group)
+        link.refit()
+        return
+    before = world.logprobs(llm)
+    began = time.monotonic()
+    result: dict[str, Any] = {"error": ""}
+    try:
+        link.refit()
+    except fp8sync.Fp8SyncError as error:
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["seconds"] = time.monotonic() - began
+    result["kept"] = (world.logprobs(llm) - before).abs().max().item()
+    link.close()
+    dist.destroy_process_group()
+    result["version"] = fp8sync.refit(model, llm, world.recipe("blockwise-pow2")).version
+    result["moved"] = (world.logprobs(llm) - before).abs().max().item()
+    fp8sync.close()
+    world.stop_engine(llm)
+    (folder / "rank0.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "server":
+        to_server(sys.argv[2])
+    else:
+        of_two_ranks(Path(sys.argv[2]), int(sys.argv[3]))
