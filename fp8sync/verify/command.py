@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.doctor import environment
+from fp8sync.errors import Fp8SyncError
 from fp8sync.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -36,7 +37,15 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--engine-tp", type=int, default=1, help="tensor-parallel engine workers")
     parser.add_argument("--engine-ep", action="store_true", help="expert-parallel engine")
     parser.add_argument("--kv-cache-dtype", help="of the engine, such as fp8")
-    parser.add_argument("--host", default="127.0.0.1", help="address of the rendezvous")
+    parser.add_argument(
+        "--engine-at",
+        type=Path,
+        metavar="FOLDER",
+        help="of a host on another node or in another environment (python -m fp8sync.verify.host FOLDER)",
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address of this node, by which engine workers reach it"
+    )
     parser.add_argument("--rows", type=int, default=8, help="token sequences to compare on")
     parser.add_argument("--length", type=int, default=64, help="tokens of each")
     parser.add_argument(
@@ -49,10 +58,33 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    try:
+        return _verify(arguments)
+    except Fp8SyncError as error:
+        if arguments.json and os.environ.get("RANK", "0") == "0":
+            _write(arguments.json, {"versions": environment(), **_stopped(error)})
+        raise
+
+
+def _stopped(error: Fp8SyncError) -> dict[str, Any]:
+    from fp8sync.verify.engines import NotRun
+
+    if isinstance(error, NotRun):
+        return {"not_run": str(error), "failures": []}
+    return {"failures": [f"{type(error).__name__}: {error}"]}
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+def _verify(arguments: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
-    from fp8sync.engines.vllm.probe import fp8_is_supported
+    from fp8sync.engines.vllm.probe import fp8_is_supported, placement
+    from fp8sync.verify.orders import Orders
     from fp8sync.verify.run import Settings, verify
     from fp8sync.verify.trainers import load_trainer
 
@@ -60,12 +92,16 @@ def _run(arguments: argparse.Namespace) -> int:
     if under_torchrun:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     began = time.perf_counter()
-    quantizes = Recipe(arguments.recipe).quantizes
-    recipe = Recipe(arguments.recipe, dequantize=quantizes and not fp8_is_supported())
+    served = Orders(arguments.engine_at).about_host() if arguments.engine_at else None
+    holds_fp8 = served["fp8"] if served else fp8_is_supported()
+    dequantize = Recipe(arguments.recipe).quantizes and not holds_fp8
+    recipe = Recipe(arguments.recipe, dequantize=dequantize)
     subject = load_trainer(
         arguments.model, arguments.trainer, fp8_parameters=arguments.fp8_parameters
     )
-    _give_engine_other_gpus(arguments.engine_tp)
+    if served is None:
+        trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        os.environ.update(placement(arguments.engine_tp, trainers))
     settings = Settings(
         recipe=recipe,
         rows=arguments.rows,
@@ -76,20 +112,21 @@ def _run(arguments: argparse.Namespace) -> int:
         engine=_engine_options(arguments),
         saved=arguments.model,
         host=arguments.host,
+        engine_at=arguments.engine_at,
     )
     result = verify(subject, settings)
     result |= {
         "model": str(arguments.model.name),
         "trainer": f"{arguments.trainer} x {dist.get_world_size() if under_torchrun else 1}",
         "engine": f"tp{arguments.engine_tp}{' ep' if arguments.engine_ep else ''}",
+        "note": subject.note,
         "seconds": time.perf_counter() - began,
-        "versions": environment(),
+        "versions": {**(served["versions"] if served else {}), **environment()},
     }
     rank = dist.get_rank() if under_torchrun else 0
     if rank == 0:
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
+            _write(arguments.json, result)
         if arguments.report:
             from fp8sync.pages.verdicts import render
 
@@ -112,17 +149,6 @@ def _engine_options(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.kv_cache_dtype:
         options["kv_cache_dtype"] = arguments.kv_cache_dtype
     return options
-
-
-def _give_engine_other_gpus(workers: int) -> None:
-    """Engines take the GPUs after those of this node's trainer ranks, where there are enough."""
-    import torch
-
-    trainers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if torch.cuda.device_count() >= trainers + workers:
-        all_gpus = ",".join(map(str, range(torch.cuda.device_count())))
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", all_gpus).split(",")
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(visible[trainers : trainers + workers])
 
 
 def summary(result: dict[str, Any]) -> str:

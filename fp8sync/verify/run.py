@@ -21,13 +21,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from fp8sync.engines.vllm import probe
 from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 from fp8sync.link import connect
 from fp8sync.sources import as_source
 from fp8sync.trainers import rank_and_size
 from fp8sync.verify.agreement import compare
 from fp8sync.verify.checkpoint import quantize_checkpoint, write_config
+from fp8sync.verify.engines import start_engine
 from fp8sync.verify.limits import FRESH_DIFFERENCE, exceeded, limit_of
 from fp8sync.verify.weights import junk, scaled
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
     from fp8sync.report import RefitReport
+    from fp8sync.verify.engines import Local, Served
     from fp8sync.verify.limits import Limit
     from fp8sync.verify.trainers import Subject
 
@@ -63,6 +64,8 @@ class Settings:
         engine: options of `vllm.LLM`, such as `tensor_parallel_size`.
         host: address of the rendezvous; trainer ranks of other nodes have to reach it.
         saved: a BF16 checkpoint of the trainer's weights, for the fresh load; left out without one.
+        engine_at: folder shared with a host (`fp8sync.verify.host`) that serves the engine; without, it
+            runs where trainer rank 0 does.
     """
 
     recipe: Recipe
@@ -73,6 +76,12 @@ class Settings:
     engine: dict[str, Any] = field(default_factory=dict)
     saved: Path | None = None
     host: str = "127.0.0.1"
+    engine_at: Path | None = None
+
+    def start(self, directory: Path, config: Any, **more: Any) -> Local | Served:
+        """Start the engine on a directory."""
+        options = {"max_model_len": self.length + 8, **more, **self.engine}
+        return start_engine(self.engine_at, directory, config.vocab_size, options)
 
     @property
     def limit(self) -> Limit:
@@ -114,18 +123,19 @@ def _about(settings: Settings) -> Result:
 def _verify(subject: Subject, settings: Settings) -> Result:
     rank, config = rank_and_size()[0], subject.config
     names = list(as_source(subject.source).manifest().tensors)
-    with tempfile.TemporaryDirectory(prefix="fp8sync-verify-") as folder:
-        llm = None
+    shared = settings.engine_at
+    with tempfile.TemporaryDirectory(prefix="fp8sync-verify-", dir=shared) as folder:
+        engine = None
         if rank == 0:
             directory = write_config(config, names, settings.recipe, Path(folder) / "dummy")
-            options = {"load_format": "dummy", "max_model_len": settings.length + 8}
-            options |= settings.engine
-            llm = probe.start_engine(directory, config.vocab_size, **options)
+            engine = settings.start(directory, config, load_format="dummy")
+        if dist.is_initialized():
+            dist.barrier()  # engines of large models take longer to start than a link waits
         try:
-            result, tensors, tokens, found = _prove(subject, llm, settings)
+            result, tensors, tokens, found = _prove(subject, engine, settings)
         finally:
-            if llm is not None:
-                probe.stop_engine(llm)
+            if engine is not None:
+                engine.stop()
         if rank == 0 and settings.saved is not None:
             fresh = write_config(config, names, settings.recipe, Path(folder) / "fresh")
             quantize_checkpoint(settings.saved, fresh, tensors, settings.recipe)
@@ -139,15 +149,16 @@ def _verify(subject: Subject, settings: Settings) -> Result:
 
 
 def _prove(
-    subject: Subject, llm: Any, settings: Settings
+    subject: Subject, engine: Local | Served | None, settings: Settings
 ) -> tuple[Result, Any, torch.Tensor, torch.Tensor]:
     failures: list[str] = []
-    link = connect(subject.source, llm, settings.recipe, host=settings.host)
+    handle = engine and engine.handle
+    link = connect(subject.source, handle, settings.recipe, host=settings.host)
     plan = link.plan.plan
     refits = [_refit(link.refit(), "trained")]
     snapshot = link.audit()
     failures += [f"audit: {each}" for each in snapshot.differences]
-    with junk(subject.parameters, settings.seed):
+    with junk(subject.tensors, settings.seed):
         refits.append(_refit(link.refit(), "junk"))
     other = link.audit()
     skipped = set(plan.tensors) - {d.tensor for d in other.differences} - set(snapshot.unread)
@@ -158,12 +169,12 @@ def _prove(
     if again != snapshot:
         failures.append("audit: other digests after junk and a second refit of the same weights")
     failures += [f"audit after junk: {each}" for each in again.differences]
-    tokens = _tokens(llm, subject.config, settings)
-    found = _compare(subject, llm, tokens, refits[-1], settings)
+    tokens = _tokens(engine, subject.config, settings)
+    found = _compare(subject, engine, tokens, refits[-1], settings)
     for step in range(1, settings.steps + 1):
         with _moved(subject, 1 + STEP * step):
             refits.append(_refit(link.refit(), f"{100 * STEP * step:.3g} % larger"))
-            _compare(subject, llm, tokens, refits[-1], settings)
+            _compare(subject, engine, tokens, refits[-1], settings)
     failures += [
         f"policies, refit {each['version']}: {fault}" for each in refits for fault in each["faults"]
     ]
@@ -185,13 +196,17 @@ def _prove(
 
 
 def _compare(
-    subject: Subject, llm: Any, tokens: torch.Tensor, refit: Result, settings: Settings
+    subject: Subject,
+    engine: Local | Served | None,
+    tokens: torch.Tensor,
+    refit: Result,
+    settings: Settings,
 ) -> torch.Tensor:
     """Add to a refit how far the two policies are apart; returns the engine's log-probabilities."""
     trainer = _log_probabilities(subject.policy, tokens)
-    if llm is None:
+    if engine is None:
         return trainer
-    found = probe.log_probabilities(llm, tokens, subject.config.vocab_size)
+    found = engine.log_probabilities(tokens)
     agreement = compare(found, trainer, tokens)
     refit |= {"agreement": agreement.to_json(), "faults": exceeded(agreement, settings.limit)}
     return found
@@ -200,19 +215,18 @@ def _compare(
 @contextmanager
 def _moved(subject: Subject, factor: float) -> Iterator[None]:
     """The trainer's matrices, and the policy's where these are others, times a factor."""
-    with scaled([*subject.parameters, *subject.policy.parameters()], factor):
+    with scaled([*subject.tensors, *subject.policy.parameters()], factor):
         yield
 
 
-def _tokens(llm: Any, config: Any, settings: Settings) -> torch.Tensor:
+def _tokens(engine: Local | Served | None, config: Any, settings: Settings) -> torch.Tensor:
     """Random prompts, continued by the engine; the same on every rank."""
     generator = torch.Generator().manual_seed(settings.seed)
     shape = (settings.rows, settings.length // 4)
     prompts = torch.randint(config.vocab_size, shape, generator=generator)
     tokens = torch.zeros(settings.rows, settings.length, dtype=torch.int64)
-    if llm is not None:
-        count = settings.length - shape[1]
-        tokens = probe.sample(llm, prompts, count, settings.seed)
+    if engine is not None:
+        tokens = engine.sample(prompts, settings.length - shape[1], settings.seed)
     if dist.is_initialized():
         dist.broadcast(tokens, 0)
     return tokens
@@ -234,12 +248,11 @@ def _log_probabilities(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Te
 def _fresh_difference(
     directory: Path, tokens: torch.Tensor, found: torch.Tensor, config: Any, settings: Settings
 ) -> float:
-    options = {"max_model_len": settings.length + 8, **settings.engine}
-    fresh = probe.start_engine(directory, config.vocab_size, **options)
+    fresh = settings.start(directory, config)
     try:
-        said = probe.log_probabilities(fresh, tokens, config.vocab_size)
+        said = fresh.log_probabilities(tokens)
     finally:
-        probe.stop_engine(fresh)
+        fresh.stop()
     return (said - found).abs().max().item()
 
 

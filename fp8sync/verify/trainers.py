@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.errors import UnsupportedLayout
+from fp8sync.verify.engines import NotRun
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-__all__ = ["Subject", "load_trainer"]
+__all__ = ["Subject", "build_megatron", "load_trainer"]
 
 _AXES = {
     "tp": "tensor_model_parallel_size",
@@ -31,15 +32,17 @@ class Subject:
 
     Args:
         source: what a link reads: a module or a `Source`.
-        parameters: every parameter that it reads, as this rank holds them.
+        tensors: every tensor that it reads, as this rank holds it.
         policy: gives logits for `input_ids`; every rank calls it. Of the same weights.
         config: the transformers configuration.
+        note: what a reader of the figures has to know.
     """
 
     source: Any
-    parameters: Sequence[torch.Tensor]
+    tensors: Sequence[torch.Tensor]
     policy: torch.nn.Module
     config: Any
+    note: str = ""
 
 
 def load_trainer(path: Path, layout: str, *, fp8_parameters: bool = False) -> Subject:
@@ -52,6 +55,7 @@ def load_trainer(path: Path, layout: str, *, fp8_parameters: bool = False) -> Su
 
     Raises:
         UnsupportedLayout: a layout of another form.
+        NotRun: Megatron is not installed here.
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -59,10 +63,21 @@ def load_trainer(path: Path, layout: str, *, fp8_parameters: bool = False) -> Su
     if layout in {"replicated", "fsdp2"}:
         if layout == "fsdp2":
             _shard(policy)
-        return Subject(policy, list(policy.parameters()), policy, policy.config)
-    source, chunks = _megatron(path, _axes(layout), fp8_parameters=fp8_parameters)
-    parameters = [p for chunk in chunks for p in chunk.parameters()]
-    return Subject(source, parameters, policy, policy.config)
+        return Subject(policy, _tensors(policy), policy, policy.config)
+    try:
+        source, chunks, note = build_megatron(path, _axes(layout), fp8_parameters=fp8_parameters)
+    except ImportError as error:
+        raise NotRun(f"no Megatron trainer here: {error}") from error
+    tensors = [tensor for chunk in chunks for tensor in _tensors(chunk)]
+    return Subject(source, tensors, policy, policy.config, note)
+
+
+def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Parameters, and buffers that checkpoints hold (a router's bias); not what quantizers keep there."""
+    state = module.state_dict(keep_vars=True).values()
+    return [
+        value for value in state if isinstance(value, torch.Tensor) and value.is_floating_point()
+    ]
 
 
 def _hugging_face(path: Path) -> Any:
@@ -89,7 +104,19 @@ def _axes(layout: str) -> dict[str, int]:
     return {name: int(size) for name, _, size in pairs}
 
 
-def _megatron(path: Path, axes: dict[str, int], *, fp8_parameters: bool) -> tuple[Any, list[Any]]:
+def build_megatron(
+    path: Path, axes: dict[str, int], *, fp8_parameters: bool
+) -> tuple[Any, list[Any], str]:
+    """Load a checkpoint into this rank's Megatron model.
+
+    Args:
+        path: folder of a BF16 Hugging Face checkpoint.
+        axes: sizes by name: tp, pp, ep, etp, cp.
+        fp8_parameters: keep linear weights as Transformer Engine blockwise FP8.
+
+    Returns:
+        The source, the model chunks, and a note on the trainer.
+    """
     from megatron.bridge import AutoBridge
 
     from fp8sync.sources.megatron import MegatronSource
@@ -103,4 +130,4 @@ def _megatron(path: Path, axes: dict[str, int], *, fp8_parameters: bool) -> tupl
         provider.fp8, provider.fp8_recipe, provider.fp8_param = "e4m3", "blockwise", True
     provider.finalize()
     chunks = provider.provide_distributed_model(wrap_with_ddp=False, bf16=True)
-    return MegatronSource(chunks, bridge), chunks
+    return MegatronSource(chunks, bridge), chunks, ""

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests import skips
 from tests.engines import world
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
 # On GPUs every trainer rank and every worker wants one of its own; on the processor they share.
@@ -38,3 +44,41 @@ def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
     assert {tuple(link[:2]) for link in result["links"]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
     assert all(trainer == engine for trainer, engine in result["layers"].values())
     assert "1 of 1 kept to every limit" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+@contextmanager
+def host(folder: Path) -> Iterator[None]:
+    """An engine's host on an address of its own."""
+    with socket.create_server(("127.0.0.3", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    command = [sys.executable, "-m", "fp8sync.verify.host", str(folder)]
+    process = subprocess.Popen([*command, "--address", "127.0.0.3", "--port", port], cwd=ROOT)
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def verified(folder: Path, *arguments: str) -> dict[str, Any]:
+    """What `fp8sync verify` writes of a model that is served by a host."""
+    command = [sys.executable, "-m", "fp8sync.verify.command", str(folder / "model")]
+    command += ["--engine-at", str(folder / "engine"), "--host", "127.0.0.2"]
+    command += ["--rows", "2", "--length", "32", "--json", str(folder / "result.json"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=200)
+    result = json.loads((folder / "result.json").read_text())
+    assert done.returncode == (0 if "agreement" in result else 1)
+    return result
+
+
+def test_an_engine_elsewhere(tmp_path: Path) -> None:
+    """Another process serves it, on another address; first an engine that cannot start."""
+    world.tiny_model("dense", 1).save_pretrained(tmp_path / "model")
+    with host(tmp_path / "engine"):
+        refused = verified(tmp_path, "--kv-cache-dtype", "fp3")
+        result = verified(tmp_path)
+    assert "fp3" in refused["not_run"]
+    assert "agreement" not in refused
+    assert result["failures"] == []
+    assert result["fresh_difference"] == 0.0
+    assert result["unread"] == {}

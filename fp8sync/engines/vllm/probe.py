@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-__all__ = ["fp8_is_supported", "log_probabilities", "sample", "start_engine", "stop_engine"]
+__all__ = [
+    "fp8_is_supported",
+    "log_probabilities",
+    "placement",
+    "sample",
+    "settings",
+    "start_engine",
+    "stop_engine",
+]
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
@@ -34,25 +42,44 @@ def start_engine(directory: Path, vocabulary: int, **options: Any) -> Any:
         options: more of `vllm.LLM`.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    workers = options.get("tensor_parallel_size", 1)
-    if workers > 1 and not torch.cuda.is_available():
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(workers))))
-    settings = {
+    with without_torchrun():
+        from vllm import LLM, envs
+
+        envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
+        return LLM(**settings(directory, vocabulary, **options), disable_log_stats=True)
+
+
+def settings(directory: Path, vocabulary: int, **options: Any) -> dict[str, Any]:
+    """Return options of an engine, for `vllm.LLM` and `vllm serve`."""
+    made = {
         "model": str(directory),
         "skip_tokenizer_init": True,
         "dtype": "bfloat16",
         "enforce_eager": True,
         "max_logprobs": vocabulary,
         "weight_transfer_config": {"backend": "fp8sync"},
-        "disable_log_stats": True,
     }
     if not torch.cuda.is_available():
-        settings["kv_cache_memory_bytes"] = 1 << 30  # vLLM would take most of the host's memory
-    with without_torchrun():
-        from vllm import LLM, envs
+        made["kv_cache_memory_bytes"] = 1 << 30  # vLLM would take most of the host's memory
+    return made | options
 
-        envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
-        return LLM(**settings | options)
+
+def placement(workers: int, trainers: int = 0) -> dict[str, str]:
+    """Return variables that give each worker of an engine a device of its own, to set before it starts.
+
+    Args:
+        workers: of the engine.
+        trainers: ranks on this node, which have the first GPUs; GPUs are shared if they are too few.
+    """
+    if torch.cuda.is_available():
+        gpus = [str(gpu) for gpu in range(torch.cuda.device_count())]
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(gpus)).split(",")
+        own = visible[trainers : trainers + workers]
+        return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if len(own) == workers else {}
+    # vLLM gives each worker a NUMA node, and refuses to start if these are too few.
+    cores = sorted(os.sched_getaffinity(0))
+    bound = "|".join(str(cores[worker % len(cores)]) for worker in range(workers))
+    return {} if workers == 1 else {"VLLM_CPU_OMP_THREADS_BIND": bound}
 
 
 def stop_engine(llm: Any) -> None:
