@@ -41,7 +41,7 @@ help:
 	@echo "make demo     train small models, refit them into a real vLLM, write a report"
 	@echo "make test     run the tests; a skip that tests/allowed_skips.txt does not list fails"
 	@echo "make test-megatron   the tests on real Megatron-Core models (Python 3.12, 4.7 GB, once)"
-	@echo "make slurm-test  install a one-node SLURM (root, Debian) and run a part of the matrix on it"
+	@echo "make slurm-test  install a SLURM of two nodes on this machine (root, Debian) and run a part of the matrix"
 	@echo "make docs     build the documentation; a broken link or a warning fails"
 	@echo "make dist     build wheel and sdist, and try both in a clean environment"
 	@echo "make versions what runs on the lowest and highest supported versions; VERSIONS_ARGS=--torch for all"
@@ -75,7 +75,7 @@ dist: $(STAMP)
 	@scripts/try_dist.sh
 
 slurm-test: $(STAMP)
-	@PYTHON=$(abspath $(PY)) scripts/slurm/local/test.sh
+	@PYTHON=$(abspath $(PY)) MEGATRON_PYTHON=$(abspath $(MEGATRON_PY)) scripts/slurm/local/test.sh
 
 lint: $(STAMP)
 	@$(PY) -m ruff format --check --quiet .

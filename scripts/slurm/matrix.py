@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,12 +70,14 @@ def layouts() -> dict[str, str]:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Yield the chosen part of the matrix; FP8 parameters are Megatron's alone."""
+    """Yield what there is of the chosen part: FP8 parameters are Megatron's, expert axes those of models with experts."""
     chosen = (options.models, options.trainers, options.engines, options.layouts)
     for model, trainer, engine, layout in itertools.product(*chosen):
+        kind = model.partition("=")[0]
         hugging_face = layout.startswith(("dp", "fsdp", "two"))
-        if not (trainer == "fp8" and hugging_face):
-            yield Case(model.partition("=")[0], trainer, engine, layout)
+        if (trainer == "fp8" and hugging_face) or (kind == "dense" and layout.startswith("ep")):
+            continue
+        yield Case(kind, trainer, engine, layout)
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -84,7 +87,6 @@ def submit(options: argparse.Namespace) -> int:
     if unnamed:
         print(f"say where they are, as NAME=PATH: {', '.join(unnamed)}", file=sys.stderr)
         return 2
-    (options.results / "logs").mkdir(parents=True, exist_ok=True)
     jobs = []
     for case in cases(options):
         log = options.results / "logs" / f"{case.name}-%j.log"
@@ -94,6 +96,7 @@ def submit(options: argparse.Namespace) -> int:
         if os.environ.get("DRYRUN"):
             print(" ".join(f"{k}={v!r}" for k, v in settings.items()), *command)
             continue
+        log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **settings}
         done = subprocess.run(
             command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
@@ -102,7 +105,8 @@ def submit(options: argparse.Namespace) -> int:
         print(f"{jobs[-1]} {case.name}")
     if options.wait and jobs:
         _wait(jobs, options.wait)
-        return summary(options.results, [case.name for case in cases(options)])
+        names = [case.name for case in cases(options)]
+        return summary(options.results, names, options.may_not_run)
     return 0
 
 
@@ -121,46 +125,66 @@ def _wait(jobs: Sequence[str], limit_s: float) -> None:
         print(f"{job} did not end within {limit_s:g} s", file=sys.stderr)
 
 
-def summary(results: Path, expected: Sequence[str] = ()) -> int:
-    """Print the matrix as a table; 0 if all that is expected, or is there, passed."""
-    found = {
-        p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))
-    }
-    names = sorted({*found, *expected})
+def summary(results: Path, expected: Sequence[str] = (), may_not_run: Sequence[str] = ()) -> int:
+    """Print the matrix as a table.
+
+    Args:
+        results: folder of one JSON file a case.
+        expected: cases that have to be there, beside those that have a log.
+        may_not_run: patterns of cases that a machine need not be able to run.
+
+    Returns:
+        0 if every case passed, or was not run and may be.
+    """
+    found = _read(results)
+    started = {log.stem.rpartition("-")[0] for log in (results / "logs").glob("*.log")}
+    names = sorted({*found, *started, *expected})
     head = f"{'case':36} {'KL(engine‖trainer)':>18} {'KL(trainer‖engine)':>18} {'ratio':>7}"
     print(f"{head} {'fresh':>7} {'refit s':>8}  verdict")
-    bad = [name for name in names if not _passed(found.get(name))]
-    for name in names:
-        print(_line(name, found.get(name)))
-    for name in bad:
-        faults = found[name]["failures"] if name in found else ["no result: see its log"]
-        print(f"{name}: " + "; ".join(faults[:3]))
-    print(f"{len(names) - len(bad)} of {len(names)} passed")
-    return 1 if bad or not names else 0
+    print(*(f"{name:36} {_line(found.get(name))}" for name in names), sep="\n")
+    verdicts = [_verdict(found.get(name)) for name in names]
+    passed, idle = verdicts.count("pass"), verdicts.count("not run")
+    print(f"{passed} of {len(names) - idle} passed; {idle} not run")
+    allowed = [
+        verdict == "pass" or (verdict == "not run" and any(fnmatch(name, p) for p in may_not_run))
+        for name, verdict in zip(names, verdicts, strict=True)
+    ]
+    return 0 if names and all(allowed) else 1
+
+
+def _read(results: Path) -> dict[str, dict[str, Any]]:
+    paths = sorted(path for path in results.glob("*.json") if not path.name.startswith("."))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def _write_page(results: Path, target: Path) -> None:
     from fp8sync.pages.verdicts import render
 
-    found = {
-        p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(results.glob("*.json"))
-    }
-    target.write_text(render(found), encoding="utf-8")
+    ran = {name: result for name, result in _read(results).items() if "not_run" not in result}
+    target.write_text(render(ran), encoding="utf-8")
 
 
-def _passed(result: dict[str, Any] | None) -> bool:
-    return result is not None and not result["failures"]
-
-
-def _line(name: str, result: dict[str, Any] | None) -> str:
+def _verdict(result: dict[str, Any] | None) -> str:
     if result is None:
-        return f"{name:36} {'':18} {'':18} {'':7} {'':7} {'':8}  NO RESULT"
+        return "NO RESULT"
+    if "not_run" in result:
+        return "not run"
+    return "FAIL" if result["failures"] or "agreement" not in result else "pass"
+
+
+def _line(result: dict[str, Any] | None) -> str:
+    verdict = _verdict(result)
+    if result is None:
+        return f"{verdict}: see its log"
+    if "agreement" not in result:
+        return f"{verdict}: {result.get('not_run') or '; '.join(result['failures'][:3])}"
     agreement = result["agreement"]
     kl = agreement["kl_engine_trainer"], agreement["kl_trainer_engine"]
     refit_s = result["refits"][-1]["seconds"]["total"]
     fresh = result.get("fresh_difference", float("nan"))
     figures = f"{kl[0]:18.2e} {kl[1]:18.2e} {agreement['probability_ratio']:7.3f} {fresh:7.1g}"
-    return f"{name:36} {figures} {refit_s:8.3f}  {'pass' if _passed(result) else 'FAIL'}"
+    said = [verdict, *result["failures"][:3], *filter(None, [result.get("note")])]
+    return f"{figures} {refit_s:8.3f}  {'; '.join(said)}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -179,9 +203,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     submitting.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     submitting.add_argument("--layouts", nargs="+", choices=layouts(), default=list(layouts()))
     submitting.add_argument("--results", type=Path, default=Path("results"))
+    _may_not_run(submitting)
     submitting.add_argument("--wait", type=float, metavar="SECONDS", help="for all to end")
     summing = commands.add_parser("summary")
     summing.add_argument("results", type=Path)
+    _may_not_run(summing)
     summing.add_argument("--report", type=Path, help="where to write a page (HTML)")
     options = parser.parse_args(given)
     if options.command == "list":
@@ -191,12 +217,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 0
     if options.command == "summary":
-        status = summary(options.results)
+        status = summary(options.results, (), options.may_not_run)
         if options.report:
             _write_page(options.results, options.report)
         return status
     options.sbatch = sbatch
     return submit(options)
+
+
+def _may_not_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--may-not-run",
+        nargs="+",
+        default=[],
+        metavar="PATTERN",
+        help="of cases that this machine need not be able to run; without, they count as failed",
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# FSDP2 over two nodes into TP4 on the first: the rendezvous is an address and a token.
+# FSDP2 on one node, TP4 on another: workers join over the network, by address and token.
 #SBATCH --nodes=2
 #SBATCH --time=00:30:00
 #SBATCH --exclusive
@@ -7,7 +7,8 @@
 #SBATCH --open-mode=append
 source "${SLURM_SUBMIT_DIR:-.}/scripts/slurm/common.sh"
 
+ENGINE_APART=1
 RANKS_PER_NODE=${RANKS_PER_NODE:-4}
 TRAINER_ARGS=(--trainer fsdp2)
-ENGINE_ARGS=(--engine-tp 4)
+ENGINE_ARGS=(--engine-tp "${ENGINE_TP:-4}")
 run_case
