@@ -194,6 +194,26 @@ def test_requests_in_flight(
     link.close()
 
 
+def own_address() -> str:
+    """An address of this machine that is not the one everything binds by default."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(("198.51.100.1", 9))  # sends nothing
+        return probe.getsockname()[0]
+    return "127.0.0.2"
+
+
+def test_workers_join_at_the_address_that_is_given(
+    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor
+) -> None:
+    recipe, address = world.recipe("blockwise-pow2"), own_address()
+    with fp8sync.connect(models[1], served.url, recipe, host=address, transport="gloo") as link:
+        assert link.refit().version == 1
+        assert link.audit().equal
+    assert (served.logprobs() - fresh).abs().max().item() == 0.0
+    with pytest.raises(fp8sync.UnsupportedLayout, match="one address of this host"):
+        fp8sync.connect(models[1], served.url, recipe, host="0.0.0.0")
+
+
 def test_server_elsewhere_needs_an_address(served: Served) -> None:
     server = Server(served.url)
     server.check_host("127.0.0.1")
