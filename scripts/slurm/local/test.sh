@@ -17,7 +17,7 @@ export ROWS=4 LENGTH=48 RANKS_PER_NODE=2 ENGINE_TP=2 MAX_RANKS=4
 
 run() { # TRAINERS ENGINES LAYOUTS MODEL...
     local pairs=() model
-    for model in "${@:4}"; do pairs+=("$model=$models/${model%-as-mha}"); done
+    for model in "${@:4}"; do pairs+=("$model=$models/$model"); done
     # shellcheck disable=SC2086
     "$PYTHON" scripts/slurm/matrix.py submit --results "$results" --trainers $1 --engines $2 --layouts $3 --models "${pairs[@]}"
 }
@@ -34,9 +34,7 @@ requeue() {
 
 run bf16 bf16 fsdp2_dp1 dense
 requeue
-# vLLM has no MLA kernel for the processor: DeepSeek's attention runs there in its plain form, or not at all.
 run bf16 fp8 two_nodes hybrid mla
-VLLM_MLA_DISABLE=1 run bf16 fp8 dp2_dp1 mla-as-mha
 run bf16 fp8 "dp2_dp1 fsdp2_tp2 two_nodes" dense
 run bf16 fp8-kv dp2_dp1 dense
 run bf16 fp8 dp2_dp1 gated-moe
