@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from fp8sync.errors import from_wire
-from fp8sync.sending.sender import named_error
+from fp8sync.sending.share import named_error
 from fp8sync.trainers import exchange, rank_and_size
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
 from fp8sync.sending.nodes import Feeding, choose_feeding
 from fp8sync.sending.outgoing import choose_transport, forward_bytes, message_bytes, not_linked
-from fp8sync.sending.sender import Sent, Written, named_error
+from fp8sync.sending.share import Sent, Written, named_error
 from fp8sync.transport import Invitation
 from fp8sync.transport.seat import Seat
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from fp8sync.control import Message
     from fp8sync.plan import Plan
-    from fp8sync.sending.sender import Sent
+    from fp8sync.sending.share import Sent
 
 __all__ = ["broken", "difference", "failures", "nonfinite"]
 

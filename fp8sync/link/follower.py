@@ -24,7 +24,7 @@ from fp8sync.plan import LinkPlan
 from fp8sync.plan.forward import shared, with_forwarding
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
-from fp8sync.sending.sender import Sent, Written, named_error
+from fp8sync.sending.share import Sent, Written, named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.trainers import hear, rank_and_size
 from fp8sync.waiting import HostTime

@@ -29,7 +29,7 @@ from fp8sync.link.together import together
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, LinkPlan
 from fp8sync.recipe import Recipe
 from fp8sync.report import RefitReport
-from fp8sync.sending.sender import named_error
+from fp8sync.sending.share import named_error
 from fp8sync.sources import LiveSource, as_source
 from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.trainers import Opening, rank_and_size, this_process

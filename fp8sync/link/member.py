@@ -11,8 +11,8 @@ from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan, in_portions
 from fp8sync.sending.ahead import look_ahead
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
-from fp8sync.sending.outgoing import Outgoing, Share, open_senders
-from fp8sync.sending.sender import named_error
+from fp8sync.sending.outgoing import open_senders
+from fp8sync.sending.share import Outgoing, Share, named_error
 from fp8sync.trainers import join_team
 from fp8sync.transport.seat import Seat
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fp8sync.audit.ledger import Ledger
     from fp8sync.plan import Copy
     from fp8sync.recipe import Recipe
-    from fp8sync.sending.sender import Sent, Told
+    from fp8sync.sending.share import Sent, Told
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
 

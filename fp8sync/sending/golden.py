@@ -16,7 +16,7 @@ import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.plan.boxes import misaligned_dim, touched_blocks
-from fp8sync.sending.sender import Sent, Told, named_error
+from fp8sync.sending.share import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from fp8sync.manifest import Box, Manifest
-    from fp8sync.sending.outgoing import Share
+    from fp8sync.sending.share import Share
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group
 

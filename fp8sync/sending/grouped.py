@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.plan import in_turns
-from fp8sync.sending.sender import Sent, Told, named_error, own_buckets
+from fp8sync.sending.share import Sent, Told, named_error, own_buckets
 from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
@@ -23,7 +23,7 @@ from fp8sync_kernels import run_table
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fp8sync.sending.outgoing import Share
+    from fp8sync.sending.share import Share
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
     from fp8sync.wire.payload import Storages

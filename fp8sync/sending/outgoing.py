@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.sending.golden import GoldenSender
 from fp8sync.sending.grouped import GroupSender
-from fp8sync.sending.sender import Sender, Sent, Told
+from fp8sync.sending.sender import Sender
 from fp8sync.sending.writer import Writer
 from fp8sync.transport.memory import host_id
 from fp8sync.wire.tables import unwritable
@@ -16,68 +15,18 @@ from fp8sync.wire.tables import unwritable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fp8sync.manifest import Manifest
     from fp8sync.plan import Plan
-    from fp8sync.sending.exchange import AmaxExchange
-    from fp8sync.sources import Source
+    from fp8sync.sending.share import Outgoing, Share
     from fp8sync.transport import Choice
     from fp8sync.transport.seat import Seat
-    from fp8sync.wire.payload import Storages
 
 __all__ = [
-    "Outgoing",
-    "Share",
     "choose_transport",
     "forward_bytes",
     "message_bytes",
     "not_linked",
     "open_senders",
 ]
-
-
-class Outgoing(Protocol):
-    """One trainer rank's way out."""
-
-    def send(self, version: int, told: Told) -> Sent:
-        """Send this rank's share; never raises. A way that is one-sided tells of each part."""
-
-    def close(self) -> None:
-        """Free what the way holds; a `send` under way ends with an error."""
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one trainer rank has to send.
-
-    Args:
-        source: where its weights are.
-        rank: this rank among the trainer's.
-        held: the boxes of all trainer ranks.
-        plan: the agreed plan.
-        timeout_s: limit of every wait for a peer.
-        exchange: agrees on the amax of blocks of which this rank has a part.
-        progress: takes word of how many messages are left, after each that is away.
-        portion: number of the portion of a version that `plan` is.
-    """
-
-    source: Source
-    rank: int
-    held: Manifest
-    plan: Plan
-    timeout_s: float
-    exchange: AmaxExchange
-    progress: Callable[[int], None] = lambda _: None
-    portion: int = 0
-
-    def read(self) -> Storages:
-        """Return the weights as they are now, and bring `exchange.amax` up to date with them.
-
-        A collective of the ranks that share blocks: once per refit, in its first portion, whatever
-        else fails.
-        """
-        if self.portion:
-            return self.source.storages()
-        return self.exchange.agree(self.source.storages)
 
 
 def choose_transport(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError, from_wire
-from fp8sync.plan import Bucket, fill_buckets, in_turns
+from fp8sync.errors import Fp8SyncError
+from fp8sync.plan import Bucket, in_turns
+from fp8sync.sending.share import Sent, Told, named_error, own_buckets
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.waiting import device_work
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
@@ -18,53 +17,12 @@ from fp8sync.wire.payload import Amax, PartReport, Storages, pack
 from fp8sync_kernels import digest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from fp8sync.sending.outgoing import Share
+    from fp8sync.sending.share import Share
     from fp8sync.transport import Choice
 
-__all__ = ["Sender", "Sent", "Told", "Written", "named_error", "own_buckets"]
-
-Written = dict[int, str]
-"""By engine rank, the digests of the copies of one part: int64 little-endian, base64."""
-
-Told = Callable[[Written | None], None]
-"""Takes word of each part that lies in staging memory, in order; None for one that never will."""
-
-
-@dataclass
-class Sent:
-    """What one rank sent: filled while it sends, complete or with the error that stopped it."""
-
-    rank: int
-    parts: list[PartReport] = field(default_factory=list)
-    bytes: int = 0
-    quantize_s: float = 0.0
-    send_s: float = 0.0
-    error: Fp8SyncError | None = None
-
-    def add(self, later: Sent) -> None:
-        """Add what the same rank sent in a later portion of the version."""
-        self.parts += later.parts
-        self.bytes += later.bytes
-        self.quantize_s += later.quantize_s
-        self.send_s += later.send_s
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the share as a control message."""
-        parts = [[p.tensor, p.nonfinite, p.error_sq, p.norm_sq] for p in self.parts]
-        error = self.error and self.error.to_wire()
-        times = {"quantize_s": self.quantize_s, "send_s": self.send_s}
-        own = {"rank": self.rank, "parts": parts, "bytes": self.bytes, "error": error}
-        return {"type": "sent", **own, **times}
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Sent:
-        """Rebuild a share from `to_json`."""
-        parts = [PartReport(*row) for row in data["parts"]]
-        error = from_wire(data["error"]) if data["error"] else None
-        times = data["quantize_s"], data["send_s"]
-        return cls(data["rank"], parts, data["bytes"], *times, error)
+__all__ = ["Sender"]
 
 
 class Sender:
@@ -158,16 +116,6 @@ class Sender:
         message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
 
 
-def own_buckets(share: Share, ranks: Iterable[int], bucket_bytes: int) -> list[Bucket]:
-    """Return the buckets of a trainer rank's share, by engine rank."""
-    return [
-        bucket
-        for rank in ranks
-        for bucket in fill_buckets(share.plan.fed(rank), bucket_bytes)
-        if bucket.source_rank == share.rank
-    ]
-
-
 def _pack(
     bucket: Bucket, storages: Storages, payload: torch.Tensor, amax: Amax
 ) -> list[PartReport]:
@@ -179,10 +127,3 @@ def _pack(
     reports = pack(bucket, storages, packed, amax)
     payload.copy_(packed)
     return reports
-
-
-def named_error(error: BaseException, rank: int) -> Fp8SyncError:
-    """Return `error` as one of ours, naming the rank."""
-    if isinstance(error, Fp8SyncError):
-        return error
-    return Fp8SyncError(f"trainer rank {rank} failed: {type(error).__name__}: {error}")

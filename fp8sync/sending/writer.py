@@ -15,7 +15,7 @@ import torch
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import in_parts
-from fp8sync.sending.sender import Sent, Told, Written, named_error
+from fp8sync.sending.share import Sent, Told, Written, named_error
 from fp8sync.transport.memory import ExportedMemory, MappedMemory
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from fp8sync.plan import Copy
-    from fp8sync.sending.outgoing import Share
+    from fp8sync.sending.share import Share
     from fp8sync.transport import Choice
     from fp8sync.wire.payload import Storages
 

@@ -23,14 +23,14 @@ from fp8sync.layouts import EngineLayout, ModelShape, TrainerLayout, manifest
 from fp8sync.manifest import Box, Manifest, Placement
 from fp8sync.plan import build_plan
 from fp8sync.sending.exchange import open_exchange
-from fp8sync.sending.outgoing import Share
+from fp8sync.sending.share import Share
 from fp8sync.sending.writer import StagingPlace, Writer
 from fp8sync.sources import LiveSource
 from fp8sync.transport.memory import allocate, export_memory
 from fp8sync.waiting import HostTime
 
 if TYPE_CHECKING:
-    from fp8sync.sending.sender import Written
+    from fp8sync.sending.share import Written
 
 LIMIT_S = 2e-3
 ALIGN = 256

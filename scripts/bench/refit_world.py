@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.control import Channel, Listener
+from fp8sync.engines.vllm.intake import Intake
 from fp8sync.engines.vllm.layout import StorageSpec
-from fp8sync.engines.vllm.receive import Intake, open_receivers
+from fp8sync.engines.vllm.receive import open_receivers
 from fp8sync.engines.vllm.staging import Staging
 from fp8sync.errors import Fp8SyncError
 from fp8sync.link.conductor import Conductor

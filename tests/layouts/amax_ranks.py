@@ -19,7 +19,7 @@ from fp8sync.layouts import manifest
 from fp8sync.plan import build_plan
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
-from fp8sync.sending.outgoing import Share
+from fp8sync.sending.share import Share
 from fp8sync.sending.writer import StagingPlace, Writer
 from fp8sync.trainers import join_team
 from fp8sync.transport.memory import allocate, export_memory

@@ -20,8 +20,8 @@ from torch.distributed import TCPStore
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import Plan, build_plan, fill_buckets
 from fp8sync.sending.exchange import open_exchange
-from fp8sync.sending.outgoing import Share
 from fp8sync.sending.sender import Sender
+from fp8sync.sending.share import Share
 from fp8sync.transport import GlooGroup
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.payload import unpack

@@ -12,14 +12,14 @@ import torch
 
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.engines.vllm.receive import Intake
+from fp8sync.engines.vllm.intake import Intake
 from fp8sync.layouts import manifest
 from fp8sync.plan import build_plan, in_portions
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.grouped import GroupSender
-from fp8sync.sending.outgoing import Share
 from fp8sync.sending.sender import Sender
+from fp8sync.sending.share import Share
 from fp8sync.transport import GlooGroup, Invitation
 from fp8sync.transport.nccl import NcclGroup
 from tests.layouts import wire

@@ -20,7 +20,7 @@ import torch
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.engines.vllm.receive import Intake, Receiver
+from fp8sync.engines.vllm.intake import Intake, Receiver
 from fp8sync.errors import CorruptBucket, EngineLost
 from fp8sync.layouts import manifest
 from fp8sync.plan import Plan, build_plan
@@ -28,8 +28,8 @@ from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.golden import GoldenSender
 from fp8sync.sending.grouped import GroupSender
-from fp8sync.sending.outgoing import Outgoing, Share
 from fp8sync.sending.sender import Sender
+from fp8sync.sending.share import Outgoing, Share
 from fp8sync.sending.turns import BUFFERS
 from fp8sync.transport import GlooGroup, Invitation
 from fp8sync.wire.header import HEADER_BYTES

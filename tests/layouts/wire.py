@@ -20,7 +20,7 @@ from fp8sync.plan import MISC, Plan, fill_buckets, in_parts
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
-from fp8sync.sending.outgoing import Share
+from fp8sync.sending.share import Share
 from fp8sync.sending.writer import PARTS, StagingPlace, Writer
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.memory import export_memory
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.manifest import Box
-    from fp8sync.sending.sender import Written
+    from fp8sync.sending.share import Written
 
 dist: Any = torch.distributed
 T = TypeVar("T")

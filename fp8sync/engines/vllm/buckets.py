@@ -17,7 +17,7 @@ from fp8sync_kernels import digest
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from fp8sync.engines.vllm.receive import Intake
+    from fp8sync.engines.vllm.intake import Intake
     from fp8sync.transport import Choice
 
 __all__ = ["BucketReceiver"]

@@ -18,7 +18,7 @@ from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from fp8sync.engines.vllm.receive import Intake
+    from fp8sync.engines.vllm.intake import Intake
     from fp8sync.manifest import Box
     from fp8sync.sending.golden import Piece
     from fp8sync.transport import Choice

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
-    from fp8sync.engines.vllm.receive import Intake
+    from fp8sync.engines.vllm.intake import Intake
     from fp8sync.sending.turns import Turn
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp8sync.engines.vllm.direct import DirectInstall
-    from fp8sync.engines.vllm.receive import Receiver
+    from fp8sync.engines.vllm.intake import Receiver
     from fp8sync.engines.vllm.storage import EngineLayout
 
 __all__ = ["Portion", "memory_short", "storages_by_portion"]

@@ -20,7 +20,7 @@ from fp8sync_kernels import run_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fp8sync.engines.vllm.receive import Intake
+    from fp8sync.engines.vllm.intake import Intake
     from fp8sync.plan import Bucket
     from fp8sync.transport.group import Group, Message, Ticket
     from fp8sync.wire.payload import Storages

@@ -17,11 +17,12 @@ import torch
 
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
+from fp8sync.engines.vllm.intake import Intake
 from fp8sync.engines.vllm.kv_cache import restore_scales
 from fp8sync.engines.vllm.layout import describe_engine
 from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
 from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_portion
-from fp8sync.engines.vllm.receive import Intake, open_receivers
+from fp8sync.engines.vllm.receive import open_receivers
 from fp8sync.engines.vllm.storage import module_of
 from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
