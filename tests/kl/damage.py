@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.engines.vllm import receive
+from fp8sync.engines.vllm import buckets
 from fp8sync.plan import Bucket
 from fp8sync.wire import payload as bytes_of
 
@@ -54,7 +54,7 @@ class Damage:
                 bucket = self.spoil(bucket, payload, before)
             bytes_of.unpack(bucket, payload, staging)
 
-        monkeypatch.setattr(receive, "unpack", unpack)
+        monkeypatch.setattr(buckets, "unpack", unpack)
 
     def tensors(self, names: Iterable[str]) -> set[str]:
         return {name for name in names if self.touches(name)}
