@@ -102,10 +102,11 @@ def main(folder: Path) -> None:
     result["prepared"] = source.prepared
     if llm:
         result["again"] = (world.logprobs(llm) - before).abs().max().item()
-        world.stop_engine(llm)
     source.broken = rank == 1
     result["unaudited"] = error_of(link.audit)
     link.close()
+    if llm:
+        world.stop_engine(llm)
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
 
