@@ -156,22 +156,12 @@ def test_trainer_that_falls_silent(link: fp8sync.Link) -> None:
 def test_processing_that_fails(engine: Any) -> None:
     """vLLM's own processing raises on the last linear layer, after all others were processed."""
     target = "model.layers.1.mlp.down_proj"
-
-    def sabotage(model: torch.nn.Module) -> None:
-        def fail(_: torch.nn.Module) -> None:
-            raise RuntimeError("no memory left")
-
-        model.get_submodule(target).quant_method.process_weights_after_loading = fail
-
-    def repair(model: torch.nn.Module) -> None:
-        del model.get_submodule(target).quant_method.process_weights_after_loading
-
-    engine.apply_model(sabotage)
-    # Connected now, so that on a GPU the layer cannot be proven to need no processing.
-    link = fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
-    with pytest.raises(fp8sync.InstallFailed, match=f"engine rank 0: {target}: .*no memory left"):
-        link.refit()
-    engine.apply_model(repair)
+    with world.failing_processing(engine, target):
+        # Connected now, so that on a GPU the layer cannot be proven to need no processing.
+        link = fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
+        where = f"engine rank 0: {target}: "
+        with pytest.raises(fp8sync.InstallFailed, match=f"{where}.*no memory left"):
+            link.refit()
     link.close()
 
 

@@ -109,25 +109,16 @@ def meddle_with_portion(link: Any, portion: int, change: Any) -> None:
 
 def test_processing_that_fails_between_portions(engine: Any) -> None:
     target = "model.layers.1.mlp.down_proj"
-
-    def sabotage(model: torch.nn.Module) -> None:
-        def fail(_: torch.nn.Module) -> None:
-            raise RuntimeError("no memory left")
-
-        model.get_submodule(target).quant_method.process_weights_after_loading = fail
-
-    def repair(model: torch.nn.Module) -> None:
-        del model.get_submodule(target).quant_method.process_weights_after_loading
-
     with connect(world.tiny_model("dense", 4), engine) as link:
         link.refit()
         wanted = world.logprobs(engine)
         fp8sync.refit(world.tiny_model("dense", 2), engine, world.recipe("blockwise-pow2"))
-        engine.apply_model(sabotage)
-        with pytest.raises(fp8sync.EngineUnusable, match="no memory left") as failure:
+        with (
+            world.failing_processing(engine, target),
+            pytest.raises(fp8sync.EngineUnusable, match="no memory left") as failure,
+        ):
             link.refit()
         assert isinstance(failure.value.__cause__, fp8sync.InstallFailed)
-        engine.apply_model(repair)
         link.refit()
         assert torch.equal(world.logprobs(engine), wanted)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -187,6 +188,26 @@ def stop_engine(llm: Any) -> None:
     if type(core).__name__ != "InprocClient":
         core.shutdown()
     gc.collect()
+
+
+@contextmanager
+def failing_processing(llm: Any, target: str) -> Iterator[None]:
+    """Let vLLM's own processing raise on one linear layer of a live engine."""
+
+    def sabotage(model: torch.nn.Module) -> None:
+        def fail(_: torch.nn.Module) -> None:
+            raise RuntimeError("no memory left")
+
+        model.get_submodule(target).quant_method.process_weights_after_loading = fail
+
+    def repair(model: torch.nn.Module) -> None:
+        del model.get_submodule(target).quant_method.process_weights_after_loading
+
+    llm.apply_model(sabotage)
+    try:
+        yield
+    finally:
+        llm.apply_model(repair)
 
 
 def forget_engines() -> None:

@@ -68,14 +68,6 @@ def send(group: NcclGroup) -> None:
     group.wait(group.exchange([(pattern(0), 1)], []), [1], "take a bucket")
 
 
-def test_a_message_arrives_whole() -> None:
-    unique_id = new_unique_id(loopback=True)
-    process = pair(taker, unique_id)
-    send(join(0, unique_id))
-    process.join(60)
-    assert process.exitcode == 0
-
-
 def listener(unique_id: str) -> None:
     group = join(1, unique_id)
     take(group)
@@ -84,13 +76,21 @@ def listener(unique_id: str) -> None:
     assert listening == {"127.0.0.1"}, listening
 
 
-def test_only_loopback_listens() -> None:
-    """In a process that has made no communicator before."""
+def passes(peer: Any) -> None:
     unique_id = new_unique_id(loopback=True)
-    process = pair(listener, unique_id)
+    process = pair(peer, unique_id)
     send(join(0, unique_id))
     process.join(60)
     assert process.exitcode == 0
+
+
+def test_a_message_arrives_whole() -> None:
+    passes(taker)
+
+
+def test_only_loopback_listens() -> None:
+    """In a process that has made no communicator before."""
+    passes(listener)
 
 
 @pytest.mark.parametrize("peer", [dier, sleeper])
