@@ -114,9 +114,13 @@ class Conductor:
         return self._member.portions
 
     @property
-    def lost(self) -> EngineLost | None:
-        """The loss of an engine among the faults of the version that is open."""
-        return next((fault for fault in self.faults if isinstance(fault, EngineLost)), None)
+    def lost(self) -> Fp8SyncError | None:
+        """The loss of workers among the faults of the version that is open, all of them by name.
+
+        An engine ends its other workers when one dies, so the first that is missed need not be that one.
+        """
+        found = [fault for fault in self.faults if isinstance(fault, EngineLost)]
+        return gathered(found) if found else None
 
     @property
     def hung_up(self) -> bool:
