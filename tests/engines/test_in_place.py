@@ -154,6 +154,7 @@ def test_auto_says_what_it_took_and_why(engine: Any, monkeypatch: pytest.MonkeyP
         pass  # gives back what the staged link reserved
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=2_000_000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2_000_000, 8_000_000))
     with connect(model, engine, "auto") as link:
         assert link.commit.startswith("in-place in ")
         assert "engine rank 0: staging takes" in link.commit

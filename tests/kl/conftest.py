@@ -4,7 +4,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.engines import world
 from tests.kl import trained
 
 if TYPE_CHECKING:
@@ -20,8 +19,4 @@ def policy(request: pytest.FixtureRequest) -> trained.Trained:
 @pytest.fixture(scope="module")
 def live(policy: trained.Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """An engine on dummy weights of the same model."""
-    folder = world.write_config(policy.model, tmp_path_factory.mktemp(policy.kind))
-    llm = world.start_engine(folder, load_format="dummy")
-    yield llm
-    del llm
-    world.forget_engines()
+    yield from trained.live_engine(policy, tmp_path_factory)

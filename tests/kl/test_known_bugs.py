@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,6 +12,21 @@ from fp8sync.verify.limits import FRESH_DIFFERENCE
 from tests.engines import world
 from tests.kl import trained
 from tests.kl.damage import DAMAGES, Damage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="module")
+def live(policy: trained.Trained, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """An engine whose kernels take scales of any size.
+
+    Powers of two rarely move while a model trains, and neighbours share them: a stale one is then the
+    right one.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_DEEP_GEMM", "0")
+        yield from trained.live_engine(policy, tmp_path_factory)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.name.replace(" ", "-"))

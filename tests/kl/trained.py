@@ -14,7 +14,10 @@ from scripts.demo.training import Trainer
 from tests.engines import world
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    import pytest
 
     import fp8sync
 
@@ -63,6 +66,15 @@ def limit(recipe: fp8sync.Recipe) -> Limit:
 
 def engine_log_probabilities(llm: Any, windows: torch.Tensor) -> torch.Tensor:
     return torch.stack([world.logprobs(llm, row) for row in windows.tolist()])
+
+
+def live_engine(trained: Trained, folders: pytest.TempPathFactory) -> Iterator[Any]:
+    """An engine on dummy weights, until it is no longer used."""
+    folder = world.write_config(trained.model, folders.mktemp(trained.kind))
+    llm = world.start_engine(folder, load_format="dummy")
+    yield llm
+    del llm
+    world.forget_engines()
 
 
 def fresh_engine(trained: Trained, folder: Path, formula: str | None) -> Any:
