@@ -108,16 +108,17 @@ class Auditor:
     ) -> str:
         place = _KINDS.index(kind)
         value = here[place]
+        it = "it" if kind == "weight" else f"its {kind}"
         if value == 0:
-            return "it holds zeros"
+            return f"{it} holds zeros"
         if self._before.get(unit.key, [None, None])[place : place + 1] == [value]:
-            return "it is stale: what the trainer held at the audit before"
+            return f"{it} is stale: what the trainer held at the audit before"
         ranks = [unit.rank, *sorted({u.rank for u in self._units} - {unit.rank})]
         for rank in ranks:
             other = names.get((rank, kind, value))
             if other is not None:
                 of = "" if rank == unit.rank else f" of engine rank {rank}"
-                return f"it holds {other}{of}"
+                return f"{it} holds {other}{of}"
         return ""
 
     def _look_closer(self, difference: Difference, unit: Unit) -> Difference:

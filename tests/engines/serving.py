@@ -71,6 +71,8 @@ async def refit_under_load(
 ) -> tuple[list[list[Sample]], fp8sync.RefitReport]:
     """Keep streams of every prompt running, one after the other, until a refit has ended.
 
+    It begins when the first stream has ended: then the engine is at work, and the others wait for room.
+
     Args:
         stream: (prompt, tokens) -> (all tokens, finish reason).
         refit: blocks.
@@ -78,17 +80,18 @@ async def refit_under_load(
     Returns:
         What each prompt's streams became, and the refit's report.
     """
-    ended = asyncio.Event()
+    first, ended = asyncio.Event(), asyncio.Event()
     found: list[list[Sample]] = [[] for _ in PROMPTS]
 
     async def busy(prompt: list[int], tokens: int, samples: list[Sample]) -> None:
         while not ended.is_set():
             samples.append(await stream(prompt, tokens))
+            first.set()
 
     each = [*zip(PROMPTS, TOKENS, found, strict=True)] * LANES
     tasks = [asyncio.ensure_future(busy(*item)) for item in each]
     try:
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(first.wait(), 120)
         report = await asyncio.to_thread(refit)
     finally:
         ended.set()

@@ -59,7 +59,7 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         config = transformers.DeepseekV3Config(**shape | {"topk_method": "noaux_tc"} | changes)
         model = transformers.DeepseekV3ForCausalLM(config)
     elif kind == "neox":
-        shape |= {"num_key_value_heads": shape["num_attention_heads"]}  # it knows no others
+        shape |= {"num_key_value_heads": 4, "head_dim": 64}  # it has no others, whatever it is told
         config = transformers.GPTNeoXConfig(**shape | {"rotary_pct": 1.0} | changes)
         model = transformers.GPTNeoXForCausalLM(config)
         model.embed_out = model._modules.pop("lm_head")  # as published checkpoints name it
