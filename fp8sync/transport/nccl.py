@@ -134,6 +134,8 @@ class NcclGroup:
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> torch.cuda.Event:
         """Enqueue one NCCL group on a stream of our own; see `Group`."""
+        # Before the group is begun: one left open would swallow this thread's later calls.
+        comm = self._alive()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         peers = [peer for _, peer in (*sends, *receives)]
         stream = ctypes.c_void_p(self._stream.cuda_stream)
@@ -143,7 +145,7 @@ class NcclGroup:
             for call, messages in ((_nccl().ncclSend, sends), (_nccl().ncclRecv, receives)):
                 for message, peer in messages:
                     address, size = ctypes.c_void_p(message.data_ptr()), message.numel()
-                    found = call(address, size, _UINT8, peer, self._alive(), stream)
+                    found = call(address, size, _UINT8, peer, comm, stream)
                     status = status if found in (_SUCCESS, _IN_PROGRESS) else found
             ended = _nccl().ncclGroupEnd()
             self._settle(status or ended, peers, "join an exchange")
