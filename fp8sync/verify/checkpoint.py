@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.recipe import BLOCK, Encoding
+from fp8sync.recipe import BLOCK, Encoding, Formula
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 if TYPE_CHECKING:
@@ -47,7 +47,11 @@ def write_config(config: Any, tensors: Iterable[str], recipe: Recipe, directory:
 
 @torch.no_grad()
 def quantize_checkpoint(
-    source: Path, target: Path, tensors: Mapping[str, TensorInfo], recipe: Recipe
+    source: Path,
+    target: Path,
+    tensors: Mapping[str, TensorInfo],
+    recipe: Recipe,
+    pairs: Mapping[str, Formula] | None = None,
 ) -> None:
     """Write the safetensors files of `source` as a fresh engine is to load them.
 
@@ -56,22 +60,30 @@ def quantize_checkpoint(
         target: holds config.json already.
         tensors: how the engine holds each; the plan's.
         recipe: with `dequantize`, the values of the pairs are written instead of the pairs.
+        pairs: what the trainer holds as FP8 pairs; an engine of another format gets these rounded values.
     """
     from safetensors.torch import load_file, save_file
 
     for path in sorted(source.glob("*.safetensors")):
         written: dict[str, torch.Tensor] = {}
         for name, weight in load_file(path).items():
-            info = tensors[name]
+            info, held = tensors[name], (pairs or {}).get(name)
+            passed_through = held is info.formula
+            values = weight if held is None or passed_through else _rounded(weight, held)
             if info.encoding is not Encoding.BLOCKWISE or info.formula is None:
-                written[name] = weight
-                continue
-            pair = quantize_blockwise(weight, info.formula.value)
-            if recipe.dequantize:
-                written[name] = dequantize_blockwise(pair.weight, pair.scale_inv, torch.bfloat16)
+                written[name] = values.to(weight.dtype)
+            elif recipe.dequantize:
+                written[name] = _rounded(values, info.formula).to(torch.bfloat16)
             else:
+                pair = quantize_blockwise(values, info.formula.value)
                 written[name], written[name + "_scale_inv"] = pair.weight, pair.scale_inv
         save_file(written, target / path.name, {"format": "pt"})
     index = source / "model.safetensors.index.json"
     if index.exists():
         raise ValueError(f"{index}: a checkpoint of several files; save it as one")
+
+
+def _rounded(weight: torch.Tensor, formula: Formula) -> torch.Tensor:
+    """Return the values of the FP8 pair that a formula makes of a weight, in float32."""
+    pair = quantize_blockwise(weight, formula.value)
+    return dequantize_blockwise(pair.weight, pair.scale_inv, torch.float32)

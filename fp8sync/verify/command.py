@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_parser"]
 
+_REQUANTIZED = "FP8 pairs that do not fit are converted, as --on-format-mismatch asks"
+
 
 def add_parser(commands: Any) -> None:
     """Add the command to a parser's subcommands."""
@@ -34,6 +36,12 @@ def add_parser(commands: Any) -> None:
         help="replicated, fsdp2, or Megatron's axes: tp=2,pp=2,ep=4",
     )
     parser.add_argument("--fp8-parameters", action="store_true", help="of Megatron's linear layers")
+    parser.add_argument(
+        "--on-format-mismatch",
+        choices=("error", "requantize"),
+        default="error",
+        help="of FP8 pairs that the engine cannot take as they are: refuse, or convert them on the way",
+    )
     parser.add_argument("--engine-tp", type=int, default=1, help="tensor-parallel engine workers")
     parser.add_argument("--engine-ep", action="store_true", help="expert-parallel engine")
     parser.add_argument("--kv-cache-dtype", help="of the engine, such as fp8")
@@ -95,7 +103,8 @@ def _verify(arguments: argparse.Namespace) -> int:
     served = Orders(arguments.engine_at).about_host() if arguments.engine_at else None
     holds_fp8 = served["fp8"] if served else fp8_is_supported()
     dequantize = Recipe(arguments.recipe).quantizes and not holds_fp8
-    recipe = Recipe(arguments.recipe, dequantize=dequantize)
+    mismatch = arguments.on_format_mismatch
+    recipe = Recipe(arguments.recipe, dequantize=dequantize, on_format_mismatch=mismatch)
     subject = load_trainer(
         arguments.model, arguments.trainer, fp8_parameters=arguments.fp8_parameters
     )
@@ -110,6 +119,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         steps=0 if arguments.fp8_parameters else arguments.steps,
         seed=arguments.seed,
         engine=_engine_options(arguments),
+        fp8_parameters=arguments.fp8_parameters,
         saved=arguments.model,
         host=arguments.host,
         engine_at=arguments.engine_at,
@@ -119,7 +129,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         "model": str(arguments.model.name),
         "trainer": f"{arguments.trainer} x {dist.get_world_size() if under_torchrun else 1}",
         "engine": f"tp{arguments.engine_tp}{' ep' if arguments.engine_ep else ''}",
-        "note": subject.note,
+        "note": "; ".join(filter(None, [subject.note, _REQUANTIZED * recipe.requantizes])),
         "seconds": time.perf_counter() - began,
         "versions": {**(served["versions"] if served else {}), **environment()},
     }

@@ -86,11 +86,18 @@ FRESH_DIFFERENCE = 0.0
 kernels, same order of operations. Any other number means that some byte is not where a load puts it."""
 
 
-def limit_of(recipe: Recipe, *, fp8_cache: bool = False) -> Limit:
-    """Return what any model has to keep to under a recipe, in an engine with or without an FP8 cache."""
+def limit_of(recipe: Recipe, *, fp8_cache: bool = False, fp8_parameters: bool = False) -> Limit:
+    """Return what any model has to keep to under a recipe.
+
+    Args:
+        recipe: of the link.
+        fp8_cache: whether the engine has one.
+        fp8_parameters: whether the trainer holds FP8 weights, while the policy that is compared with is
+            BF16: an engine in BF16, too, then has weights that were rounded.
+    """
     if fp8_cache:
         return LIMITS["quantized, FP8 cache"]
-    return LIMITS["quantized" if recipe.quantizes else "unquantized"]
+    return LIMITS["quantized" if recipe.quantizes or fp8_parameters else "unquantized"]
 
 
 def exceeded(agreement: Agreement, limit: Limit) -> list[str]:

@@ -23,8 +23,9 @@ import torch.distributed as dist
 
 from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 from fp8sync.link import connect
+from fp8sync.manifest import TensorInfo
 from fp8sync.sources import as_source
-from fp8sync.trainers import rank_and_size
+from fp8sync.trainers import exchange, rank_and_size
 from fp8sync.verify.agreement import compare
 from fp8sync.verify.checkpoint import quantize_checkpoint, write_config
 from fp8sync.verify.engines import start_engine
@@ -63,6 +64,7 @@ class Settings:
         seed: of prompts and sampling.
         engine: options of `vllm.LLM`, such as `tensor_parallel_size`.
         host: address of the rendezvous; trainer ranks of other nodes have to reach it.
+        fp8_parameters: whether the trainer's weights are rounded to FP8, unlike its policy's.
         saved: a BF16 checkpoint of the trainer's weights, for the fresh load; left out without one.
         engine_at: folder shared with a host (`fp8sync.verify.host`) that serves the engine; without, it
             runs where trainer rank 0 does.
@@ -74,6 +76,7 @@ class Settings:
     steps: int = 2
     seed: int = 0
     engine: dict[str, Any] = field(default_factory=dict)
+    fp8_parameters: bool = False
     saved: Path | None = None
     host: str = "127.0.0.1"
     engine_at: Path | None = None
@@ -87,7 +90,9 @@ class Settings:
     def limit(self) -> Limit:
         """What the two policies have to keep to."""
         cache = str(self.engine.get("kv_cache_dtype", ""))
-        return limit_of(self.recipe, fp8_cache=cache.startswith("fp8"))
+        return limit_of(
+            self.recipe, fp8_cache=cache.startswith("fp8"), fp8_parameters=self.fp8_parameters
+        )
 
 
 def verify(subject: Subject, settings: Settings) -> Result:
@@ -122,12 +127,12 @@ def _about(settings: Settings) -> Result:
 
 def _verify(subject: Subject, settings: Settings) -> Result:
     rank, config = rank_and_size()[0], subject.config
-    names = list(as_source(subject.source).manifest().tensors)
+    held = _held(subject)
     shared = settings.engine_at
     with tempfile.TemporaryDirectory(prefix="fp8sync-verify-", dir=shared) as folder:
         engine = None
         if rank == 0:
-            directory = write_config(config, names, settings.recipe, Path(folder) / "dummy")
+            directory = write_config(config, held, settings.recipe, Path(folder) / "dummy")
             engine = settings.start(directory, config, load_format="dummy")
         if dist.is_initialized():
             dist.barrier()  # engines of large models take longer to start than a link waits
@@ -137,8 +142,9 @@ def _verify(subject: Subject, settings: Settings) -> Result:
             if engine is not None:
                 engine.stop()
         if rank == 0 and settings.saved is not None:
-            fresh = write_config(config, names, settings.recipe, Path(folder) / "fresh")
-            quantize_checkpoint(settings.saved, fresh, tensors, settings.recipe)
+            fresh = write_config(config, held, settings.recipe, Path(folder) / "fresh")
+            pairs = {name: info.formula for name, info in held.items() if info.formula}
+            quantize_checkpoint(settings.saved, fresh, tensors, settings.recipe, pairs)
             difference = _fresh_difference(fresh, tokens, found, config, settings)
             result["fresh_difference"] = difference
             if not difference <= FRESH_DIFFERENCE:
@@ -146,6 +152,13 @@ def _verify(subject: Subject, settings: Settings) -> Result:
                     f"a fresh load: log-probabilities differ by {difference:.3g}, expected 0.0"
                 )
     return result
+
+
+def _held(subject: Subject) -> dict[str, TensorInfo]:
+    """What the trainer's ranks hold together: a stage of a pipeline has some layers only."""
+    own = as_source(subject.source).manifest().tensors.values()
+    told = exchange([info.to_json() for info in own])
+    return {each[0]: TensorInfo.from_json(each) for tensors in told for each in tensors}
 
 
 def _prove(

@@ -48,6 +48,9 @@ def test_a_dry_run_submits_nothing(
     assert all("--account=A" in line for line in lines)
     names = [line.split("'")[1] for line in lines]
     assert len(names) == len(set(names))
+    asked = [name for name, line in zip(names, lines, strict=True) if "requantize" in line]
+    assert asked == [name for name in names if "_fp8_bf16_" in name]
+    assert asked
     # FP8 parameters are Megatron's alone, expert axes those of models with experts.
     assert "dense_fp8_fp8-kv_tp2_tp4" in names
     assert "gated-moe_fp8_fp8_ep8pp2_tp8" in names

@@ -59,3 +59,4 @@ def test_every_recipe_has_limits_with_a_reason() -> None:
         narrow, wide = REGRESSION[name], limit_of(Recipe(name))
         assert narrow.kl_engine_trainer < wide.kl_engine_trainer
         assert wide.kl_engine_trainer < limit_of(Recipe(name), fp8_cache=True).kl_engine_trainer
+        assert limit_of(Recipe(name), fp8_parameters=True) is LIMITS["quantized"]

@@ -44,6 +44,30 @@ def test_pairs_or_their_values(tmp_path: Path, *, dequantize: bool) -> None:
         assert torch.equal(found[NAME + "_scale_inv"], pair.scale_inv)
 
 
+@pytest.mark.parametrize("wanted", [None, Formula.FP32, Formula.POW2])
+def test_what_a_trainer_holds_in_fp8_is_rounded_first(
+    tmp_path: Path, wanted: Formula | None
+) -> None:
+    weight = torch.randn(256, 128, dtype=torch.bfloat16)
+    for folder in ("in", "out"):
+        (tmp_path / folder).mkdir()
+    save_file({NAME: weight}, tmp_path / "in/model.safetensors")
+    how = (Encoding.BLOCKWISE, wanted) if wanted else ()
+    tensors = {NAME: TensorInfo(NAME, (256, 128), "bfloat16", *how)}
+    places = tmp_path / "in", tmp_path / "out"
+    quantize_checkpoint(*places, tensors, Recipe("blockwise"), {NAME: Formula.FP32})
+    found = load_file(tmp_path / "out/model.safetensors")
+    held = quantize_blockwise(weight, "fp32")
+    values = held.weight.float() * held.scale_inv.repeat_interleave(128, 0)
+    if wanted is None:
+        assert torch.equal(found[NAME], values.to(torch.bfloat16))
+        assert not torch.equal(found[NAME], weight)
+    else:  # passed through as it is, or quantized anew
+        expected = held if wanted is Formula.FP32 else quantize_blockwise(values, "pow2")
+        assert torch.equal(found[NAME].view(torch.uint8), expected.weight.view(torch.uint8))
+        assert torch.equal(found[NAME + "_scale_inv"], expected.scale_inv)
+
+
 def test_config_names_what_stays_unquantized(tmp_path: Path) -> None:
     model = world.tiny_model("moe", 0)
     names = [name for name, _ in world.hf_tensors(model)]
