@@ -17,15 +17,30 @@ __all__ = ["render"]
 
 Result = dict[str, Any]
 _LINKS = 12
+_STOPPED: Result = {
+    "refits": [],
+    "errors": {},
+    "links": [],
+    "unread": {},
+    "misc": {},
+    "versions": {},
+}
+"""Of a run that an error stopped before there were any figures."""
 
 
-def render(results: Mapping[str, Result]) -> str:
+def render(written: Mapping[str, Result]) -> str:
     """Return the page of results by name, as `fp8sync verify --json` writes them."""
+    idle = {name: result["not_run"] for name, result in written.items() if "not_run" in result}
+    results = {name: _STOPPED | r for name, r in written.items() if name not in idle}
     failures = [f"{name}: {f}" for name, result in results.items() for f in result["failures"]]
-    success = f"{len(results)} of {len(results)} kept to every limit."
+    kept = f"{len(results)} of {len(results)} kept to every limit."
+    success = kept if results else "Nothing was run."
+    if idle:
+        success += f" {len(idle)} not run, for reasons below."
     parts = [
         verdict(failures, success),
         section("Policies", _ABOUT_POLICIES, _policies(results)),
+        section("Not run", "", definitions(idle.items(), "Every case ran.")),
         section("Policies over refits", _ABOUT_OVER, _each(results, _divergence, "Not compared.")),
         section(
             "Error over refits",

@@ -74,7 +74,7 @@ run_case() {
     local status=0
     step --nodes="$trainers" --nodelist="$(IFS=,; echo "${nodes[*]:0:trainers}")" "${command[@]}" || status=$?
     if [[ -n $host ]]; then
-        kill "$host" 2>/dev/null || true
+        if [[ -z $DRYRUN ]]; then kill "$host" 2>/dev/null || true; fi
         wait "$host" || true
     fi
     # Whole or not at all; a failed verdict is a result, too. Whatever wrote none is told by the log.

@@ -33,6 +33,7 @@ ENGINES = {
     "fp8": ("blockwise", ""),
     "fp8-kv": ("blockwise", "--kv-cache-dtype fp8"),
 }
+_LOST = "the job left no result: see its log"
 _DONE = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL"}
 
 
@@ -101,8 +102,14 @@ def submit(options: argparse.Namespace) -> int:
         log.parent.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **settings}
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+            command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True
         )
+        if done.returncode:
+            said = " ".join(done.stderr.split()) or f"sbatch ended with {done.returncode}"
+            result = options.results / f"{case.name}.json"
+            result.write_text(json.dumps({"not_run": said, "failures": []}), encoding="utf-8")
+            print(f"{case.name}: {said}", file=sys.stderr)
+            continue
         jobs.append(done.stdout.strip().partition(";")[0])
         print(f"{jobs[-1]} {case.name}")
     if options.wait and jobs:
@@ -139,8 +146,7 @@ def summary(results: Path, expected: Sequence[str] = (), may_not_run: Sequence[s
         0 if every case passed, or was not run and may be.
     """
     found = _read(results)
-    started = {log.stem.rpartition("-")[0] for log in (results / "logs").glob("*.log")}
-    names = sorted({*found, *started, *expected})
+    names = sorted({*_names(results), *expected})
     head = f"{'case':36} {'KL(engine‖trainer)':>18} {'KL(trainer‖engine)':>18} {'ratio':>7}"
     print(f"{head} {'fresh':>7} {'refit s':>8}  verdict")
     print(*(f"{name:36} {_line(found.get(name))}" for name in names), sep="\n")
@@ -154,6 +160,12 @@ def summary(results: Path, expected: Sequence[str] = (), may_not_run: Sequence[s
     return 0 if names and all(allowed) else 1
 
 
+def _names(results: Path) -> set[str]:
+    """Cases that left a result or a log."""
+    started = {log.stem.rpartition("-")[0] for log in (results / "logs").glob("*.log")}
+    return started | set(_read(results))
+
+
 def _read(results: Path) -> dict[str, dict[str, Any]]:
     paths = sorted(path for path in results.glob("*.json") if not path.name.startswith("."))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
@@ -162,8 +174,9 @@ def _read(results: Path) -> dict[str, dict[str, Any]]:
 def _write_page(results: Path, target: Path) -> None:
     from fp8sync.pages.verdicts import render
 
-    ran = {name: result for name, result in _read(results).items() if "not_run" not in result}
-    target.write_text(render(ran), encoding="utf-8")
+    found = _read(results)
+    lost = {name: {"failures": [_LOST]} for name in _names(results) if name not in found}
+    target.write_text(render(dict(sorted((found | lost).items()))), encoding="utf-8")
 
 
 def _verdict(result: dict[str, Any] | None) -> str:
@@ -177,7 +190,7 @@ def _verdict(result: dict[str, Any] | None) -> str:
 def _line(result: dict[str, Any] | None) -> str:
     verdict = _verdict(result)
     if result is None:
-        return f"{verdict}: see its log"
+        return f"{verdict}: {_LOST}"
     if "agreement" not in result:
         return f"{verdict}: {result.get('not_run') or '; '.join(result['failures'][:3])}"
     agreement = result["agreement"]

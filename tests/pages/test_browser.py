@@ -42,6 +42,7 @@ def page_html(request: pytest.FixtureRequest) -> str:
     failures = ("policies: kl_engine_trainer: 0.3, above the limit 0.01",)
     cases = {f"dense_bf16_fp8_ep4tp2pp2_tp{n}": result() for n in range(3)}
     cases["mla_bf16_fp8_tp2_tp4"] = refused()
+    cases["hybrid_bf16_fp8_two_nodes"] = {"not_run": "the engine does not start: " + "x" * 90}
     return render(cases | {"gated-moe_fp8_fp8-kv_ep8pp2_tp8": result(failures)})
 
 

@@ -25,6 +25,20 @@ def test_a_refusal_is_said_and_draws_nothing() -> None:
     assert "<svg" not in page
 
 
+def test_what_was_not_run_is_listed_with_its_reason_and_not_counted() -> None:
+    page = render({"one": result(), "two": {"not_run": "no <MLA> here", "failures": []}})
+    assert "1 of 1 kept to every limit. 1 not run, for reasons below." in page
+    assert "<td>two</td><td>no &lt;MLA&gt; here</td>" in page
+    assert "Every case ran" in render({"one": result()})
+    assert "kept to every limit" not in render({"two": {"not_run": "x", "failures": []}})
+
+
+def test_a_run_that_was_stopped_has_failures_and_no_figures() -> None:
+    page = render({"one": {"failures": ["TransferTimeout: no engine"], "versions": {}}})
+    assert "one: TransferTimeout: no engine" in page
+    assert "<svg" not in page
+
+
 def test_errors_that_were_not_measured_draw_nothing() -> None:
     unmeasured = result() | {"errors": {"model.layers.0.mlp.up_proj.weight": float("nan")}}
     assert "errors were not measured" in render({"one": unmeasured})

@@ -8,6 +8,6 @@
 source "${SLURM_SUBMIT_DIR:-.}/scripts/slurm/common.sh"
 
 RANKS_PER_NODE=${RANKS_PER_NODE:-4}
-TRAINER_ARGS=(--trainer tp=2,ep=4)
+TRAINER_ARGS=(--trainer tp=2,ep=4,etp=1)
 ENGINE_ARGS=(--engine-tp 4)
 run_case
