@@ -4,7 +4,7 @@
 #   scripts/try_versions.sh          as CI does: every Python without torch; kernels on the lowest Triton
 #   scripts/try_versions.sh --torch  the lowest and the highest torch, too: their builds for CUDA, 9 GB each
 #
-# A Python that is not on this machine is named and passed over.
+# Fails if one of them is not on this machine, as python3.10 or in ~/.pyenv/versions, and names it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHONS=(3.10 3.13)
@@ -44,7 +44,7 @@ tests() { # python, pytest's arguments
 
 without_torch() {
     local python said
-    python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
+    python=$(find_python "$1")
     environment "$python" "$1" "${TOOLS[@]}"
     "$home/$1/bin/fp8sync" plan --model qwen3-30b-a3b --trainer tp=2,pp=2,dp=2,ep=4,etp=1 \
         --engine tp=2 >/dev/null
@@ -62,13 +62,22 @@ lowest_triton() {
 
 with_torch() {
     local python said
-    python=$(find_python "$1") || { echo "Python $1: not on this machine, not run"; return; }
+    python=$(find_python "$1")
     environment "$python" "torch-$2" "${TOOLS[@]}" "torch==$2" "$3" psutil safetensors
     said=$(tests "$home/torch-$2/bin/python" tests/unit tests/golden --ignore tests/unit/test_calibrate.py)
     echo "Python $1, torch $2: $said"
     said=$(TRITON_INTERPRET=1 tests "$home/torch-$2/bin/python" tests/kernels/interpreter)
     echo "Python $1, torch $2, its Triton, interpreted: $said"
 }
+
+missing=()
+for version in "${PYTHONS[@]}"; do
+    find_python "$version" >/dev/null || missing+=("$version")
+done
+if ((${#missing[@]})); then
+    echo "not on this machine, or without venv and ensurepip: Python ${missing[*]}" >&2
+    exit 1
+fi
 
 printf '#!/bin/sh\nPYTHONPATH="%s:$PYTHONPATH" exec "%s" "$@"\n' "$home/triton" "$builder" >"$home/kernels"
 chmod +x "$home/kernels"

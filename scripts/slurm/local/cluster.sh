@@ -34,6 +34,7 @@ SlurmdPidFile=$home/%n.pid
 SlurmctldLogFile=$home/log/slurmctld.log
 SlurmdLogFile=$home/log/%n.log
 JobRequeue=1
+EnforcePartLimits=ALL
 ReturnToService=2
 PartitionName=local Nodes=ALL Default=YES MaxTime=60 State=UP OverSubscribe=EXCLUSIVE
 CONF

@@ -43,12 +43,15 @@ RANKS_PER_NODE=1 ENGINE_TP=1 run bf16 fp8 fsdp2_nodes dense
 if [[ -x $MEGATRON_PYTHON ]]; then
     export ENGINE_PYTHON=$PYTHON PYTHON=$MEGATRON_PYTHON VERIFY=scripts.slurm.local.megatron_cpu
 fi
-unset RANKS_PER_NODE
+unset RANKS_PER_NODE ENGINE_TP
 run "bf16 fp8" fp8 tp2_tp4 dense
-run bf16 fp8 "ep4tp2_tp4 ep8pp2_tp8" gated-moe
-may_not_run=("mla_*" "hybrid_*" "*_ep8pp2_tp8")
-if [[ -z ${ENGINE_PYTHON:-} ]]; then may_not_run+=("*_tp2_tp4" "*_ep4tp2_tp4"); fi
+run fp8 bf16 tp2_tp4 dense # converted on the way
+run bf16 fp8 tp2pp2_tp4 dense
+run bf16 fp8 "ep4tp2_tp4 ep4tp2pp2_tp4 ep8pp2_tp8" gated-moe
+may_not_run=("mla_*" "hybrid_*" "*_ep4tp2pp2_tp4" "*_ep8pp2_tp8")
+if [[ -z ${ENGINE_PYTHON:-} ]]; then may_not_run+=("*_tp2_tp4" "*_tp2pp2_tp4" "*_ep4tp2_tp4"); fi
 
-timeout 1500 bash -c 'while [[ -n $(squeue --noheader) ]]; do sleep 2; done'
+timeout 1800 bash -c 'while [[ -n $(squeue --noheader) ]]; do sleep 2; done'
 grep --quiet "start 1" "$results"/logs/$requeued-*.log
-"$PYTHON" scripts/slurm/matrix.py summary "$results" --may-not-run "${may_not_run[@]}"
+"${ENGINE_PYTHON:-$PYTHON}" scripts/slurm/matrix.py summary "$results" --may-not-run "${may_not_run[@]}" \
+    --report "$results/matrix.html"
