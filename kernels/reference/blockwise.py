@@ -84,10 +84,10 @@ def dequantize_blockwise(
     Raises:
         ValueError: `scale_inv` does not have the shape that `weight` asks for.
     """
-    if tuple(scale_inv.shape) != grid_shape(weight, (0, 0)):
+    grid = grid_shape(weight, (0, 0), (torch.float8_e4m3fn,))
+    if tuple(scale_inv.shape) != grid:
         raise ValueError(
-            f"scale_inv has shape {tuple(scale_inv.shape)}, weight {tuple(weight.shape)} needs "
-            f"{grid_shape(weight, (0, 0))}"
+            f"scale_inv has shape {tuple(scale_inv.shape)}, weight {tuple(weight.shape)} needs {grid}"
         )
     return (weight.float() * expand_blocks(scale_inv, weight.shape)).to(dtype)
 
@@ -143,10 +143,13 @@ def count_nonfinite(x: torch.Tensor) -> torch.Tensor:
     return (~x.isfinite()).sum()
 
 
-def grid_shape(x: torch.Tensor, origin: tuple[int, int]) -> tuple[int, int]:
+def grid_shape(
+    x: torch.Tensor, origin: tuple[int, int], dtypes: tuple[torch.dtype, ...] = SOURCE_DTYPES
+) -> tuple[int, int]:
     """Blocks that the rectangle `x` touches when it starts at `origin` of a block."""
-    if x.dim() != 2 or x.dtype not in (*SOURCE_DTYPES, torch.float8_e4m3fn):
-        raise TypeError(f"expected a 2-D bf16, fp16 or fp32 tensor, got {x.dim()}-D {x.dtype}")
+    if x.dim() != 2 or x.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"expected a 2-D tensor of {names}, got {x.dim()}-D {x.dtype}")
     if not all(0 <= start < BLOCK for start in origin):
         raise ValueError(f"origin {origin} lies outside a {BLOCK}x{BLOCK} block")
     rows, cols = (-(-(start + n) // BLOCK) for start, n in zip(origin, x.shape, strict=True))

@@ -164,6 +164,12 @@ def test_wrong_arguments():
         quantize_blockwise(torch.zeros(2, 2), "e8m0")
     with pytest.raises(TypeError, match="2-D"):
         quantize_blockwise(torch.zeros(2), "pow2")
+    with pytest.raises(
+        TypeError, match=r"2-D tensor of bfloat16, float16, float32, got 2-D .*float8"
+    ):
+        quantize_blockwise(torch.zeros(2, 2).to(torch.float8_e4m3fn), "pow2")
+    with pytest.raises(TypeError, match=r"2-D tensor of float8_e4m3fn, got 2-D .*float32"):
+        dequantize_blockwise(torch.zeros(2, 2), torch.ones(1, 1), torch.half)
     with pytest.raises(ValueError, match="outside"):
         quantize_blockwise(torch.zeros(2, 2), "pow2", origin=(128, 0))
     with pytest.raises(ValueError, match="needs"):
