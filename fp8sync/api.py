@@ -73,11 +73,14 @@ def refit(
         What was done: version, bytes, seconds per stage, route and error per tensor.
 
     Raises:
-        Fp8SyncError: one of `fp8sync.errors`; the engine then serves its old weights, except for
-            `EngineUnusable` (`Link.refit`).
+        ValueError: unknown `recipe`, `in_flight`, `scales` or `commit`.
+        Fp8SyncError: one of `fp8sync.errors`: at the first call what `fp8sync.connect` raises, and always
+            what `Link.refit` raises, which says what the engine serves then.
 
-    Example:
+    Examples:
         >>> report = fp8sync.refit(model, llm, recipe="blockwise")  # doctest: +SKIP
+        >>> report.version  # doctest: +SKIP
+        1
     """
     wanted = Recipe.of(recipe, scales)
     key = _name(model), _name(engine)
@@ -113,8 +116,9 @@ def restore_kv_scales(engine: Any) -> None:
     Raises:
         RefitInProgress: the engine is being refitted or connected.
         TransferTimeout, EngineLost: it did not answer, or is gone.
+        UnsupportedLayout: not an engine that fp8sync can drive.
 
-    Example:
+    Examples:
         >>> llm.wake_up(["kv_cache"])  # doctest: +SKIP
         >>> fp8sync.restore_kv_scales(llm)  # doctest: +SKIP
     """
@@ -124,13 +128,13 @@ def restore_kv_scales(engine: Any) -> None:
 def close(model: Any = None, engine: Any = None) -> None:
     """Close the links that `refit` keeps, and let go of their models and engines.
 
+    The engines go on with the weights that they have. What has no link is passed over.
+
     Args:
         model: only links of this model.
         engine: only links of this engine, or of this list of engines.
 
-    What has no link is passed over.
-
-    Example:
+    Examples:
         >>> fp8sync.close(engine=llm)  # doctest: +SKIP
     """
     wanted = _name(model), _name(engine)

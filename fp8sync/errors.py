@@ -31,11 +31,22 @@ __all__ = [
 
 
 class Fp8SyncError(Exception):
-    """Base of all fp8sync errors.
+    """Base of all fp8sync errors; docs/operating.md says of each what to do then.
 
     Args:
         summary: one sentence.
         violations: every single fault, one line each.
+
+    Examples:
+        >>> import torch
+        >>> from fp8sync.sources import ModuleSource
+        >>> try:
+        ...     ModuleSource(torch.nn.Linear(2, 2, device="meta")).manifest()
+        ... except Fp8SyncError as error:
+        ...     print(f"{type(error).__name__}: {error}")
+        UnsupportedLayout: not a plain module
+          - weight: expected data, found a meta tensor
+          - bias: expected data, found a meta tensor
     """
 
     def __init__(self, summary: str, violations: Sequence[str] = ()) -> None:
@@ -81,7 +92,7 @@ class TransferTimeout(Fp8SyncError):
 
 
 class EngineLost(Fp8SyncError):
-    """The engine (or one of its workers) is gone."""
+    """The engine, one of its workers or another rank is gone, or another link has taken the engine."""
 
 
 class EngineUnusable(Fp8SyncError):
@@ -89,7 +100,10 @@ class EngineUnusable(Fp8SyncError):
 
 
 class InstallFailed(Fp8SyncError):
-    """The engine could not process the received weights; it keeps its old ones."""
+    """The engine could not process the received weights and keeps its old ones.
+
+    Of what fails after all had agreed to install (a worker, the prefix cache), the message says what serves.
+    """
 
 
 class PeerFailed(Fp8SyncError):
@@ -120,7 +134,12 @@ _BY_NAME: dict[str, type[Fp8SyncError]] = {
 
 
 def from_wire(data: Mapping[str, Any]) -> Fp8SyncError:
-    """Rebuild an error sent by a peer; an unknown kind becomes the base class."""
+    """Rebuild an error sent by a peer; an unknown kind becomes the base class.
+
+    Examples:
+        >>> from_wire(EngineLost("worker 3 is gone").to_wire())
+        EngineLost('worker 3 is gone')
+    """
     cls = _BY_NAME.get(str(data.get("kind")), Fp8SyncError)
     return cls(str(data.get("summary", "")), [str(v) for v in data.get("violations", ())])
 
@@ -130,6 +149,10 @@ def gathered(errors: Sequence[Fp8SyncError]) -> Fp8SyncError:
 
     Args:
         errors: at least one; causes before their consequences.
+
+    Examples:
+        >>> gathered([EngineLost("worker 3 is gone"), PeerFailed("worker 2 stopped")]).violations
+        ('worker 2 stopped',)
     """
     first, *others = errors
     if not others:

@@ -38,7 +38,17 @@ ITEMSIZE = {
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """A strided rectangle of a named local storage; offset and strides in elements."""
+    """A strided rectangle of a named local storage.
+
+    Args:
+        storage: a key of `Source.storages`.
+        offset: elements from the storage's first to the rectangle's.
+        strides: elements from one index to the next, for each dim of the rectangle.
+
+    Examples:
+        >>> Placement("qkv", 0, (512, 1)).at((128, 0))
+        Placement(storage='qkv', offset=65536, strides=(512, 1))
+    """
 
     storage: str
     offset: int
@@ -63,11 +73,19 @@ class Placement:
 class Box:
     """A rectangle of an HF tensor and where one rank keeps it.
 
-    `start` and `shape` are in elements of the HF tensor. `scale_at` places the rectangle of
-    `weight_scale_inv` that belongs to it (index = element index // 128), where the side keeps one.
+    Args:
+        tensor: HF parameter name.
+        start: first element in the HF tensor.
+        shape: elements of each dim.
+        at: where they lie.
+        scale_at: the rectangle of `weight_scale_inv` that belongs to it (index = element index // 128),
+            where the side keeps one.
+        scale_origin: given by a source whose blocks are not the HF tensor's (a shard that was quantized by
+            itself): where the rectangle's first element lies within the block of the scale at `scale_at`.
 
-    `scale_origin` is given by a source whose blocks are not the HF tensor's (a shard that was quantized
-    by itself): where the rectangle's first element lies within the block of the scale at `scale_at`.
+    Examples:
+        >>> at = Placement("qkv", 65536, (512, 1))
+        >>> box = Box("model.layers.0.self_attn.k_proj.weight", (0, 0), (64, 512), at)
     """
 
     tensor: str
@@ -104,6 +122,10 @@ class TensorInfo:
         formula: for blockwise encoding, the scale formula the side holds or wants.
         misc: empty for the bulk path; otherwise the reason why the whole tensor goes through the
             engine's own loader.
+
+    Examples:
+        >>> TensorInfo("lm_head.weight", (256, 128), "bfloat16").numel
+        32768
     """
 
     name: str
@@ -132,7 +154,19 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All boxes of one side, by rank, and the tensors they are boxes of."""
+    """All boxes of one side, by rank, and the tensors they are boxes of.
+
+    Args:
+        tensors: by name.
+        ranks: boxes by rank.
+
+    Examples:
+        >>> info = TensorInfo("model.norm.weight", (128,), "bfloat16")
+        >>> box = Box(info.name, (0,), (128,), Placement("norm", 0, (1,)))
+        >>> manifest = Manifest.of([info], {0: [box]})
+        >>> Manifest.from_json(manifest.to_json()) == manifest
+        True
+    """
 
     tensors: Mapping[str, TensorInfo]
     ranks: Mapping[int, tuple[Box, ...]] = field(default_factory=dict)

@@ -53,9 +53,10 @@ class Recipe:
             them for an engine that keeps them unquantized. The report has the error that this makes.
 
     Raises:
-        ValueError: unknown name, `dequantize` with `bf16`, or `misc` where there are no scales.
+        ValueError: unknown `name`, `scales` or `on_format_mismatch`, `dequantize` with `bf16`, or `misc` where
+            the engine holds no scales.
 
-    Example:
+    Examples:
         >>> Recipe("blockwise-pow2", scales="misc").quantizes
         True
     """
@@ -83,7 +84,11 @@ class Recipe:
 
     @classmethod
     def of(cls, recipe: str | Recipe, scales: str | None = None) -> Recipe:
-        """Return `recipe` itself, or the recipe of that name; with `scales`, if given."""
+        """Return `recipe` itself, or the recipe of that name; with `scales`, if given.
+
+        Raises:
+            ValueError: as for `Recipe`.
+        """
         found = recipe if isinstance(recipe, Recipe) else cls(recipe)
         return found if scales is None else replace(found, scales=scales)
 

@@ -35,7 +35,7 @@ class TensorReport:
         error: relative Frobenius error of quantization, ‖dequantized - w‖ / ‖w‖; 0.0 for plain, NaN
             where it was not measured: on every transport but `gloo`, and of FP8 pairs passed through.
 
-    Example:
+    Examples:
         >>> sorted(report.tensors, key=lambda t: t.bytes)[-1].name  # doctest: +SKIP
         'model.embed_tokens.weight'
     """
@@ -68,7 +68,7 @@ class RefitReport:
         host_s: seconds in which this rank's calling thread neither waited (for a GPU, the wire, a peer,
             vLLM) nor, on a trainer without a GPU, quantized.
 
-    Example:
+    Examples:
         >>> report = fp8sync.refit(model, llm)  # doctest: +SKIP
         >>> report.pause_s, [t.name for t in report.tensors if t.route == "misc"]  # doctest: +SKIP
         (0.022, [])

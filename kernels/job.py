@@ -4,8 +4,7 @@ Each function here returns one `Job`, checked; `fp8sync_kernels.table.build_tabl
 them into a descriptor table. A job holds addresses only. Its memory must stay where it is, and
 allocated, for as long as a table made from the job is launched.
 
-    jobs = [quantize(x, "pow2", weight, scale_inv, Part(slot=0)),
-            copy(norm, bucket_bytes, Part(slot=1))]
+What comes of them is shown by `fp8sync_kernels.run_table`.
 """
 
 from __future__ import annotations
@@ -31,6 +30,11 @@ class Matrix:
         cols: elements in a row.
         stride: elements from one row to the next.
         dtype: of the elements.
+
+    Examples:
+        >>> half = Matrix.of(torch.zeros(4, 8)[:, :2])
+        >>> half.rows, half.cols, half.stride, half.as_bytes().cols
+        (4, 2, 8, 8)
     """
 
     address: int
@@ -85,6 +89,9 @@ class Part:
         pitch: bytes from one row to the next; None: rows follow each other.
         scale_base: bytes, position of the first scale_inv; None: behind the codes.
         scale_pitch: bytes from one row of scale_inv to the next; None: rows follow each other.
+
+    Examples:
+        >>> right = Part(slot=3, base=128, pitch=256)  # the right half of a matrix of 256 columns
     """
 
     slot: int = 0
@@ -96,7 +103,22 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """One rectangle's work, with everything a table row needs. Made by the functions below."""
+    """One rectangle's work, with everything a table row needs. Made by the functions below.
+
+    Attributes:
+        op: what is done.
+        source: read.
+        destination: written; None: digest only.
+        scale_inv: float32 of each block touched, written or read; None: neither.
+        amax: float32 of each block touched, written or read; None: neither.
+        origin: position of the source's first element within its first block.
+        part: of the digest.
+
+    Examples:
+        >>> norm = torch.ones(128)
+        >>> copy(norm, torch.empty_like(norm)).op.name
+        'COPY'
+    """
 
     op: Op
     source: Matrix
@@ -128,6 +150,15 @@ def quantize(
         part: of the digest.
         amax: float32 ``[blocks down, blocks across]`` to use in the place of x's own maximum.
         origin: position of x's first element within its first block.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: unknown formula, an origin outside a block, or shapes that do not fit.
+
+    Examples:
+        >>> x, weight = torch.ones(256, 128), torch.empty(256, 128, dtype=torch.uint8)
+        >>> quantize(x, "fp32", weight, torch.empty(2, 1)).op.name
+        'FP32'
     """
     given = amax is not None
     if check_formula(formula) == FP32:
@@ -140,7 +171,14 @@ def quantize(
 def partial_amax(
     x: Memory, amax: Memory, part: Part = Part(), *, origin: tuple[int, int] = (0, 0)
 ) -> Job:
-    """Write each block's largest magnitude within `x` (float32); count NaN and Inf of `x`."""
+    """Write each block's largest magnitude within `x` (float32); count NaN and Inf of `x`.
+
+    Arguments and errors are those of `quantize`.
+
+    Examples:
+        >>> partial_amax(torch.ones(86, 128), torch.empty(2, 1), origin=(86, 0)).op.name
+        'AMAX'
+    """
     return _blockwise(Op.AMAX, x, None, None, amax, origin, part)
 
 
@@ -149,6 +187,14 @@ def canonical_digest(weight: Memory, scale_inv: Memory, part: Part = Part()) -> 
 
     Equal for a pair and for its exact re-encodings, as vLLM makes them at load. `weight` must begin
     at a block's first element.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: `scale_inv` does not have one value for each block.
+
+    Examples:
+        >>> canonical_digest(torch.zeros(256, 128, dtype=torch.uint8), torch.ones(2, 1)).op.name
+        'CANONICAL'
     """
     source, scales = _matrix(weight), _matrix(scale_inv)
     _require_dtype("weight", source, _CODES)
@@ -161,6 +207,11 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
 
     Raises:
         ValueError: rows or bytes in a row differ.
+
+    Examples:
+        >>> bucket = torch.zeros(512, dtype=torch.uint8)
+        >>> copy(torch.ones(128), bucket, Part(slot=1)).source.cols
+        512
     """
     moved = _matrix(source).as_bytes()
     target = None if destination is None else _matrix(destination).as_bytes()
@@ -170,7 +221,16 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
 
 
 def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
-    """Convert between bf16, fp16 and fp32 (nearest even), count NaN and Inf, digest the result."""
+    """Convert between bf16, fp16 and fp32 (nearest even), count NaN and Inf, digest the result.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: shapes differ.
+
+    Examples:
+        >>> cast(torch.ones(128), torch.empty(128, dtype=torch.bfloat16)).op.name
+        'CAST'
+    """
     given, target = _matrix(source), _matrix(destination)
     _require_dtype("source", given, _FLOATS)
     _require_dtype("destination", target, _FLOATS)

@@ -38,6 +38,19 @@ def run_table(
 
     Raises:
         ValueError: digests or nonfinite are too short.
+
+    Examples:
+        >>> from fp8sync_kernels import build_table, digest
+        >>> from fp8sync_kernels.job import Part, copy, quantize
+        >>> x, norm = torch.ones(256, 384), torch.ones(384)
+        >>> weight, scale_inv = torch.empty(256, 384, dtype=torch.uint8), torch.empty(2, 3)
+        >>> bucket = torch.empty(4 * 384, dtype=torch.uint8)
+        >>> jobs = [quantize(x, "pow2", weight, scale_inv, Part(0)), copy(norm, bucket, Part(1))]
+        >>> table = build_table(jobs, x.device)
+        >>> digests, nonfinite = torch.zeros(2, table.slots, dtype=torch.int64)
+        >>> run_table(table, digests, nonfinite)
+        >>> nonfinite.tolist(), digests[1].item() % 2**64 == digest(bucket)
+        ([0, 0], True)
     """
     for counters in (digests, nonfinite):
         if counters is not None and counters.numel() < table.slots:

@@ -40,11 +40,17 @@ class Table:
     """A descriptor table on a device.
 
     Attributes:
-        rows: int64 ``[jobs, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
+        rows: int64 ``[rows, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
         block_row: int32 ``[blocks]``, the row that each block belongs to.
         blocks: number of blocks (programs that have work).
         paths: bit set of the paths in use, DIVISION and CUT.
         slots: smallest length that digests and counts must have.
+
+    Examples:
+        >>> from fp8sync_kernels.job import Part, copy
+        >>> table = build_table([copy(torch.ones(128), None, Part(slot=4))], "cpu")
+        >>> tuple(table.rows.shape), table.slots
+        ((1, 24), 5)
     """
 
     rows: torch.Tensor
@@ -65,8 +71,16 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         jobs: of `fp8sync_kernels.job`. Empty rectangles are dropped.
         device: that will run the launches.
 
+    Returns:
+        The table, on that device.
+
     Raises:
         ValueError: a digest position that a kernel cannot address, or more than 2^31 - 1 blocks.
+
+    Examples:
+        >>> from fp8sync_kernels.job import copy
+        >>> build_table([copy(torch.ones(128), None), copy(torch.ones(0), None)], "cpu").blocks
+        1
     """
     encoded: list[list[int]] = []
     counts: list[int] = []

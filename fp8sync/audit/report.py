@@ -17,9 +17,18 @@ MODULUS = 1 << 64
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor on one engine rank: sums of its units' digests, modulo 2^64.
+    """One tensor on one engine rank.
 
-    `unread` says why a part of it could not be compared; digests are of the rest.
+    Args:
+        tensor: HF parameter name.
+        rank: of the engine.
+        trainer: sum, modulo 2^64, of the digests of what the trainer holds of it, in the engine's format.
+        engine: the same of what the engine's live memory holds.
+        unread: why a part of it could not be compared; digests are of the rest.
+
+    Examples:
+        >>> Entry("model.norm.weight", 0, trainer=7, engine=7).unread
+        ''
     """
 
     tensor: str
@@ -42,6 +51,12 @@ class Difference:
         coordinate: the first element (or block) that differs; of the first difference only.
         expected: its value in the trainer, in the engine's format.
         found: its value in the engine.
+
+    Examples:
+        >>> print(
+        ...     Difference("model.norm.weight", "weight", 1, (0,), "it holds zeros", (0,), 0.5, 0.0)
+        ... )
+        model.norm.weight, weight from [0] (engine rank 1): at [0] expected 0.5, found 0.0; it holds zeros
     """
 
     tensor: str
@@ -62,7 +77,19 @@ class Difference:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """What an audit found; every tensor on every engine rank has an entry."""
+    """What an audit found; `Link.audit` returns it.
+
+    Args:
+        entries: one for every tensor on every engine rank that holds some of it.
+        differences: in the order of the entries; empty if nothing that could be read differs.
+
+    Examples:
+        >>> entry = Entry("model.layers.0.input_layernorm.weight", 0, trainer=7, engine=8)
+        >>> difference = Difference(entry.tensor, "weight", 0, (0,))
+        >>> report = AuditReport((entry,), (difference,))
+        >>> report.equal, report.unread, report.layers()
+        (False, {}, {'model.layers.0': (7, 8)})
+    """
 
     entries: tuple[Entry, ...]
     differences: tuple[Difference, ...]

@@ -56,7 +56,7 @@ def calibrate_kv(
         UnsupportedLayout: the model's cache holds no keys and values per head.
         NonFiniteWeight: NaN or Inf in keys or values.
 
-    Example:
+    Examples:
         >>> scales = fp8sync.calibrate_kv(model, [input_ids])  # doctest: +SKIP
         >>> fp8sync.refit(model, llm, kv_scales=scales)  # doctest: +SKIP
     """

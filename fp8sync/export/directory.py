@@ -32,7 +32,18 @@ _BESIDES = ("generation_config.json", "chat_template.*", "tokenizer*", "special_
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written: HF tensors (scales not counted), those in FP8, bytes of data, files."""
+    """What `export_checkpoint` wrote.
+
+    Args:
+        folder: where.
+        tensors: HF tensors, scales not counted.
+        quantized: those of them in FP8.
+        bytes: of data, scales included.
+        files: with weights.
+
+    Examples:
+        >>> print(f"{export_checkpoint(model, 'step-100').bytes:,} bytes")  # doctest: +SKIP
+    """
 
     folder: Path
     tensors: int
@@ -69,9 +80,21 @@ def export_checkpoint(
         progress: whether to show a bar, if the package tqdm is there.
 
     Raises:
-        FileExistsError: the folder has weights already.
-        NonFiniteWeight: NaN or Inf; nothing is left in the folder then.
+        ValueError: unknown recipe.
         UnsupportedLayout, RecipeMismatch: see `fp8sync.connect`.
+        NonFiniteWeight: NaN or Inf.
+        Fp8SyncError: the folder has weights already, there is no config, or writing fails.
+
+    After an error no weight file of this call is left in the folder.
+
+    Examples:
+        >>> import torch
+        >>> from tempfile import TemporaryDirectory
+        >>> model, config = torch.nn.Linear(256, 128, bias=False), {"model_type": "mine"}
+        >>> with TemporaryDirectory() as folder:
+        ...     wrote = export_checkpoint(model, folder, "blockwise-pow2", config=config)
+        >>> wrote.tensors, wrote.quantized, wrote.bytes
+        (1, 1, 32776)
     """
     wanted, folder = Recipe.of(recipe), Path(folder)
     source = as_source(model)

@@ -155,8 +155,9 @@ class FollowerLink:
 
     Raises:
         Fp8SyncError: whatever stopped rank 0, or another rank, from connecting.
+        TransferTimeout: rank 0 made no such call within the timeout.
 
-    Example:
+    Examples:
         >>> link = fp8sync.connect(model, None)  # on rank 3, say  # doctest: +SKIP
         >>> link.refit()  # doctest: +SKIP
     """
@@ -180,6 +181,11 @@ class FollowerLink:
 
         Rank 0 decides about requests in flight; `in_flight` is checked and otherwise ignored here.
         The report's bytes, seconds and tensors are this rank's share alone.
+
+        Raises:
+            ValueError: unknown `in_flight`.
+            TransferTimeout: rank 0 made no such call within the timeout.
+            Fp8SyncError: what stopped the refit, on whichever rank; see `Link.refit`.
         """
         check_in_flight(in_flight)
         said = self._heard()
@@ -203,7 +209,12 @@ class FollowerLink:
         return RefitReport(self.version, sent.bytes, seconds, 0.0, tensors, host_s=host.seconds)
 
     def audit(self) -> AuditReport:
-        """Show this rank's weights to the audit that rank 0 leads, and return what it found."""
+        """Show this rank's weights to the audit that rank 0 leads, and return what it found.
+
+        Raises:
+            Fp8SyncError: what stopped the audit on this rank.
+            TransferTimeout, EngineLost: a peer did not answer, or is gone, be it for an error of its own.
+        """
         return self._connected().audit()
 
     def __enter__(self) -> FollowerLink:

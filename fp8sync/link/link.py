@@ -66,9 +66,7 @@ def connect(
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
-        engine: a `vllm.LLM`, an `AsyncLLM` or the URL of a `vllm serve`, made with
-            `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`; or
-            a list of these, which get one version: all of them install it, or none.
+        engine: an engine, or a list of engines, as for `fp8sync.refit`.
         recipe: name or `Recipe`.
         timeout_s: limit of every single wait for a peer.
         host: address or name of this host that the rendezvous binds, and by which workers reach it (IPv4);
@@ -88,17 +86,20 @@ def connect(
             memory; `link.commit` says which, and why. Rank 0 decides.
 
     Returns:
-        A link; `link.refit()` moves the weights, `link.plan.explain()` says how.
+        A link; `link.refit()` moves the weights.
 
     Raises:
-        TensorMismatch: a tensor is missing, superfluous or of another shape.
+        ValueError: unknown `recipe`, `scales` or `commit`.
+        TensorMismatch: a tensor is missing, superfluous or of another shape; a KV-cache scale is wrong.
         RecipeMismatch: the engine does not hold what the recipe makes.
-        UnsupportedLayout: a layout that cannot be moved exactly, a `host` that workers cannot reach, or
-            `golden` with another `commit` than `staged`.
+        UnsupportedLayout: a layout that cannot be moved exactly, an unknown `transport` or one that is not
+            possible here, `golden` with another `commit` than `staged`, a `host` that workers cannot reach,
+            or an engine that was not made for fp8sync.
         PlanMismatch: the two sides computed different plans.
-        TransferTimeout, EngineLost: a worker did not answer, or is gone.
+        RefitInProgress: the engine is already being refitted or connected.
+        TransferTimeout, EngineLost: a worker or a trainer rank did not answer, or is gone.
 
-    Example:
+    Examples:
         >>> link = fp8sync.connect(model, llm)  # doctest: +SKIP
         >>> link.refit().version  # doctest: +SKIP
         1
@@ -116,7 +117,12 @@ def connect(
 
 
 class Link:
-    """A trainer's model and an engine that agree on a plan; made by `connect`."""
+    """A trainer's model and an engine that agree on a plan; made by `connect`.
+
+    Examples:
+        >>> with fp8sync.connect(model, llm) as link:  # doctest: +SKIP
+        ...     print(link.transport, link.commit, link.plan.explain())
+    """
 
     def __init__(
         self,
@@ -180,8 +186,7 @@ class Link:
 
         After an error the engine serves its old weights, if it serves at all; but a worker that is lost,
         or fails, after all had agreed to install leaves the others with the new ones: then refit again
-        before the engine is used. `version` says whether the new weights were installed: if so, it is the
-        prefix cache that could not be emptied.
+        before the engine is used. If `version` is the new one, only the prefix cache could not be emptied.
 
         With commit `in-place` that holds until the first portion is installed. What goes wrong later is
         `EngineUnusable`: the engine holds parts of both versions, and an `AsyncLLM` or a server stays
@@ -190,11 +195,13 @@ class Link:
         Raises:
             ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
-            CorruptBucket, InstallFailed, TransferTimeout, EngineLost: see `fp8sync.errors`.
+            CorruptBucket, InstallFailed, TransferTimeout, EngineLost, PeerFailed: see `fp8sync.errors`.
             EngineUnusable: in place only; names what went wrong between two portions.
             RefitInProgress: the engine is already being refitted or connected.
+            Fp8SyncError: the link was closed; `wait` for requests that nobody steps; or what `connect`
+                raises, where another link has had the engine or the last refit lost a peer.
 
-        Example:
+        Examples:
             >>> link.refit("keep").version  # doctest: +SKIP
             2
         """
@@ -214,27 +221,25 @@ class Link:
                 raise
 
     def audit(self) -> AuditReport:
-        """Compare what the engine's workers hold with the model's weights, as they are now.
+        """Compare what workers hold, read out of their live memory, with the model's weights, as they are now.
 
-        A collective, like `refit`. The engine stands still meanwhile; nothing is changed. What
-        workers hold is read out of their live memory, whatever their kernels made of it.
+        A collective, like `refit`. The engine stands still meanwhile; nothing is changed.
 
         Returns:
             Digests of every tensor on every worker, and what differs; `report.explain()` as text.
 
         Raises:
             TransferTimeout, EngineLost: a peer did not answer, or is gone; or another link has the engine.
+            RefitInProgress: the engine is already being refitted or connected.
 
-        Example:
+        Examples:
             >>> link.audit().equal  # doctest: +SKIP
             True
         """
         with self._engine.exclusive():
             conductor = self._connected()
             if not self._has_engine():
-                raise EngineLost(
-                    "another link has taken the engine; the next refit() connects again"
-                )
+                raise EngineLost("another link has the engine; the next refit() connects again")
             try:
                 conductor.open(self.version, audit=True)
                 self._engine.start()

@@ -69,7 +69,11 @@ def _kind(info: TensorInfo) -> str:
 
 
 class LinkPlan:
-    """The agreed plan, and what it says of itself."""
+    """The agreed plan, and what it says of itself; made by a link.
+
+    Args:
+        plan: as both sides computed it.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -77,7 +81,7 @@ class LinkPlan:
     def explain(self) -> str:
         """Return totals, bytes per link and the misc list with its reasons, as text.
 
-        Example:
+        Examples:
             >>> print(link.plan.explain())  # doctest: +SKIP
         """
         return explain(self.plan)

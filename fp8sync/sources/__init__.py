@@ -27,13 +27,36 @@ class Source(Protocol):
     A source may also have a method `prepare()`. It is called on every trainer rank, like a collective,
     when a link is made and at each refit, before anything is read: the place to make weights complete
     that the trainer has left for later (an all-gather that is due in the next forward).
+
+    Examples:
+        >>> class Head:
+        ...     def __init__(self, weight):
+        ...         self.weight = weight
+        ...
+        ...     def manifest(self):
+        ...         info = TensorInfo("lm_head.weight", tuple(self.weight.shape), "bfloat16")
+        ...         at = Placement("head", 0, self.weight.stride())
+        ...         return Manifest.of([info], {0: [Box(info.name, (0, 0), info.shape, at)]})
+        ...
+        ...     def storages(self):
+        ...         return {"head": self.weight}
+        >>> from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+        >>> source = Head(torch.zeros(256, 128, dtype=torch.bfloat16))
+        >>> as_source(source) is source
+        True
     """
 
     def manifest(self) -> Manifest:
-        """Return this trainer's boxes, without copying a weight."""
+        """Return this rank's boxes, without copying a weight.
+
+        Its ranks are keys of the default group's; every element of a tensor has to be on some rank.
+
+        Raises:
+            UnsupportedLayout: whatever cannot be listed, all of it at once.
+        """
 
     def storages(self) -> Storages:
-        """Return the live storages that the boxes point into, as they are now."""
+        """Return the live storages that the boxes point into, as they are now, all on one device."""
 
 
 def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
@@ -48,7 +71,11 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
         masters: its optimizer, if the FP32 masters are to be read; see `MegatronSource`.
 
     Raises:
-        UnsupportedLayout: nothing here can list the boxes of such an object.
+        UnsupportedLayout: nothing here can list the boxes of such an object, or files cannot be read.
+
+    Examples:
+        >>> type(as_source(torch.nn.Linear(3, 2))).__name__
+        'ModuleSource'
     """
     if bridge is not None and isinstance(model, (str, Path)):
         from fp8sync.sources.megatron import DistributedCheckpointSource

@@ -36,12 +36,13 @@ class CheckpointSource:
 
     Args:
         folder: with `*.safetensors`, one file or several with an index, and `config.json`.
-        rank: this trainer rank; where several ranks read one directory, they share the sending.
+        rank: this trainer rank; where several ranks read one directory, they share the sending. None:
+            that of torch.distributed's default group.
 
     Raises:
-        UnsupportedLayout: files that are missing or unreadable.
+        UnsupportedLayout: files that are missing or unreadable, or no package safetensors.
 
-    Example:
+    Examples:
         >>> fp8sync.refit(CheckpointSource("Qwen3-30B-A3B-FP8"), llm)  # doctest: +SKIP
     """
 

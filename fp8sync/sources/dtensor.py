@@ -47,6 +47,10 @@ class DTensorSource:
     Args:
         module: sharded by `fully_shard`, `parallelize_module` or `distribute_tensor`.
         rank: this trainer rank.
+
+    Examples:
+        >>> source = DTensorSource(fully_shard(model), dist.get_rank())  # doctest: +SKIP
+        >>> fp8sync.refit(source, llm)  # or the model itself  # doctest: +SKIP
     """
 
     def __init__(self, module: torch.nn.Module, rank: int) -> None:

@@ -22,6 +22,11 @@ class ModuleSource:
     Args:
         module: the model.
         rank: this trainer rank; where every rank has a whole copy, they share the sending.
+
+    Examples:
+        >>> source = ModuleSource(torch.nn.Linear(3, 2, bias=False))
+        >>> source.manifest().tensors["weight"].shape
+        (2, 3)
     """
 
     def __init__(self, module: torch.nn.Module, rank: int = 0) -> None:

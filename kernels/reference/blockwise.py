@@ -29,6 +29,11 @@ class Quantized(NamedTuple):
         weight: float8_e4m3fn ``[N, K]``, contiguous.
         scale_inv: float32 ``[ceil(N/128), ceil(K/128)]``; value = weight * scale_inv.
         nonfinite: int64 scalar tensor, the number of NaN and infinite elements of the source.
+
+    Examples:
+        >>> weight, scale_inv, nonfinite = quantize_blockwise(torch.ones(256, 200), "pow2")
+        >>> weight.dtype, tuple(scale_inv.shape), int(nonfinite)
+        (torch.float8_e4m3fn, (2, 2), 0)
     """
 
     weight: torch.Tensor
@@ -43,11 +48,11 @@ def quantize_blockwise(
     amax: torch.Tensor | None = None,
     origin: tuple[int, int] = (0, 0),
 ) -> Quantized:
-    """Quantize a matrix in 128x128 blocks.
+    """Quantize a matrix in 128x128 blocks; both formulas are defined in `fp8sync_kernels.formulas`.
 
     Args:
         x: bf16, fp16 or fp32 ``[N, K]``, any strides. Ragged edges are allowed.
-        formula: ``"pow2"`` or ``"fp32"``, see `fp8sync_kernels.formulas`.
+        formula: ``"pow2"`` or ``"fp32"``.
         amax: float32 per block, to be used instead of the maximum of `x`: for blocks of which `x`
             holds only a part. Shape as `scale_inv`.
         origin: position of ``x[0, 0]`` within the first block, each 0..127. (0, 0) anchors the
@@ -59,6 +64,12 @@ def quantize_blockwise(
     Raises:
         TypeError: `x` is not a 2-D bf16, fp16 or fp32 tensor.
         ValueError: unknown formula, an origin outside a block, or a wrong shape of `amax`.
+
+    Examples:
+        >>> quantize_blockwise(torch.full((128, 128), 3.0), "pow2").scale_inv
+        tensor([[0.0078]])
+        >>> quantize_blockwise(torch.full((128, 128), 7.0), "fp32").scale_inv * 448
+        tensor([[7.]])
     """
     check_formula(formula)
     if amax is None:
@@ -81,8 +92,17 @@ def dequantize_blockwise(
         scale_inv: float32 ``[ceil(N/128), ceil(K/128)]``.
         dtype: of the result.
 
+    Returns:
+        ``[N, K]`` of that dtype.
+
     Raises:
+        TypeError: `weight` is not 2-D, or of another dtype.
         ValueError: `scale_inv` does not have the shape that `weight` asks for.
+
+    Examples:
+        >>> weight, scale_inv, _ = quantize_blockwise(torch.full((128, 128), 3.0), "pow2")
+        >>> dequantize_blockwise(weight, scale_inv, torch.bfloat16)[0, 0].item()
+        3.0
     """
     grid = grid_shape(weight, (0, 0), (torch.float8_e4m3fn,))
     if tuple(scale_inv.shape) != grid:
@@ -100,6 +120,19 @@ def partial_amax(x: torch.Tensor, *, origin: tuple[int, int] = (0, 0)) -> torch.
     Args:
         x: bf16, fp16 or fp32 ``[N, K]``, any strides.
         origin: position of ``x[0, 0]`` within the first block, each 0..127.
+
+    Returns:
+        float32 ``[ceil((r+N)/128), ceil((c+K)/128)]`` for an origin (r, c).
+
+    Raises:
+        TypeError: `x` is not a 2-D bf16, fp16 or fp32 tensor.
+        ValueError: an origin outside a block.
+
+    Examples:
+        >>> upper, lower = torch.full((86, 128), 3.0), torch.full((42, 128), -5.0)
+        >>> amax = torch.maximum(partial_amax(upper), partial_amax(lower, origin=(86, 0)))
+        >>> quantize_blockwise(upper, "pow2", amax=amax).scale_inv
+        tensor([[0.0156]])
     """
     rows, cols = grid_shape(x, origin)
     magnitude = x.float().abs()

@@ -32,6 +32,15 @@ def canonical_pair(
 
     Returns:
         uint8 codes ``[N, K]`` and float32 scale_inv of the same shapes.
+
+    Examples:
+        >>> weight, scale_inv = (
+        ...     torch.full((128, 128), 8.0).to(torch.float8_e4m3fn),
+        ...     torch.ones(1, 1),
+        ... )
+        >>> codes, scale = canonical_pair(weight, scale_inv)
+        >>> (codes.view(torch.float8_e4m3fn).float() * scale)[0, 0].item(), scale.item()
+        (8.0, 0.03125)
     """
     codes = weight.contiguous().view(torch.uint8)
     values = codes.view(torch.float8_e4m3fn).float() * expand_blocks(scale_inv, codes.shape)

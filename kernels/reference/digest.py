@@ -43,6 +43,11 @@ def digest(data: torch.Tensor, base: int = 0) -> int:
 
     Raises:
         TypeError: `data` is not a 1-D uint8 tensor.
+
+    Examples:
+        >>> part = torch.arange(100, dtype=torch.uint8)
+        >>> (digest(part[:37]) + digest(part[37:], base=37)) % 2**64 == digest(part)
+        True
     """
     if data.dtype != torch.uint8 or data.dim() != 1:
         raise TypeError(f"digest takes 1-D uint8, got {data.dim()}-D {data.dtype}")

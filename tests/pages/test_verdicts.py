@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import doctest
 import xml.etree.ElementTree as ET
 
+from fp8sync.pages import figures
 from fp8sync.pages.verdicts import render
 from tests.pages.samples import refused, result
 
@@ -42,3 +44,7 @@ def test_a_run_that_was_stopped_has_failures_and_no_figures() -> None:
 def test_errors_that_were_not_measured_draw_nothing() -> None:
     unmeasured = result() | {"errors": {"model.layers.0.mlp.up_proj.weight": float("nan")}}
     assert "errors were not measured" in render({"one": unmeasured})
+
+
+def test_examples() -> None:
+    assert doctest.testmod(figures).failed == 0

@@ -18,6 +18,12 @@ class LLMHandle(Handle):
 
     Args:
         llm: made with `weight_transfer_config={"backend": "fp8sync"}`.
+
+    Raises:
+        UnsupportedLayout: made without it.
+
+    Examples:
+        >>> fp8sync.refit(model, LLMHandle(llm))  # what refit(model, llm) does  # doctest: +SKIP
     """
 
     def __init__(self, llm: Any) -> None:

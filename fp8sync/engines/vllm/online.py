@@ -26,9 +26,10 @@ class AsyncHandle(Handle):
         loop: the event loop that it runs in; found by itself once the engine has one.
 
     Raises:
+        UnsupportedLayout: made without it.
         Fp8SyncError: the engine runs in no event loop yet.
 
-    Example:
+    Examples:
         >>> await asyncio.to_thread(fp8sync.refit, model, engine)  # doctest: +SKIP
     """
 

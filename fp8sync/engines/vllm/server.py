@@ -37,8 +37,16 @@ class Server(Handle):
         headers: sent with every call, for a proxy in front of the server.
 
     Raises:
-        EngineLost: nobody answers there.
+        ValueError: not such a URL.
+        EngineLost, TransferTimeout: nobody is there, or nobody answers within 30 s.
         UnsupportedLayout: the server has no weight-transfer routes.
+        Fp8SyncError: it answers with another error.
+
+    Examples:
+        >>> server = Server(
+        ...     "https://rollout.example:8000", {"Authorization": secret}
+        ... )  # doctest: +SKIP
+        >>> fp8sync.connect(model, server, host="10.0.0.7").refit()  # doctest: +SKIP
     """
 
     def __init__(self, url: str, headers: Mapping[str, str] | None = None) -> None:

@@ -57,12 +57,13 @@ class DistributedCheckpointSource:
     Args:
         folder: of one iteration, with `.metadata`.
         bridge: the `megatron.bridge.AutoBridge` of the model; one made from a config will do.
-        rank: this trainer rank; where several ranks read one directory, they share the sending.
+        rank: this trainer rank; where several ranks read one directory, they share the sending. None:
+            that of torch.distributed's default group.
 
     Raises:
         UnsupportedLayout: files that are missing or unreadable.
 
-    Example:
+    Examples:
         >>> source = DistributedCheckpointSource("run/iter_0000100", bridge)  # doctest: +SKIP
         >>> export_checkpoint(source, "step-100")  # doctest: +SKIP
     """

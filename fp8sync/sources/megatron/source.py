@@ -38,7 +38,9 @@ class MegatronSource:
         masters: the optimizer whose FP32 masters are to be read instead of the parameters made from
             them; a distributed optimizer's are divided among the data-parallel ranks.
 
-    Example:
+    What cannot be sent is refused by `manifest`, all of it at once.
+
+    Examples:
         >>> source = MegatronSource(model_chunks, bridge)  # doctest: +SKIP
         >>> link = fp8sync.connect(source, llm)  # doctest: +SKIP
     """
