@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, get_args
 
 from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, UnsupportedLayout
+from fp8sync.sending.outgoing import check_transport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,7 +19,8 @@ fits into memory."""
 
 
 def check_commit(commit: str, transport: str) -> None:
-    """Raise ValueError for an unknown name, UnsupportedLayout for a transport that has no portions."""
+    """Raise ValueError for unknown names, UnsupportedLayout for a transport that has no portions."""
+    check_transport(transport)
     if commit not in get_args(Commit):
         known = ", ".join(get_args(Commit))
         raise ValueError(f"unknown commit {commit!r}; known: {known}")

@@ -89,12 +89,12 @@ def connect(
         A link; `link.refit()` moves the weights.
 
     Raises:
-        ValueError: unknown `recipe`, `scales` or `commit`.
+        ValueError: unknown `recipe`, `scales`, `commit` or `transport`.
         TensorMismatch: a tensor is missing, superfluous or of another shape; a KV-cache scale is wrong.
         RecipeMismatch: the engine does not hold what the recipe makes.
-        UnsupportedLayout: a layout that cannot be moved exactly, an unknown `transport` or one that is not
-            possible here, `golden` with another `commit` than `staged`, a `host` that workers cannot reach,
-            or an engine that was not made for fp8sync.
+        UnsupportedLayout: a layout that cannot be moved exactly, a `transport` that is not possible here,
+            `golden` with another `commit` than `staged`, a `host` that workers cannot reach, or an engine
+            that was not made for fp8sync.
         PlanMismatch: the two sides computed different plans.
         RefitInProgress: the engine is already being refitted or connected.
         TransferTimeout, EngineLost: a worker or a trainer rank did not answer, or is gone.

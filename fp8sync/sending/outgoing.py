@@ -21,12 +21,19 @@ if TYPE_CHECKING:
     from fp8sync.transport.seat import Seat
 
 __all__ = [
+    "check_transport",
     "choose_transport",
     "forward_bytes",
     "message_bytes",
     "not_linked",
     "open_senders",
 ]
+
+
+def check_transport(wanted: str) -> None:
+    """Raise ValueError for an unknown name."""
+    if wanted not in {"auto", *_WAYS}:
+        raise ValueError(f"unknown transport {wanted!r}; known: auto, {', '.join(_WAYS)}")
 
 
 def choose_transport(
@@ -45,8 +52,7 @@ def choose_transport(
     Raises:
         ValueError: unknown transport, or one that is not possible here; says why.
     """
-    if wanted not in {"auto", *_WAYS}:
-        raise ValueError(f"unknown transport {wanted!r}; known: auto, {', '.join(_WAYS)}")
+    check_transport(wanted)
     if wanted in {"gloo", "golden"}:
         return wanted, "asked for"
     why_not = {

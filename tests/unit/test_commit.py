@@ -35,6 +35,12 @@ def test_choice(wanted: str, short: dict[int, str], expected: tuple[str, str]) -
     assert choose_commit(wanted, short) == expected
 
 
+@pytest.mark.parametrize("option", ["recipe", "scales", "commit", "transport"])
+def test_unknown_names_are_refused_before_the_engine_is_looked_at(option: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown {option} 'new'; known: "):
+        fp8sync.connect(torch.nn.Linear(1, 1), object(), **{option: "new"})
+
+
 def test_a_dead_engine_is_lost_and_a_live_one_unusable() -> None:
     cause = fp8sync.CorruptBucket("a bucket", ["bucket 3", "bucket 4"])
     error = half_installed(cause, 2, 7)
