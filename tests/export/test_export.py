@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fp8sync.cli import main
-from fp8sync.errors import NonFiniteWeight, RecipeMismatch
+from fp8sync.errors import Fp8SyncError, NonFiniteWeight, RecipeMismatch
 from fp8sync.export import export_checkpoint
 from fp8sync.recipe import Recipe
 from fp8sync.sources import CheckpointSource
@@ -139,7 +139,15 @@ def test_weights_are_not_overwritten(tmp_path: Path) -> None:
     saved = models.write_checkpoint("qwen3", tmp_path)
     before = read(saved)
     assert main(["export", str(saved), str(saved), "--format", "fp8"]) == 1
+    with pytest.raises(Fp8SyncError, match=r"has weights already: model\.safetensors"):
+        export_checkpoint(saved, saved)
     assert_same(read(saved), before)
+
+
+def test_a_model_without_a_config_is_not_exported(tmp_path: Path) -> None:
+    with pytest.raises(Fp8SyncError, match=r"expected a config: a directory with config\.json"):
+        export_checkpoint(torch.nn.Linear(128, 128), tmp_path / "made", progress=False)
+    assert not (tmp_path / "made").exists()
 
 
 def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
