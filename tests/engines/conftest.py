@@ -18,6 +18,7 @@ def one_thread() -> Iterator[None]:
     envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+        patch.setenv("OMP_NUM_THREADS", "1")
         # Threads are bound in a worker's process; `world.start_engine` may have asked for none.
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         yield

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PROMPTS = [[(i * step + 11) % 256 for i in range(24)] for step in (37, 53, 71, 89)]
 TOKENS = (160, 210, 270, 340)
 """Of each prompt's streams."""
-LANES = 5
+LANES = 2
 """Streams of a prompt at once: more than the engine has room for, so that it is never idle."""
 Sample = tuple[list[int], str]
 """Tokens and finish reason of one stream."""
@@ -31,9 +31,9 @@ def models() -> list[torch.nn.Module]:
     return [world.tiny_model("dense", seed, max_position_embeddings=512) for seed in (1, 2)]
 
 
-def settings(folder: Path) -> dict[str, Any]:
+def settings(folder: Path, **options: Any) -> dict[str, Any]:
     """An engine on dummy weights with room for the streams."""
-    return world.settings(folder, load_format="dummy") | {"max_model_len": 512}
+    return world.settings(folder, load_format="dummy", **{"max_model_len": 512, **options})
 
 
 class LoopThread:

@@ -24,7 +24,9 @@ def test_engine_in_a_process_of_its_own(kind: str, tmp_path: Path) -> None:
     """vLLM's usual way: the engine core is another process; equal to an engine fresh in this one."""
     models = [world.tiny_model(kind, seed) for seed in (1, 2)]
     folder = world.write_config(models[0], tmp_path / "config")
-    llm = world.start_engine(folder, load_format="dummy", multiprocess=True)
+    # One of the two as vLLM has it by itself: on the processor, a process more.
+    executor = {"distributed_executor_backend": None} if kind == "dense" else {}
+    llm = world.start_engine(folder, load_format="dummy", multiprocess=True, **executor)
     for number, model in enumerate(models):
         link = fp8sync.connect(model, llm, world.recipe("blockwise-pow2"))
         assert link.transport.partition(":")[0] == ("ipc" if torch.cuda.is_available() else "gloo")

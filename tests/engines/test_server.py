@@ -38,12 +38,8 @@ class Served:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        options = serving.settings(folder) | {
-            "host": "127.0.0.1",
-            "port": self.port,
-            "served_model_name": "tiny",
-            **changes,
-        }
+        place = {"host": "127.0.0.1", "port": self.port, "served_model_name": "tiny"}
+        options = serving.settings(folder, **place, **changes)
         options.pop("disable_log_stats")
         self._options = options
         self.start()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
 KINDS = ("dense", "moe", "llama")
+ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 FP8 = bool(skips.cuda_devices()) or skips.has_amx()
 """Whether vLLM can hold FP8 weights here; if not, engines are BF16 and the bytes are dequantized."""
 
@@ -159,11 +160,17 @@ def start_engine(
 
     envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
-    return LLM(**settings(folder, load_format=load_format) | options)
+    return LLM(**settings(folder, load_format=load_format, **options))
 
 
-def settings(folder: Path, *, load_format: str = "auto") -> dict[str, Any]:
-    """How every engine of these tests is made."""
+def settings(folder: Path, *, load_format: str = "auto", **options: Any) -> dict[str, Any]:
+    """How every engine of these tests is made.
+
+    An only worker lives in the engine's own process, as on a GPU; vLLM for the processor would start
+    another process for it, and half of the time of these tests is processes starting.
+    """
+    several = {"tensor_parallel_size", "pipeline_parallel_size"} & options.keys()
+    own = {} if several or skips.cuda_devices() else {"distributed_executor_backend": ONE_PROCESS}
     return {
         "model": str(folder),
         "skip_tokenizer_init": True,
@@ -177,6 +184,8 @@ def settings(folder: Path, *, load_format: str = "auto") -> dict[str, Any]:
         "disable_log_stats": True,
         "load_format": load_format,
         "weight_transfer_config": {"backend": "fp8sync"},
+        **own,
+        **options,
     }
 
 
