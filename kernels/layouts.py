@@ -19,6 +19,10 @@ def strip_te_padding(scale_inv: torch.Tensor, shape: tuple[int, int]) -> torch.T
 
     Raises:
         ValueError: `scale_inv` is not padded that way (nor unpadded).
+
+    Examples:
+        >>> tuple(strip_te_padding(torch.ones(2, 4), (256, 384)).shape)
+        (2, 3)
     """
     rows, cols = (-(-size // BLOCK) for size in shape)
     padded = -(-cols // _TE_MULTIPLE) * _TE_MULTIPLE
@@ -31,7 +35,12 @@ def strip_te_padding(scale_inv: torch.Tensor, shape: tuple[int, int]) -> torch.T
 
 
 def add_te_padding(scale_inv: torch.Tensor) -> torch.Tensor:
-    """``[R, C]`` -> ``[R, round_up(C, 4)]``, 1.0 in the padding as its distributed optimizer has."""
+    """``[R, C]`` -> ``[R, round_up(C, 4)]``, 1.0 in the padding as its distributed optimizer has.
+
+    Examples:
+        >>> add_te_padding(torch.full((1, 3), 0.5)).tolist()
+        [[0.5, 0.5, 0.5, 1.0]]
+    """
     rows, cols = scale_inv.shape
     padded = scale_inv.new_ones(rows, -(-cols // _TE_MULTIPLE) * _TE_MULTIPLE)
     padded[:, :cols] = scale_inv
@@ -43,6 +52,10 @@ def to_ue8m0(scale_inv: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: a scale that is no normal power of two (the formula fp32 makes such).
+
+    Examples:
+        >>> to_ue8m0(torch.tensor([1.0, 0.5, 2.0**-20])).tolist()
+        [127, 126, 107]
     """
     bits = scale_inv.contiguous().view(torch.int32)
     exponent = bits >> 23
@@ -54,7 +67,12 @@ def to_ue8m0(scale_inv: torch.Tensor) -> torch.Tensor:
 
 
 def from_ue8m0(exponents: torch.Tensor) -> torch.Tensor:
-    """Float32 powers of two of biased exponents (uint8, 1..254)."""
+    """Float32 powers of two of biased exponents (uint8, 1..254).
+
+    Examples:
+        >>> from_ue8m0(torch.tensor([127, 126], dtype=torch.uint8)).tolist()
+        [1.0, 0.5]
+    """
     return (exponents.to(torch.int32) << 23).view(torch.float32)
 
 
@@ -75,6 +93,11 @@ def pack_ue8m0(scale_inv: torch.Tensor, rows: int) -> torch.Tensor:
 
     Raises:
         ValueError: shapes that do not match, or scales that are no powers of two.
+
+    Examples:
+        >>> packed = pack_ue8m0(torch.tensor([[1.0, 0.5, 0.25, 0.125]]), rows=128)
+        >>> tuple(packed.shape), packed.stride(), hex(packed[0, 0].item())
+        ((128, 1), (1, 128), '0x7c7d7e7f')
     """
     if scale_inv.shape[0] != -(-rows // BLOCK):
         raise ValueError(f"{scale_inv.shape[0]} rows of scales for {rows} rows of weight")

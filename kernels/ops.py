@@ -2,6 +2,11 @@
 
 Importing this module registers them. A whole model goes through `run_table` instead, whose launch
 is captured in a CUDA graph rather than traced.
+
+    >>> x = torch.ones(200, 128)
+    >>> weight, scale_inv, _ = torch.ops.fp8sync_kernels.quantize_matrix(x, "pow2")
+    >>> tuple(weight.shape), tuple(scale_inv.shape)
+    ((200, 128), (2, 1))
 """
 
 from __future__ import annotations

@@ -27,6 +27,11 @@ class Requantized(NamedTuple):
         changed: fraction of elements whose value is not what it was.
         relative_rms_error: root of the mean squared change over that of the values.
         max_error: largest absolute change.
+
+    Examples:
+        >>> weight, scale_inv, _ = quantize_blockwise(torch.ones(256, 128), "pow2")
+        >>> requantize(Pair(weight, scale_inv), torch.arange(64, 192), "pow2").changed
+        0.0
     """
 
     pair: Pair
@@ -46,6 +51,15 @@ def requantize(pair: Pair, rows: torch.Tensor, formula: str, *, first_col: int =
 
     Returns:
         The pair ``[M, K - first_col]`` and the measured error.
+
+    Raises:
+        ValueError: unknown formula, or scales that do not fit the weight.
+
+    Examples:
+        >>> weight, scale_inv, _ = quantize_blockwise(torch.ones(256, 128), "fp32")
+        >>> result = requantize(Pair(weight, scale_inv), torch.arange(64, 192), "fp32")
+        >>> tuple(result.pair.weight.shape), tuple(result.pair.scale_inv.shape)
+        ((128, 128), (1, 1))
     """
     scales = pair.scale_inv[: -(-pair.weight.shape[0] // BLOCK)]
     values = dequantize_blockwise(pair.weight.view(torch.float8_e4m3fn), scales, torch.float32)

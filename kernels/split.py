@@ -16,14 +16,29 @@ from fp8sync_kernels.formulas import BLOCK
 
 
 class Pair(NamedTuple):
-    """weight float8_e4m3fn (or uint8) ``[N, K]``, scale_inv float32 ``[ceil(N/128), ceil(K/128)]``."""
+    """An FP8 matrix, or with leading dims a stack of them.
+
+    Attributes:
+        weight: float8_e4m3fn (or uint8) ``[N, K]``.
+        scale_inv: float32 ``[ceil(N/128), ceil(K/128)]``.
+
+    Examples:
+        >>> pair = Pair(torch.zeros(256, 384, dtype=torch.uint8), torch.ones(2, 3))
+    """
 
     weight: torch.Tensor
     scale_inv: torch.Tensor
 
 
 class MisalignedCutError(ValueError):
-    """A cut that no slice of scale_inv can follow. The message names it."""
+    """A cut that no slice of scale_inv can follow. The message names it.
+
+    Examples:
+        >>> slice_pair(Pair(torch.zeros(256, 128), torch.ones(2, 1)), -2, 0, 64, what="k")
+        Traceback (most recent call last):
+        ...
+        fp8sync_kernels.split.MisalignedCutError: k is cut at row 64, inside the block of rows 0..127: scale_inv cannot be split there
+    """
 
 
 def slice_pair(pair: Pair, dim: int, start: int, stop: int, *, what: str = "slice") -> Pair:
@@ -39,6 +54,11 @@ def slice_pair(pair: Pair, dim: int, start: int, stop: int, *, what: str = "slic
     Raises:
         MisalignedCutError: a cut inside a block.
         ValueError: the range lies outside the tensor, or another dim.
+
+    Examples:
+        >>> pair = Pair(torch.zeros(256, 384), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+        >>> slice_pair(pair, -1, 128, 384).scale_inv.tolist()
+        [[2.0, 3.0], [5.0, 6.0]]
     """
     if dim not in (-2, -1):
         raise ValueError(f"dim {dim} has no blocks; use -2 or -1")
@@ -61,6 +81,11 @@ def shard_pair(pair: Pair, dim: int, rank: int, world_size: int) -> Pair:
     Raises:
         MisalignedCutError: the shards' size is not a multiple of 128.
         ValueError: the dim does not divide by `world_size`.
+
+    Examples:
+        >>> pair = Pair(torch.zeros(512, 128), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
+        >>> shard_pair(pair, -2, rank=1, world_size=2).scale_inv.tolist()
+        [[3.0], [4.0]]
     """
     size = pair.weight.shape[dim]
     if size % world_size:
@@ -75,6 +100,12 @@ def split_gate_up(pair: Pair) -> tuple[Pair, Pair]:
 
     Raises:
         MisalignedCutError: I is not a multiple of 128.
+        ValueError: an odd number of rows.
+
+    Examples:
+        >>> gate, up = split_gate_up(Pair(torch.zeros(256, 128), torch.tensor([[1.0], [2.0]])))
+        >>> tuple(up.weight.shape), up.scale_inv.tolist()
+        ((128, 128), [[2.0]])
     """
     rows = pair.weight.shape[-2]
     if rows % 2:
@@ -89,6 +120,10 @@ def split_experts(pair: Pair) -> list[Pair]:
 
     Raises:
         ValueError: the tensors are not such a stack.
+
+    Examples:
+        >>> len(split_experts(Pair(torch.zeros(8, 256, 128), torch.ones(8, 2, 1))))
+        8
     """
     weight, scale_inv = pair
     blocks = tuple(-(-size // BLOCK) for size in weight.shape[1:])
@@ -120,6 +155,12 @@ def split_qkv(
     Raises:
         MisalignedCutError: a boundary inside a group is no multiple of 128 rows.
         ValueError: the numbers do not describe the tensor.
+
+    Examples:
+        >>> fused = Pair(torch.zeros(1024, 128), torch.arange(8.0).view(8, 1))
+        >>> parts = split_qkv(fused, query_heads=4, groups=2, head_dim=128)
+        >>> {name: part.scale_inv.flatten().tolist() for name, part in parts.items()}
+        {'q': [0.0, 1.0, 4.0, 5.0], 'k': [2.0, 6.0], 'v': [3.0, 7.0]}
     """
     if groups <= 0 or query_heads % groups:
         raise ValueError(f"{query_heads} query heads do not divide among {groups} groups")
