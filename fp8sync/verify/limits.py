@@ -106,5 +106,5 @@ def exceeded(agreement: Agreement, limit: Limit) -> list[str]:
     for name in ("kl_engine_trainer", "kl_trainer_engine", "probability_ratio"):
         found, allowed = getattr(agreement, name), getattr(limit, name)
         if not found <= allowed:
-            faults.append(f"{name}: {found:.3g}, above the limit {allowed:g}")
+            faults.append(f"{name}: {found:.4g}, above the limit {allowed:g}")
     return faults

@@ -3,8 +3,8 @@
     python -m scripts.bench.vllm_load [--layers 48] [--seconds 10] [--every 5] [--soak 200] [--trainer-gpu 1]
 
 An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for decoding) keeps 32
-sequences at work; the trainer's random weights lie on GPU 1, or on GPU 0 as well. Windows without and with
-a refit every few seconds take turns. Requests in flight are kept; the engine caches no prefixes, so they
+sequences at work; the trainer's random weights lie on GPU 1, or on GPU 0 as well. Kernels are compiled as
+batches of new sizes come up, hence the warm-up. Windows without and with a refit every few seconds take turns. Requests in flight are kept; the engine caches no prefixes, so they
 need not be recomputed. Then, still decoding, --soak refits follow each other as fast as they can.
 """
 
@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--seconds", type=float, default=10.0, help="of each window")
     parser.add_argument("--windows", type=int, default=2, help="of each kind")
+    parser.add_argument("--warm-up", type=float, default=30.0, help="seconds before the first")
     parser.add_argument("--every", type=float, default=5.0, help="seconds from refit to refit")
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
@@ -51,7 +52,7 @@ def main() -> None:
         print(f"connect: {time.perf_counter() - began:.2f} s; {link.transport}", flush=True)
         link.refit("keep")
         engine.begin()
-        time.sleep(3)
+        time.sleep(options.warm_up)
         record = measure(engine, link, options)
         record["soak"] = soak(engine, link, options.soak) if options.soak else None
         record["requests_lost"] = engine.drain()
