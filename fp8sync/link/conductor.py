@@ -173,7 +173,8 @@ class Conductor:
         sent_s = time.perf_counter() - began
         self.faults = lost + failures(sent) or nonfinite(sent)
         refused = self._votes()
-        self.faults = self.faults or refused
+        if not self.faults or self.lost:  # a worker that hung up may say why
+            self.faults += refused
         verified = time.perf_counter()
         if self._nodes:
             self._forward()

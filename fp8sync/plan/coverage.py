@@ -25,8 +25,9 @@ def check_all_used(destination: Manifest) -> None:
         TensorMismatch: naming each tensor of which the engine takes only a part.
     """
     faults = [
-        f"{name}: trainer shape {destination.tensors[name].shape} has "
-        f"{destination.tensors[name].numel} elements, the engine's ranks take {used}"
+        f"{name} (all {len(destination.ranks)} engine ranks): expected to take all "
+        f"{destination.tensors[name].numel} elements of shape {destination.tensors[name].shape}, "
+        f"found {used} taken"
         for name, used in _incomplete(destination)
     ]
     if faults:

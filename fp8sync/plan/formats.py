@@ -24,6 +24,7 @@ __all__ = ["MISC", "agree_on_tensors", "cut_pairs"]
 
 _FLOATS = ("bfloat16", "float16", "float32")
 _SECOND_ROUNDING = "2.6 %"
+_NAMED_RANKS = 8
 MISC = "misc/"
 """Prefix of the storages that hold whole HF tensors for the engine's own loader."""
 
@@ -54,28 +55,31 @@ def agree_on_tensors(
         RecipeMismatch: a pair that the engine would have to convert.
     """
     faults = []
+    misfits = {}
     for name, info in destination.items():
-        held = source.get(name)
+        held, where = source.get(name), f"{name} ({_holders(spreads.get(name))})"
         if held is None:
-            faults.append(f"{name}: the engine expects it, the trainer does not have it")
+            faults.append(f"{name}: expected by the engine, found on no trainer rank")
         elif held.shape != info.shape:
-            faults.append(f"{name}: trainer shape {held.shape}, engine expects {info.shape}")
+            faults.append(f"{where}: expected shape {info.shape}, found {held.shape}")
         elif not _castable(held, info):
-            faults.append(f"{name}: trainer dtype {held.dtype}, engine expects {_format(info)}")
+            faults.append(f"{where}: expected {_format(info)}, found dtype {held.dtype}")
+        elif misfit := _misfit(held, info):
+            misfits[name] = f"{where}: {misfit}"
     faults += [
-        f"{name}: the trainer has it, the engine does not take it"
-        for name in source
+        f"{name} ({_holders(spreads.get(name))}): expected by no engine rank, found shape {info.shape}"
+        for name, info in source.items()
         if name not in destination
     ]
+    refused = [] if requantize else list(misfits.values())
     if faults:
-        raise TensorMismatch("trainer and engine hold different tensors", faults)
-    misfits = {n: f for n, info in destination.items() if (f := _misfit(source[n], info))}
-    if misfits and not requantize:
+        raise TensorMismatch("trainer and engine hold different tensors", faults + refused)
+    if refused:
         summary = (
             "trainer and engine hold different formats; "
             "Recipe(on_format_mismatch='requantize') converts these FP8 pairs on the way"
         )
-        raise RecipeMismatch(summary, list(misfits.values()))
+        raise RecipeMismatch(summary, refused)
     cut = _cut_pairs(source, spreads, unsliced)
     agreed = {}
     for name, info in destination.items():
@@ -102,14 +106,21 @@ def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
     if held.encoding is Encoding.PLAIN:
         return ""
     if wanted.encoding is Encoding.PLAIN:
-        return f"{held.name}: the trainer holds {_format(held)}, the engine wants {_format(wanted)}"
+        return f"expected {_format(wanted)}, found {_format(held)}"
     if held.formula is Formula.FP32 and wanted.formula is Formula.POW2:
         return (
-            f"{held.name}: the trainer holds {_format(held)}, the engine keeps {_format(wanted)}; "
-            "its kernel would round every scale a second time, "
+            f"expected {_format(wanted)}, found {_format(held)}; "
+            "the engine's kernel would round every scale a second time, "
             f"quantizing anew adds {_SECOND_ROUNDING} (relative error, normal weights)"
         )
     return ""
+
+
+def _holders(spread: Spread | None) -> str:
+    ranks = sorted({rank for ranks in spread.ranks for rank in ranks}) if spread else []
+    if len(ranks) > _NAMED_RANKS:
+        return f"{len(ranks)} trainer ranks from {ranks[0]} to {ranks[-1]}"
+    return f"trainer rank {', '.join(map(str, ranks))}" if ranks else "no trainer rank"
 
 
 def _format(info: TensorInfo) -> str:

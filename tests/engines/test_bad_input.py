@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from tests.engines import world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 class Edited:
@@ -117,7 +119,7 @@ def test_extra_tensor(live: Any) -> None:
 def test_tensor_that_the_loader_skips_silently(live: Any) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     source = Edited(world.tiny_model("dense", 2), added(name, "model.norm.weight"))
-    with pytest.raises(fp8sync.TensorMismatch, match=r"inv_freq.*take 0"):
+    with pytest.raises(fp8sync.TensorMismatch, match=r"inv_freq.*found 0 taken"):
         fp8sync.connect(source, live, world.recipe("blockwise"))
 
 
@@ -143,6 +145,9 @@ def test_model_of_another_size(live: Any, changes: dict[str, int]) -> None:
     with pytest.raises(fp8sync.TensorMismatch) as caught:
         fp8sync.connect(world.tiny_model("dense", 2, **changes), live, world.recipe("blockwise"))
     assert caught.value.violations
+    for line in caught.value.violations:
+        assert re.match(r"[a-z_.0-9]+\.weight \(.*engine rank.*\): .*expected .*", line), line
+        assert "found " in line
 
 
 def test_another_model(live: Any) -> None:
@@ -179,10 +184,22 @@ def test_dtype_that_nothing_may_be_cast_from(live: Any, name: str, dtype: torch.
         fp8sync.connect(source, live, world.recipe("blockwise"))
 
 
-def test_recipe_that_the_engine_cannot_hold(live: Any) -> None:
-    wrong = fp8sync.Recipe("bf16") if world.FP8 else fp8sync.Recipe("blockwise")
-    with pytest.raises(fp8sync.RecipeMismatch):
-        fp8sync.connect(world.tiny_model("dense", 2), live, wrong)
+def test_engine_that_is_not_quantized(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 2)
+    llm = world.start_engine(world.write_config(model, tmp_path, fp8=False), load_format="dummy")
+    with pytest.raises(
+        fp8sync.RecipeMismatch, match="'blockwise' needs an engine with blockwise FP8"
+    ):
+        fp8sync.connect(model, llm, "blockwise")
+
+
+@pytest.mark.skipif(not world.FP8, reason="needs AMX tiles, which this processor lacks")
+def test_recipe_that_does_not_quantize(live: Any) -> None:
+    with pytest.raises(
+        fp8sync.RecipeMismatch, match="'bf16' for an engine that holds FP8"
+    ) as caught:
+        fp8sync.connect(world.tiny_model("dense", 2), live, "bf16")
+    assert any(LAST in line for line in caught.value.violations)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -199,7 +216,16 @@ def test_non_finite_weights_are_all_named(live: Any, value: float) -> None:
     link.close()
 
 
-def test_engine_without_the_backend() -> None:
+def test_engine_without_the_backend(tmp_path: Path) -> None:
+    model = world.tiny_model("dense", 2)
+    folder = world.write_config(model, tmp_path)
+    for config, found in ((None, "None"), ({"backend": "nccl"}, "'nccl'")):
+        llm = world.start_engine(folder, load_format="dummy", weight_transfer_config=config)
+        with pytest.raises(fp8sync.UnsupportedLayout, match=f"'fp8sync'}}, found backend {found}"):
+            fp8sync.connect(model, llm, world.recipe("blockwise"))
+
+
+def test_no_engine() -> None:
     with pytest.raises(fp8sync.UnsupportedLayout, match=r"expected a vllm\.LLM"):
         fp8sync.connect(world.tiny_model("dense", 2), object())
 

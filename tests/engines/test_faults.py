@@ -146,7 +146,10 @@ def test_trainer_that_falls_silent(link: fp8sync.Link) -> None:
     """The engine gives up by itself, names the trainer, and takes the next link."""
     meddle(link, lambda count, _: time.sleep(2 * TIMEOUT_S) if count == 1 else None)
     began = time.monotonic()
-    with pytest.raises((fp8sync.TransferTimeout, fp8sync.EngineLost)):
+    with pytest.raises(
+        (fp8sync.TransferTimeout, fp8sync.EngineLost),
+        match="trainer rank 0 did not send a bucket within 4 s",
+    ):
         link.refit()
     assert time.monotonic() - began < 5 * TIMEOUT_S
     mend(link)
@@ -326,7 +329,9 @@ def test_engine_process_killed(tmp_path: Path) -> None:
 
     threading.Thread(target=kill).start()
     began = time.monotonic()
-    with pytest.raises(fp8sync.EngineLost):
+    with pytest.raises(
+        fp8sync.EngineLost, match=r"vLLM engine died during update_weights|engine rank 0 "
+    ):
         link.refit()
     assert time.monotonic() - began < 30.0
     link.close()

@@ -88,8 +88,8 @@ def test_partial_use_is_refused_for_every_tensor_at_once() -> None:
     with pytest.raises(TensorMismatch) as refusal:
         check_all_used(Manifest.of(infos, ranks))
     assert refusal.value.violations == (
-        "half: trainer shape (8, 4) has 32 elements, the engine's ranks take 16",
-        "none: trainer shape (8, 4) has 32 elements, the engine's ranks take 0",
+        "half (all 2 engine ranks): expected to take all 32 elements of shape (8, 4), found 16 taken",
+        "none (all 2 engine ranks): expected to take all 32 elements of shape (8, 4), found 0 taken",
     )
 
 

@@ -209,10 +209,10 @@ def test_missing_superfluous_and_misshapen_tensors_are_listed_at_once() -> None:
     with pytest.raises(TensorMismatch) as refusal:
         build_plan(source, destination)
     assert refusal.value.violations == (
-        "lacking: the engine expects it, the trainer does not have it",
-        "other_shape: trainer shape (3, 4), engine expects (4, 3)",
-        "lacking_too: the engine expects it, the trainer does not have it",
-        "extra: the trainer has it, the engine does not take it",
+        "lacking: expected by the engine, found on no trainer rank",
+        "other_shape (trainer rank 0): expected shape (4, 3), found (3, 4)",
+        "lacking_too: expected by the engine, found on no trainer rank",
+        "extra (trainer rank 0): expected by no engine rank, found shape (2,)",
     )
     assert all(line in str(refusal.value) for line in refusal.value.violations)
 

@@ -76,7 +76,10 @@ def test_nothing_is_converted_unasked(wanted: TensorInfo) -> None:
     with pytest.raises(RecipeMismatch, match="on_format_mismatch='requantize'") as error:
         build_plan(side(held), side(wanted))
     (fault,) = error.value.violations
-    assert fault.startswith("a: the trainer holds an FP8 pair with fp32 scales, the engine ")
+    pow2 = "an FP8 pair with pow2 scales"
+    expected = pow2 if wanted.formula else "bfloat16"
+    found = "an FP8 pair with fp32 scales"
+    assert fault.startswith(f"a (trainer rank 0): expected {expected}, found {found}")
 
 
 def test_a_recipe_says_what_is_allowed() -> None:

@@ -113,7 +113,9 @@ class _Describer:
             if "meta" in reason or "DataDependent" in reason:
                 trace.transforms[tensor] = f"the loader looks at the data ({reason})"
             else:
-                faults.append(f"{name}: trainer shape {self.held[tensor].shape}; {reason}")
+                shape = self.held[tensor].shape
+                where = f"{name} (engine rank {self.rank})"
+                faults.append(f"{where}: found shape {shape}, expected another: {reason}")
         if faults:
             raise TensorMismatch("the engine's loader refuses these tensors", faults)
 
@@ -336,8 +338,8 @@ class _Describer:
                 loose.add(name)
             elif missing:
                 faults.append(
-                    f"{name} (engine rank {self.rank}): {missing} of {tensor.numel()} elements are "
-                    f"filled by no tensor of the trainer; shape {tuple(tensor.shape)}"
+                    f"{name} (engine rank {self.rank}): expected {tensor.numel()} elements of shape "
+                    f"{tuple(tensor.shape)}, found {missing} filled by no tensor of the trainer"
                 )
         if faults:
             raise TensorMismatch("the trainer lacks tensors that the engine needs", faults)
