@@ -24,7 +24,7 @@ from fp8sync.errors import (
 from fp8sync.link.commit import choose_commit
 from fp8sync.link.faults import broken, difference, failures, nonfinite
 from fp8sync.manifest import Manifest
-from fp8sync.plan.coverage import check_all_held, check_all_used
+from fp8sync.plan.coverage import check_all_used
 from fp8sync.plan.forward import as_runs
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
@@ -258,7 +258,7 @@ class Conductor:
     def _agree(self, listener: Listener) -> None:
         self._accept_all(listener)
         held = merge_ranks([self._member.source.manifest(), *self._manifests("trainer")])
-        check_all_held(held)
+        self._member.source.check(held)
         opening = {
             "type": "source",
             "manifest": held.to_json(),

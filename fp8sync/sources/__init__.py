@@ -28,6 +28,9 @@ class Source(Protocol):
     when a link is made and at each refit, before anything is read: the place to make weights complete
     that the trainer has left for later (an all-gather that is due in the next forward).
 
+    Replicas of a tensor may be cut differently. A source of which that can only be a mistake has an
+    attribute `tiles = True`; then boxes that overlap and are not equal are refused.
+
     Examples:
         >>> class Head:
         ...     def __init__(self, weight):

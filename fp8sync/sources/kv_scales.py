@@ -45,6 +45,11 @@ class KvScaleSource:
         self._made = self._made or as_source(self._model)
         return self._made
 
+    @property
+    def tiles(self) -> bool:
+        """Whether the trainer's ranks divide tensors in one way alone."""
+        return getattr(self._source, "tiles", False)
+
     def prepare(self) -> None:
         """Let the trainer complete its weights, where it has to."""
         prepare = getattr(self._source, "prepare", None)

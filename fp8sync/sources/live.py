@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError
+from fp8sync.plan.coverage import check_all_held, check_tiling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,15 @@ class LiveSource:
     def manifest(self) -> Manifest:
         """Return this rank's boxes."""
         return self._prepared().manifest()
+
+    def check(self, held: Manifest) -> None:
+        """Check all trainer ranks' boxes together, as the source says that they divide tensors.
+
+        Raises:
+            UnsupportedLayout: naming each tensor with a hole, and of a source that `tiles` also each
+                with rectangles that overlap.
+        """
+        (check_tiling if getattr(self._prepared(), "tiles", False) else check_all_held)(held)
 
     def storages(self) -> Storages:
         """Return the live storages, as they were when first asked for since `prepare`."""

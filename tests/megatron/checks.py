@@ -18,6 +18,7 @@ from fp8sync.manifest import Manifest
 from fp8sync.plan import MISC, build_plan
 from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
+from fp8sync.sources import LiveSource
 from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests.layouts import wire
@@ -44,6 +45,9 @@ def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         faults.append(f"manifest() ran {watch.collectives - names_gathered} collectives")
     merged = gather(own)
     check_tiling(merged)
+    made = LiveSource(lambda: source)
+    made.prepare()
+    made.check(merged)
     live = source.storages()
     expected = reference(checkpoint)
     faults += same_tensors(merged, expected)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.manifest import Manifest
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.sources import LiveSource
+from fp8sync.sources.kv_scales import KvScaleSource
 
 
 class Late:
@@ -54,3 +55,28 @@ def test_what_stops_prepare_is_raised_by_the_next_reader_until_it_succeeds() -> 
     live.prepare()
     assert live.manifest().ranks == {0: ()}
     assert live.storages()["w"].tolist() == [1.0, 1.0]
+
+
+def test_what_overlaps_is_refused_where_the_source_says_that_it_tiles() -> None:
+    """Also with KV-cache scales beside it; a hole is refused of any source."""
+
+    def held(*rects: tuple[int, int]) -> Manifest:
+        ranks = {
+            r: [Box("w", (a,), (n,), Placement("w", 0, (1,)))] for r, (a, n) in enumerate(rects)
+        }
+        return Manifest.of([TensorInfo("w", (8,), "bfloat16")], ranks)
+
+    free, tiled = Late(), Late()
+    tiled.tiles = True
+    for source in (free, tiled, KvScaleSource(free, {}, 0), KvScaleSource(tiled, {}, 0)):
+        live = LiveSource(lambda source=source: source)
+        live.prepare()
+        live.check(held((0, 4), (4, 4), (4, 4)))
+        with pytest.raises(UnsupportedLayout, match=r"w: expected 8 elements of \[8\], found 7"):
+            live.check(held((0, 4), (5, 3)))
+        overlap = held((0, 5), (4, 4))
+        if getattr(source, "tiles", False):
+            with pytest.raises(UnsupportedLayout, match=r"w: .* found \[0:5\] and \[4:8\], which"):
+                live.check(overlap)
+        else:
+            live.check(overlap)

@@ -66,6 +66,14 @@ class MegatronSource:
         """The Hugging Face config that the bridge was made from."""
         return getattr(self._bridge.hf_pretrained, "config", self._bridge.hf_pretrained)
 
+    @property
+    def tiles(self) -> bool:
+        """Whether overlapping boxes can only be a wrong mapping.
+
+        Replicas of a parameter are divided in one way; of its masters, each by its own optimizer.
+        """
+        return self._masters is None
+
     def manifest(self) -> Manifest:
         """Return this rank's boxes; nothing is gathered, nothing is allocated.
 
