@@ -36,6 +36,7 @@ _LAYERS = re.compile(r"(?<=\.layers\.)(?=[^\d])")
 _EXPERTS = re.compile(r"(?<=\.experts)\.experts\.(?P<linear>linear_fc[12])\.(?P<kind>weight|bias)$")
 _FUSED_NORM = "mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."
 """Layers without Transformer Engine write a norm of their own as if it were fused."""
+_LOAD = "load the checkpoint into the model and export that"
 _ALONE = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
 
 
@@ -130,10 +131,13 @@ class DistributedCheckpointSource:
         found = (self._registry.megatron_to_hf_lookup(name) for name in names)
         mapping = next((m for m in found if m is not None), None)
         if mapping is None:
+            whole = parameter.name.rpartition(".")[0]
+            if self._registry.megatron_to_hf_lookup(whole) is not None:
+                raise ValueError(f"a part of {whole}; {_LOAD}")
             kind = type(self._bridge._model_bridge).__name__
             raise ValueError(f"expected a mapping of {kind}, found none")
         if reason := why_no_boxes(mapping):
-            raise ValueError(f"{reason}; load the checkpoint into the model and export that")
+            raise ValueError(f"{reason}; {_LOAD}")
         for part in (mapping, getattr(mapping, "_tp_mapping", mapping)):
             part._tp_group = part._etp_group = _ALONE
         is_vocabulary = parameter.name.endswith(VOCABULARIES)
