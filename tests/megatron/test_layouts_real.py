@@ -49,12 +49,14 @@ CHECKPOINTS = {
     "qwen3-moe": ["tp=2,ep=2,pp=2"],
     "deepseek-v3": ["tp=2,ep=2"],
 }
-KV = {"qwen3": ["tp=2", "tp=4", "pp=2"], "qwen3-4layers": ["pp=2,vpp=2"]}
+KV = {"qwen3": ["tp=2", "tp=4", "pp=2", "tp=2,pp=2"], "qwen3-4layers": ["pp=2,vpp=2"]}
 REFUSALS = [
     "check_loose_masters:qwen3:tp=2",
     "check_other_experts:qwen3-moe:",
     "check_nan_master:qwen3:tp=2",
     "check_bad_checkpoint:qwen3:tp=2",
+    "check_recurrent_checkpoint:qwen3-next:tp=2",
+    "check_recurrent_checkpoint:nemotron-h:tp=2",
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
     "check_missing_rank:qwen3:tp=2,pp=2",
