@@ -59,3 +59,30 @@ def test_an_export_loads_as_what_a_refit_leaves(live: Any, formula: str, tmp_pat
     assert (world.logprobs(fresh) - world.logprobs(llm)).abs().max().item() == 0.0
     assert world.generate(fresh) == world.generate(llm)
     world.stop_engine(fresh)
+
+
+def test_pairs_into_an_engine_without_fp8(tmp_path: Path) -> None:
+    """Refused by name, or dequantized on the way: as an engine that loads the values."""
+    model = world.tiny_model("dense", 5)
+    model.save_pretrained(tmp_path / "bf16")
+    export_checkpoint(tmp_path / "bf16", tmp_path / "fp8", "blockwise-pow2", progress=False)
+    values = world.write_checkpoint(model, tmp_path / "values", "pow2", fp8=False)
+    fresh = world.start_engine(values)
+    expected = world.logprobs(fresh)
+    world.stop_engine(fresh)
+    config = world.write_config(model, tmp_path / "config", fp8=False)
+    llm = world.start_engine(config, load_format="dummy")
+    before = world.logprobs(llm)
+    source = CheckpointSource(tmp_path / "fp8")
+    with pytest.raises(fp8sync.RecipeMismatch, match="on_format_mismatch='requantize'") as error:
+        fp8sync.refit(source, llm, "bf16")
+    wanted = "the trainer holds an FP8 pair with pow2 scales, the engine wants bfloat16"
+    assert f"model.layers.0.mlp.up_proj.weight: {wanted}" in error.value.violations
+    assert (world.logprobs(llm) - before).abs().max().item() == 0.0
+    allowed = fp8sync.Recipe("bf16", on_format_mismatch="requantize")
+    with fp8sync.connect(source, llm, allowed) as link:
+        report = link.refit()
+        assert link.audit().equal
+    assert (world.logprobs(llm) - expected).abs().max().item() == 0.0
+    assert all(t.route == "bulk" for t in report.tensors)
+    world.stop_engine(llm)

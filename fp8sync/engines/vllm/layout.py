@@ -245,14 +245,17 @@ class _Describer:
             return replace(
                 held, dtype="float8_e4m3fn", encoding=Encoding.BLOCKWISE, formula=formula
             )
-        dtype = _name(self.targets[reached[0]].dtype) if reached else held.dtype
-        if not self.recipe.dequantize or len(held.shape) != 2 or not reached:
-            return replace(held, dtype=dtype)
+        if not reached:
+            return held
+        dtype = _name(self.targets[reached[0]].dtype)
+        plain = replace(held, dtype=dtype, encoding=Encoding.PLAIN, formula=None)
+        if not self.recipe.dequantize or len(held.shape) != 2:
+            return plain
         module = self.modules[reached[0]]
         if self.recipe.leaves_unquantized(held.name) or not compat.holds_quantizable_weights(
             module
         ):
-            return replace(held, dtype=dtype)
+            return plain
         formula = self.recipe.formula(compat.kept_formula(module))
         return replace(held, dtype=dtype, encoding=Encoding.BLOCKWISE, formula=formula)
 
