@@ -207,7 +207,7 @@ class EngineLayout:
             )
         rows = [query, kept * model.head_dim, kept * model.head_dim]
         number = [Role.QUERY, Role.KEY, Role.VALUE].index(tensor.role)
-        local = sum(rows), tensor.shape[1]
+        local = sum(rows), *tensor.shape[1:]
         at, size = sum(rows[:number]), rows[number]
         scale_rows = self._scale_rows(tensor, rows)
         holders: dict[int, list[int]] = defaultdict(list)
@@ -293,7 +293,8 @@ def _vllm_stages(layers: int, parts: int) -> tuple[int, ...]:
 
 
 def _fused_name(tensor: TensorShape) -> str:
-    return f"{tensor.name.rsplit('.', 2)[0]}.{_FUSED[tensor.role]}.weight"
+    prefix, _, kind = tensor.name.rsplit(".", 2)
+    return f"{prefix}.{_FUSED[tensor.role]}.{kind}"
 
 
 def _divided(tensor: TensorShape, dim: int, parts: int) -> int:

@@ -73,6 +73,7 @@ class ModelShape:
     kv_heads: int
     head_dim: int
     qk_norm: bool = False
+    qkv_bias: bool = False
     tied: bool = False
     experts: int = 0
     expert_intermediate: int = 0
@@ -113,6 +114,9 @@ class ModelShape:
         ):
             shape = heads * self.head_dim, self.hidden
             yield TensorShape(f"{prefix}{short}_proj.weight", shape, role, layer)
+            if self.qkv_bias:
+                bias = f"{prefix}{short}_proj.bias"
+                yield TensorShape(bias, shape[:1], role, layer, linear=False)
         shape = self.hidden, self.heads * self.head_dim
         yield TensorShape(prefix + "o_proj.weight", shape, Role.ROW, layer)
         if self.qk_norm:
@@ -168,14 +172,14 @@ def _norm(name: str, size: int, layer: int) -> TensorShape:
 def from_config(config: Mapping[str, Any]) -> ModelShape:
     """Return the description of a model from its Hugging Face config (`config.json`).
 
-    Dense Qwen3 and Llama, Qwen3-MoE and DeepSeek-V3 are known; what else is in the config is left
+    Dense Qwen2, Qwen3 and Llama, Qwen3-MoE and DeepSeek-V3 are known; what else is in the config is left
     alone, so a model of another kind would be described wrongly.
 
     Raises:
         ValueError: `model_type` is none of these.
     """
     kind = config.get("model_type")
-    known = ("llama", "qwen3", "qwen3_moe", "deepseek_v3")
+    known = ("llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3")
     if kind not in known:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(known)}")
     heads = config["num_attention_heads"]
@@ -210,4 +214,4 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
             experts=config.get("num_experts") or config["num_local_experts"],
             expert_intermediate=config["moe_intermediate_size"],
         )
-    return ModelShape(**common, qk_norm=kind == "qwen3")
+    return ModelShape(**common, qk_norm=kind == "qwen3", qkv_bias=kind == "qwen2")

@@ -238,13 +238,13 @@ def _query_groups(tensor: TensorShape, model: ModelShape, tp: int, number: int) 
         low, high = max(first, g * group + before), min(last, g * group + before + size)
         if low < high:
             start = g * size + low - (g * group + before)
-            yield 0, start, high - low, storage, (each, tensor.shape[1]), low - first
+            yield 0, start, high - low, storage, (each, *tensor.shape[1:]), low - first
 
 
 def _fused_name(tensor: TensorShape, expert: int) -> str:
-    name = f"{tensor.name.rsplit('.', 2)[0]}.{_FUSED[tensor.role]}.weight"
     if expert < 0:
-        return name
+        prefix, _, kind = tensor.name.rsplit(".", 2)
+        return f"{prefix}.{_FUSED[tensor.role]}.{kind}"
     return f"{tensor.name.rsplit('.', 3)[0]}.{_FUSED[tensor.role]}.weight{expert}"
 
 

@@ -28,6 +28,7 @@ QWEN = dense()
 DEEP = dense(layers=3, intermediate=256)
 WIDE = dense(hidden=384)
 LLAMA = dense(layers=2, qk_norm=False, tied=True)
+BIASED = dense(qk_norm=False, qkv_bias=True, kv_heads=2, heads=8)
 FEW_KV = dense(kv_heads=2, heads=8)
 THREE = dense(heads=3, kv_heads=3, hidden=192, intermediate=768, vocabulary=1000)
 SIX = dense(heads=6, kv_heads=6, intermediate=768)
@@ -158,6 +159,9 @@ PAIRS: dict[str, Case] = {
     "fsdp2.moe-ep2": Case(
         replace(MOE, hidden=256), T(dp=4, fsdp=2, ep=2), E(dp=2, expert_parallel=True)
     ),
+    # Biases, fused as their weights are.
+    "bias-tp4-tp2": Case(BIASED, T(tp=4), E(tp=2)),
+    "bias-tp2-tp4": Case(BIASED, T(tp=2), E(tp=4)),
     # Head sizes that are no multiple of 128.
     "head64-1-1": Case(HEAD_64, T(), E(), amax=True),
     "head64-tp2-1": Case(HEAD_64, T(tp=2), E(), amax=True),

@@ -69,7 +69,7 @@ ENGINES = {
         EngineLayout(tp=2, dp=2, expert_parallel=True),
     ],
 }
-ENGINES |= dict.fromkeys(("qwen3-4layers", "qwen3-tied", "llama"), ENGINES["qwen3"])
+ENGINES |= dict.fromkeys(("qwen3-4layers", "qwen3-tied", "llama", "qwen2"), ENGINES["qwen3"])
 ENGINES["deepseek-v3"] = ENGINES["qwen3-moe"]
 
 

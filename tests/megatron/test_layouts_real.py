@@ -21,9 +21,7 @@ LAYOUTS = {
 }
 
 
-ENGINES = {
-    kind: layouts for kind, layouts in LAYOUTS.items() if kind not in ("qwen3-vocab130", "qwen2")
-}
+ENGINES = {kind: layouts for kind, layouts in LAYOUTS.items() if kind != "qwen3-vocab130"}
 PAIRS = {
     "qwen3": ["", "tp=2", "tp=4", "tp=2,pp=2"],
     "qwen3-4layers": ["pp=2,vpp=2"],
