@@ -160,7 +160,8 @@ def test_formats_that_do_not_fit_are_all_listed() -> None:
     ]
     with pytest.raises(RecipeMismatch) as refusal:
         build_plan(side(*fp32), side(*wanted))
-    assert [line.split(":")[0] for line in refusal.value.violations] == ["a", "b", "d"]
+    named = [line.split(":")[0] for line in refusal.value.violations]
+    assert named == [f"{n} (trainer rank 0)" for n in ("a", "b", "d")]
     # A kernel that keeps any scale keeps powers of two: the pair goes through as it is.
     pow2 = [replace(i, formula=Formula.POW2) for i in fp32]
     plan = build_plan(side(*pow2), side(*fp32))
