@@ -65,10 +65,9 @@ def test_fp8_is_the_quantized_checkpoint(
     assert main(command) == 0
     assert_same(read(tmp_path), expected)
     count, nbytes = len(expected) - len(linear), sum(t.nbytes for t in expected.values())
-    assert (
-        f"{count} tensors, {len(linear)} in FP8, {nbytes} bytes in 1 files"
-        in capsys.readouterr().out
-    )
+    said = capsys.readouterr()
+    assert f"{count} tensors, {len(linear)} in FP8, {nbytes} bytes in 1 files" in said.out
+    assert "export: 100%" in said.err
     if linear:
         told = config(tmp_path)["quantization_config"]
         assert (told["quant_method"], told["weight_block_size"]) == ("fp8", [128, 128])
