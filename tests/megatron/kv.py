@@ -37,6 +37,22 @@ def check_kv(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     return faults
 
 
+def check_kv_of_replicas(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Of data-parallel ranks with a batch each, the largest scale of each layer counts, on every rank."""
+    from megatron.core import parallel_state
+
+    bridge, chunks = load(checkpoint, axes)
+    of_each = [_calibrated(chunks, bridge, [batch], {"percentile": 50.0}) for batch in batches()]
+    own = batches()[parallel_state.get_data_parallel_rank()]
+    found = _calibrated(chunks, bridge, [own], {"percentile": 50.0})
+    expected = {name: max(scales[name] for scales in of_each) for name in of_each[0]}
+    largest = {
+        number for name in expected for number in (0, 1) if of_each[number][name] == expected[name]
+    }
+    faults = [] if largest == {0, 1} else [f"only batch {largest} counts, whatever the ranks do"]
+    return faults if found == expected else [*faults, f"expected {expected}, found {found}"]
+
+
 def _steps(a: torch.Tensor, b: torch.Tensor) -> int:
     """By how many BF16 values two positive scales differ."""
     first, second = (t.to(torch.bfloat16).view(torch.int16).item() for t in (a, b))
@@ -52,8 +68,14 @@ def _hugging_face(checkpoint: Path, way: dict[str, Any]) -> dict[str, torch.Tens
 
 def _scales(checkpoint: Path, axes: dict[str, int], way: dict[str, Any]) -> dict[str, torch.Tensor]:
     bridge, chunks = load(checkpoint, axes)
+    return _calibrated(chunks, bridge, batches(), way)
+
+
+def _calibrated(
+    chunks: list, bridge: Any, given: list[Any], way: dict[str, Any]
+) -> dict[str, torch.Tensor]:
     with cpu.said_to_be_cuda():
-        return fp8sync.calibrate_kv(chunks, batches(), bridge=bridge, **way)
+        return fp8sync.calibrate_kv(chunks, given, bridge=bridge, **way)
 
 
 def batches() -> list[Any]:

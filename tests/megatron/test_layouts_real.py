@@ -120,7 +120,7 @@ def test_distributed_checkpoints(case: str, faults: dict[str, list[str]]) -> Non
     assert not faults[case], "\n".join(faults[case])
 
 
-@pytest.mark.parametrize("case", cases("check_kv", KV))
+@pytest.mark.parametrize("case", [*cases("check_kv", KV), "check_kv_of_replicas:qwen3:tp=2"])
 def test_kv_cache_scales(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 

@@ -17,9 +17,12 @@ cpu.import_bridge()
 
 from megatron.bridge.models.conversion import param_mapping  # noqa: E402  (after the stand-in)
 
+from fp8sync import cli  # noqa: E402
 from fp8sync.sources.megatron.mappings import Site, layout_of  # noqa: E402
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fp8sync.sources.megatron.pieces import Layout
 
 WIDTH = 3
@@ -180,9 +183,18 @@ def test_what_is_not_known_to_be_boxes_is_refused_by_name(mapping: Any, said: st
         layout_of(Site.of(place(mapping, 0, 1), torch.nn.Embedding(1, 1), torch.empty(2, 2)))
 
 
-def test_an_architecture_without_a_bridge_is_named() -> None:
+def test_an_architecture_without_a_bridge_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from megatron.bridge import AutoBridge
     from transformers import MixtralConfig
 
+    config = MixtralConfig(architectures=["MixtralForCausalLM"])
     with pytest.raises(ValueError, match="MixtralForCausalLM"):
-        AutoBridge.from_hf_config(MixtralConfig(architectures=["MixtralForCausalLM"]))
+        AutoBridge.from_hf_config(config)
+    config.save_pretrained(tmp_path)
+    (tmp_path / ".metadata").touch()
+    command = ["export", str(tmp_path), str(tmp_path / "made"), "--config", str(tmp_path)]
+    assert cli.main([*command, "--format", "bf16"]) == 1
+    assert "MixtralForCausalLM" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
