@@ -76,8 +76,9 @@ def test_pairs_into_an_engine_without_fp8(tmp_path: Path) -> None:
     source = CheckpointSource(tmp_path / "fp8")
     with pytest.raises(fp8sync.RecipeMismatch, match="on_format_mismatch='requantize'") as error:
         fp8sync.refit(source, llm, "bf16")
-    wanted = "the trainer holds an FP8 pair with pow2 scales, the engine wants bfloat16"
-    assert f"model.layers.0.mlp.up_proj.weight: {wanted}" in error.value.violations
+    at = "model.layers.0.mlp.up_proj.weight (trainer rank 0)"
+    found = "expected bfloat16, found an FP8 pair with pow2 scales"
+    assert f"{at}: {found}" in error.value.violations
     assert (world.logprobs(llm) - before).abs().max().item() == 0.0
     allowed = fp8sync.Recipe("bf16", on_format_mismatch="requantize")
     with fp8sync.connect(source, llm, allowed) as link:
