@@ -34,8 +34,9 @@ def _nonfinite(storages: Storages, copy: Copy) -> int:
     if copy.encoding is Encoding.PLAIN and copy.source_scale_at is None:
         x = x.to(getattr(torch, copy.dtype))  # what overflows there is infinite
     bad = _count(x)
-    if copy.source_origin and copy.source_scale_at is not None:
-        blocks = touched_blocks((copy.source_origin, copy.shape))[1]
+    if copy.source_scale_at is not None:
+        origin = copy.source_origin or (0,) * len(copy.shape)
+        blocks = touched_blocks((origin, copy.shape))[1]
         bad += _count(view(storages, copy.source_scale_at, blocks))
     return bad
 

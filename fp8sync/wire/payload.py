@@ -27,8 +27,9 @@ Storages = Mapping[str, torch.Tensor]
 class PartReport:
     """What quantizing one part showed.
 
-    `nonfinite` counts NaN and Inf among the elements sent; `error_sq` and `norm_sq` are the sums of
-    squares of the quantization error and of the source, for the relative Frobenius error.
+    `nonfinite` counts NaN and Inf among the elements sent, and among scales that are passed through;
+    `error_sq` and `norm_sq` are the sums of squares of the quantization error and of the source, for
+    the relative Frobenius error.
     """
 
     tensor: str
@@ -77,7 +78,8 @@ def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax
     if copy.source_scale_at is not None and not anew:
         out.copy_(x)
         scales.copy_(view(storages, copy.source_scale_at, copy.scale_shape))
-        return PartReport(copy.tensor, int((~torch.isfinite(out.float())).sum()))
+        found = (~torch.isfinite(out.float())).sum() + (~torch.isfinite(scales)).sum()
+        return PartReport(copy.tensor, int(found))
     if copy.formula is None:
         raise ValueError(f"{copy.tensor}: a blockwise copy without a formula")
     given = _whole_amax(copy, x, amax)

@@ -211,7 +211,7 @@ def _write(
         scales = _scales(copy, scale_base, copy.scale_at)
         held = _scales(copy, source(copy.source_scale_at.storage)[0], copy.source_scale_at)
         yield job.copy(x, out, part)
-        yield job.copy(held, scales, Part(part.slot, part.base + _scale_base(copy)))
+        yield job.cast(held, scales, Part(part.slot, part.base + _scale_base(copy)))  # counted, too
         return
     given = amax.get(copy.tensor, ())
     for piece in pieces(copy, [group for group, _ in given]):

@@ -103,7 +103,7 @@ def test_looking_ahead_sees_what_packing_would() -> None:
         (copy("w", "bfloat16", Encoding.PLAIN), 1),
         (copy("w", "float16", Encoding.PLAIN), 2),
         (copy("w", "float8_e4m3fn", Encoding.BLOCKWISE), 1),
-        (copy("c", "float8_e4m3fn", Encoding.BLOCKWISE, source_scale_at=scale_at), 1),
+        (copy("c", "float8_e4m3fn", Encoding.BLOCKWISE, source_scale_at=scale_at), 2),
     ]
     for made, expected in cases:
         (found,) = look_ahead(storages, [made])

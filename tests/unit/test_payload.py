@@ -13,7 +13,8 @@ from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.wire.payload import pack, unpack
-from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
+from fp8sync.wire.tables import write_table
+from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 from tests.unit import layouts
 from tests.unit.layouts import Side, bits
 
@@ -189,6 +190,34 @@ def test_every_nonfinite_element_is_counted(formula: Formula | None, limit: int)
     reports = move(plan, storages, found, limit)
     assert sum(report.nonfinite for report in reports) == 3
     assert {report.tensor for report in reports} == {"w"}
+
+
+def test_scales_that_pass_through_are_counted() -> None:
+    """By buckets and by tables, whatever lies in the padding beside them."""
+    scales = torch.ones(3, 4)
+    scales[0, 1], scales[2, 0], scales[:, 2:] = torch.nan, torch.inf, torch.nan
+    held = {"c": torch.zeros(300, 140, dtype=torch.uint8).view(torch.float8_e4m3fn), "s": scales}
+    pair = "w", (300, 140), "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2
+    whole = "w", (0, 0), (300, 140)
+    source = Box(*whole, Placement("c", 0, (140, 1)), Placement("s", 0, (4, 1)))
+    wanted = Box(*whole, Placement("w", 0, (140, 1)), Placement("w_scale_inv", 0, (2, 1)))
+    infos = [TensorInfo(*pair)]
+    plan = build_plan(Manifest.of(infos, {0: [source]}), Manifest.of(infos, {0: [wanted]}))
+    found = {"w": torch.zeros_like(held["c"]), "w_scale_inv": torch.zeros(3, 2)}
+    (report,) = move(plan, held, found, 1 << 20)
+    assert report.nonfinite == 2
+
+    written = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
+    table = write_table(
+        plan.copies,
+        lambda name: (held[name].data_ptr(), str(held[name].dtype).removeprefix("torch.")),
+        lambda name: written[name].data_ptr(),
+        torch.device("cpu"),
+    )
+    nonfinite = torch.zeros(table.slots, dtype=torch.int64)
+    run_table(table, None, nonfinite)
+    assert nonfinite.tolist() == [2]
+    assert torch.equal(bits(written["w_scale_inv"]), bits(found["w_scale_inv"]))
 
 
 def test_a_value_that_overflows_the_engines_dtype_is_counted() -> None:
