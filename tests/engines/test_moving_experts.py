@@ -1,4 +1,4 @@
-"""Boxes are listed once per link, so an engine that moves its experts is refused."""
+"""Experts that would move away from their boxes, or go on with their first weights, are refused."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fp8sync
+from tests import skips
 from tests.engines import world
 
 if TYPE_CHECKING:
@@ -36,4 +37,23 @@ def test_expert_load_balancing_is_refused(tmp_path: Path) -> None:
     assert layers <= {line.partition(" (engine rank 0)")[0] for line in refusal.value.violations}
     balance(False)
     assert torch.equal(world.logprobs(llm), before)
+    world.forget_engines()
+
+
+def test_experts_that_would_keep_their_first_weights_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As vLLM for the processor does from 0.28 on; this one is told that it is."""
+    model = world.tiny_model("moe", 1)
+    folder = world.write_config(model, tmp_path, fp8=False)
+    llm = world.start_engine(folder, load_format="dummy")
+    monkeypatch.setattr("vllm.__version__", "0.28.0")
+    if skips.cuda_devices():
+        fp8sync.connect(model, llm, "bf16").close()
+        return
+    with pytest.raises(fp8sync.UnsupportedLayout, match="their first weights") as refusal:
+        fp8sync.connect(model, llm, "bf16")
+    experts = {f"model.layers.{layer}.mlp.experts.routed_experts" for layer in range(2)}
+    assert experts == {line.partition(" (engine rank 0)")[0] for line in refusal.value.violations}
+    assert all("found vLLM 0.28.0 on the processor" in line for line in refusal.value.violations)
     world.forget_engines()

@@ -20,6 +20,7 @@ __all__ = [
     "is_attention",
     "is_capturing",
     "is_mla",
+    "keeps_first_experts",
     "kept_formula",
     "kernels_live_in_parameters",
     "kv_cache_method",
@@ -168,3 +169,20 @@ def kernels_live_in_parameters(device: torch.device) -> bool:
     closures; on CUDA the first kernel objects stay, because captured graphs point into them.
     """
     return device.type == "cuda"
+
+
+def keeps_first_experts(module: torch.nn.Module) -> str:
+    """Return which vLLM it is that packs a layer's unquantized experts once only; empty where it does not.
+
+    From 0.28 on, vLLM for the processor makes the kernel of such a layer when it first processes the
+    weights, and passes over packing when there is one (`UnquantizedFusedMoEMethod._setup_kernel`). 0.32.0
+    was 2.5 off in log-probabilities after a refit.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    method = getattr(module, "quant_method", None)
+    if type(method).__name__ != "UnquantizedFusedMoEMethod" or not current_platform.is_cpu():
+        return ""
+    major, minor = (int(part) for part in vllm.__version__.split(".")[:2])
+    return f"vLLM {vllm.__version__} on the processor" if (major, minor) >= (0, 28) else ""

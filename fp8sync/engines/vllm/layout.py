@@ -10,6 +10,7 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.experts import check_experts
 from fp8sync.engines.vllm.kv_cache import add_scale_parameters, check_scales
 from fp8sync.engines.vllm.load_form import load_form, storages_of
 from fp8sync.engines.vllm.storage import (
@@ -65,7 +66,7 @@ class _Describer:
         self.targets: dict[str, torch.Tensor] = {}
 
     def run(self) -> EngineLayout:
-        self._check_experts_stay()
+        check_experts(self.model, self.rank)
         aliases = _shared_parameters(self.model)
         with load_form(self.model.modules()):
             with torch.device("meta"):
@@ -78,18 +79,6 @@ class _Describer:
             pairs = trace_load(self.model, self._pair_standins(quantized), self.targets)
             self._check_failures(pairs)
         return self._layout(plain, pairs, quantized, aliases)
-
-    def _check_experts_stay(self) -> None:
-        """Boxes are listed once; load balancing would move experts away from them."""
-        moving = []
-        for name, module in self.model.named_modules():
-            parallel = getattr(getattr(module, "moe_config", None), "moe_parallel_config", None)
-            if getattr(parallel, "enable_eplb", False):
-                moving.append(
-                    f"{name} (engine rank {self.rank}): expected experts that stay, found enable_eplb"
-                )
-        if moving:
-            raise UnsupportedLayout("expert parallel load balancing is on", moving)
 
     def _standins(self) -> dict[str, torch.Tensor]:
         return {
