@@ -239,7 +239,7 @@ class Link:
         with self._engine.exclusive():
             conductor = self._connected()
             if not self._has_engine():
-                raise EngineLost("another link has the engine; the next refit() connects again")
+                raise EngineLost("another link has taken the engine; refit() connects again")
             try:
                 conductor.open(self.version, audit=True)
                 self._engine.start()
