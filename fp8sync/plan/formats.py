@@ -57,17 +57,19 @@ def agree_on_tensors(
     faults = []
     misfits = {}
     for name, info in destination.items():
-        held, where = source.get(name), f"{name} ({_holders(spreads.get(name))})"
+        held = source.get(name)
         if held is None:
             faults.append(f"{name}: expected by the engine, found on no trainer rank")
         elif held.shape != info.shape:
+            where = _where(name, spreads)
             faults.append(f"{where}: expected shape {info.shape}, found {held.shape}")
         elif not _castable(held, info):
+            where = _where(name, spreads)
             faults.append(f"{where}: expected {_format(info)}, found dtype {held.dtype}")
         elif misfit := _misfit(held, info):
-            misfits[name] = f"{where}: {misfit}"
+            misfits[name] = f"{_where(name, spreads)}: {misfit}"
     faults += [
-        f"{name} ({_holders(spreads.get(name))}): expected by no engine rank, found shape {info.shape}"
+        f"{_where(name, spreads)}: expected by no engine rank, found shape {info.shape}"
         for name, info in source.items()
         if name not in destination
     ]
@@ -116,11 +118,12 @@ def _misfit(held: TensorInfo, wanted: TensorInfo) -> str:
     return ""
 
 
-def _holders(spread: Spread | None) -> str:
-    ranks = sorted({rank for ranks in spread.ranks for rank in ranks}) if spread else []
+def _where(name: str, spreads: Mapping[str, Spread]) -> str:
+    held = spreads[name].ranks if name in spreads else ()
+    ranks = sorted({rank for holders in held for rank in holders})
     if len(ranks) > _NAMED_RANKS:
-        return f"{len(ranks)} trainer ranks from {ranks[0]} to {ranks[-1]}"
-    return f"trainer rank {', '.join(map(str, ranks))}" if ranks else "no trainer rank"
+        return f"{name} ({len(ranks)} trainer ranks from {ranks[0]} to {ranks[-1]})"
+    return f"{name} (trainer rank {', '.join(map(str, ranks)) or 'none'})"
 
 
 def _format(info: TensorInfo) -> str:
