@@ -68,4 +68,6 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], top: str = "") -
 def definitions(pairs: Iterable[tuple[str, str]], nothing: str) -> str:
     """Return a table of two columns, or a sentence if there is nothing to list."""
     rows = list(pairs)
-    return table(("", ""), rows) if rows else f"<p>{escape(nothing)}</p>"
+    if not rows:
+        return f"<p>{escape(nothing)}</p>"
+    return f'<div class="terms">{table(("", ""), rows)}</div>'

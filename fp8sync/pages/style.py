@@ -100,6 +100,7 @@ th, td {{ padding: .25rem .6rem; text-align: right; white-space: nowrap;
   border-bottom: 1px solid var(--grid); }}
 th {{ font-weight: 600; }}
 th:first-child, td:first-child {{ text-align: left; padding-left: 0; }}
+.terms td:last-child {{ text-align: left; white-space: normal; }}
 pre {{ margin: .25rem 0 1rem; padding: .6rem .75rem; border: 1px solid var(--grid);
   border-radius: .25rem; font: .85rem/1.45 ui-monospace, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }}
