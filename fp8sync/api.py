@@ -32,6 +32,7 @@ class _Kept:
     commit: Commit
     kv_scales: dict[str, float | torch.Tensor]
     key: tuple[Any, Any]
+    master: bool
 
 
 _Name = int | str | tuple["_Name", ...]
@@ -45,6 +46,7 @@ def refit(
     *,
     in_flight: InFlight = "wait",
     bridge: Any = None,
+    master: bool = False,
     kv_scales: KvScales | None = None,
     scales: str | None = None,
     commit: Commit = "staged",
@@ -52,8 +54,8 @@ def refit(
     """Put a model's weights, as they are now, into a live engine.
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
-    the next calls with the same model and engine, and made anew when the recipe, `commit` or the names of
-    KV-cache scales change. It holds on to both until `fp8sync.close`.
+    the next calls with the same model and engine, and made anew when the recipe, `master`, `commit` or the
+    names of KV-cache scales change. It holds on to both until `fp8sync.close`.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
@@ -64,6 +66,8 @@ def refit(
         in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
         bridge: for a Megatron-Core model, whose list of chunks is the `model`: its
             `megatron.bridge.AutoBridge`.
+        master: whether to quantize its optimizer's FP32 masters, not the parameters made from them; see
+            `fp8sync.sources.megatron.MegatronSource`.
         kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name; without, the engine keeps
             its own. Every trainer rank gives the same names; rank 0's values are sent.
         scales: `paired` or `misc`, if not as the recipe says; see `fp8sync.Recipe`.
@@ -85,20 +89,18 @@ def refit(
     wanted = Recipe.of(recipe, scales)
     key = _name(model), _name(engine)
     known = _links.get(key)
-    names = (kv_scales or {}).keys()
-    if known and (known.link.recipe, known.commit, known.kv_scales.keys()) != (
-        wanted,
-        commit,
-        names,
-    ):
+    asked = wanted, master, commit, (kv_scales or {}).keys()
+    if known and (known.link.recipe, known.master, known.commit, known.kv_scales.keys()) != asked:
         del _links[key]
         known.link.close()
         known = None
     if known is None:
         held = dict(kv_scales or {})
-        source = model if bridge is None else as_source(model, bridge)
+        source = model if bridge is None and not master else as_source(model, bridge, master=master)
         link = connect(source, engine, wanted, kv_scales=held or None, commit=commit)
-        known = _links[key] = _Kept(link, commit, held, (_frozen(model), _frozen(engine)))
+        known = _links[key] = _Kept(
+            link, commit, held, (_frozen(model), _frozen(engine)), master
+        )
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
 

@@ -62,7 +62,7 @@ class Source(Protocol):
         """Return the live storages that the boxes point into, as they are now, all on one device."""
 
 
-def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
+def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source:
     """Return `model` itself if it is a `Source`, or a source for it.
 
     Args:
@@ -71,7 +71,7 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
             Megatron-Core model: the list of its chunks on this rank.
         bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model. With a path, that of a
             Megatron distributed checkpoint.
-        masters: its optimizer, if the FP32 masters are to be read; see `MegatronSource`.
+        master: whether to read its optimizer's FP32 masters; see `MegatronSource`.
 
     Raises:
         UnsupportedLayout: nothing here can list the boxes of such an object, or files cannot be read.
@@ -80,6 +80,10 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
         >>> type(as_source(torch.nn.Linear(3, 2))).__name__
         'ModuleSource'
     """
+    if master and (bridge is None or isinstance(model, (str, Path))):
+        raise UnsupportedLayout(
+            f"master=True: expected Megatron-Core chunks and their bridge=, found {type(model).__name__}"
+        )
     if bridge is not None and isinstance(model, (str, Path)):
         from fp8sync.sources.megatron import DistributedCheckpointSource
 
@@ -87,7 +91,8 @@ def as_source(model: Any, bridge: Any = None, masters: Any = None) -> Source:
     if bridge is not None:
         from fp8sync.sources.megatron import MegatronSource
 
-        return MegatronSource(model if isinstance(model, list) else [model], bridge, masters)
+        chunks = model if isinstance(model, list) else [model]
+        return MegatronSource(chunks, bridge, master=master)
     if isinstance(model, (str, Path)):
         if (Path(model) / ".metadata").exists():
             raise UnsupportedLayout(

@@ -110,7 +110,7 @@ def run(kind: str, steps: int, folder: Path, engine_tp: int) -> dict[Path, torch
         if leads:
             world.stop_engine(llm)
         return found
-    again = from_masters(MegatronSource(chunks, bridge, masters=optimizer), llm)
+    again = from_masters(MegatronSource(chunks, bridge, master=True), llm)
     moved = max_difference(again, found[folder / f"step{steps}"])
     print(f"{kind}: refitted from the FP32 masters instead: max |difference| {moved}", flush=True)
     world.stop_engine(llm)

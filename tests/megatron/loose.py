@@ -67,8 +67,8 @@ def check_loose_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     """The bridge exports parameters; who asked for masters is told."""
     with mapped_by(own_mappings()):
         bridge, chunks = load(checkpoint, axes)
-        chunks, optimizer = cpu.with_optimizer(chunks, distributed=True)
-        source = MegatronSource(chunks, bridge, masters=optimizer)
+        chunks, _ = cpu.with_optimizer(chunks, distributed=True)
+        source = MegatronSource(chunks, bridge, master=True)
         source.prepare()
         said = "linear_qkv.weight: the bridge exports the parameter, not its master"
         return refused(said, source.manifest)

@@ -78,11 +78,23 @@ def check_other_experts(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
 
 
+def check_no_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Masters before there is an optimizer, and of a distributed one whose ranges are out of sight."""
+    bridge, chunks = load(checkpoint, axes)
+    expected = [LAYER.format(0, "linear_fc2.weight", "expected an FP32 master .* found none")]
+    faults = unsaid(expected, lambda: MegatronSource(chunks, bridge, master=True).manifest())
+    cpu.with_optimizer(chunks, distributed=True)
+    expected = [LAYER.format(1, "linear_qkv.weight", "its master is divided .* as DDP wraps them")]
+    return faults + unsaid(
+        expected, lambda: MegatronSource(chunks, bridge, master=True).manifest()
+    )
+
+
 def check_nan_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     """A master that is NaN on one rank: all ranks name the tensor, and no file is left."""
     bridge, chunks = load(checkpoint, axes)
-    chunks, optimizer = cpu.with_optimizer(chunks, distributed=True)
-    source = MegatronSource(chunks, bridge, masters=optimizer)
+    chunks, _ = cpu.with_optimizer(chunks, distributed=True)
+    source = MegatronSource(chunks, bridge, master=True)
     if dist.get_rank() == 1:
         names = dict(chunks[0].named_parameters())
         damaged = next(p for n, p in names.items() if n.endswith("layers.1.mlp.linear_fc2.weight"))

@@ -1,4 +1,6 @@
-"""The FP32 masters of a Megatron optimizer, as rectangles of the parameters they belong to.
+"""The FP32 masters of parameters, as rectangles of the parameters they belong to.
+
+Megatron's optimizers leave a parameter's master with the parameter, as `main_param`.
 
 A distributed optimizer divides each parameter among the data-parallel ranks as if it were flat: a rank
 owns the elements from one number up to another, wherever that cuts the rows. Such a run of elements is
@@ -14,7 +16,7 @@ from fp8sync.manifest import Box, Placement
 from fp8sync.plan.boxes import Rect, overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     import torch
 
@@ -36,34 +38,55 @@ class Masters:
     """Finds the masters of parameters.
 
     Args:
-        optimizer: what `get_megatron_optimizer` returned, distributed or not.
+        chunks: this rank's model chunks; wrapped in DDP, if a distributed optimizer divides the masters.
     """
 
-    def __init__(self, optimizer: Any) -> None:
-        self._optimizers = list(getattr(optimizer, "chained_optimizers", [optimizer]))
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._divided = [chunk for chunk in chunks if _is_divided(chunk)]
+        self._owned = {p: owned for chunk in self._divided for p, owned in _owned(chunk)}
 
     def of(self, parameter: Any) -> Master | None:
-        """Return the master of a parameter; None if it has none, being FP32 itself or a buffer.
+        """Return the master of a parameter; None if it has none: FP32 itself, frozen, or a buffer.
 
         Raises:
-            ValueError: the optimizer keeps its masters where they cannot be read.
+            ValueError: there is no optimizer, or it keeps its masters where they cannot be read.
         """
         if not hasattr(parameter, "main_param"):
+            if parameter.requires_grad and parameter.dtype.itemsize < 4:
+                raise ValueError(
+                    "expected an FP32 master (main_param), found none; has the optimizer been made?"
+                )
             return None
         tensor = parameter.main_param
         if not getattr(parameter, "main_param_sharded", False):
             return Master(0, tensor)
-        for optimizer in self._optimizers:
-            if parameter in getattr(optimizer, "model_param_gbuf_map", ()):
-                owned = optimizer._get_model_param_range_map(parameter)["param"]
-                if tensor is None or tensor.numel() != owned.end - owned.start:
-                    found = "none" if tensor is None else f"{tensor.numel()} of them"
-                    raise ValueError(
-                        f"expected FP32 masters of elements {owned.start}:{owned.end}, found {found} "
-                        "(a precision-aware optimizer keeps its masters to itself)"
-                    )
-                return Master(owned.start, tensor)
-        return Master(0, None)
+        if not self._divided:
+            raise ValueError(
+                "its master is divided among data-parallel ranks: expected the chunks as DDP wraps them"
+            )
+        begin, end = self._owned.get(parameter, (0, 0))
+        found = 0 if tensor is None else tensor.numel()
+        if found != end - begin:
+            raise ValueError(
+                f"expected FP32 masters of elements {begin}:{end}, found {found} of them "
+                "(a precision-aware optimizer keeps its masters to itself)"
+            )
+        return Master(begin, tensor)
+
+
+def _is_divided(chunk: Any) -> bool:
+    return bool(getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False))
+
+
+def _owned(chunk: Any) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Yield which elements of each parameter this rank's optimizer owns, as it finds them itself."""
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+        for buckets in DistributedOptimizer._build_gbuf_range_map(buffer).values():
+            for bucket in buckets:
+                for parameter, ranges in bucket["param_map"].items():
+                    yield parameter, (ranges["param"].start, ranges["param"].end)
 
 
 def master_boxes(storage: str, layout: Layout, local: Shape, master: Master) -> Iterator[Box]:

@@ -35,8 +35,9 @@ class MegatronSource:
     Args:
         model_chunks: the list that `provide_distributed_model` returned; wrapped in DDP or not.
         bridge: the `megatron.bridge.AutoBridge` of the model.
-        masters: the optimizer whose FP32 masters are to be read instead of the parameters made from
-            them; a distributed optimizer's are divided among the data-parallel ranks.
+        master: whether to read the optimizer's FP32 masters instead of the parameters made from them.
+            A distributed optimizer divides them among the data-parallel ranks; then the chunks have to
+            be those that DDP wraps.
 
     What cannot be sent is refused by `manifest`, all of it at once.
 
@@ -45,12 +46,12 @@ class MegatronSource:
         >>> link = fp8sync.connect(source, llm)  # doctest: +SKIP
     """
 
-    def __init__(self, model_chunks: Sequence[Any], bridge: Any, masters: Any = None) -> None:
+    def __init__(self, model_chunks: Sequence[Any], bridge: Any, *, master: bool = False) -> None:
         from megatron.bridge.models.conversion.utils import unwrap_model
 
         self._chunks = list(model_chunks)
         self._bridge = bridge
-        self._masters = None if masters is None else Masters(masters)
+        self._masters = Masters(self._chunks) if master else None
         self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
         self._rank = rank_and_size()[0]
         chunks = unwrap_model(self._chunks)
@@ -156,7 +157,7 @@ class MegatronSource:
     def _unread_masters(self, loose: Sequence[LooseTask]) -> Iterator[str]:
         for task in loose:
             parameter = task.parameter
-            if parameter and self._masters and self._masters.of(parameter.live()):
+            if parameter and self._masters and hasattr(parameter.live(), "main_param"):
                 yield f"{parameter.name}: the bridge exports the parameter, not its master ({task.reason})"
 
     def _read(self) -> tuple[dict[str, torch.Tensor], list[str]]:
