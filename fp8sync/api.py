@@ -98,9 +98,7 @@ def refit(
         held = dict(kv_scales or {})
         source = model if bridge is None and not master else as_source(model, bridge, master=master)
         link = connect(source, engine, wanted, kv_scales=held or None, commit=commit)
-        known = _links[key] = _Kept(
-            link, commit, held, (_frozen(model), _frozen(engine)), master
-        )
+        known = _links[key] = _Kept(link, commit, held, (_frozen(model), _frozen(engine)), master)
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
 

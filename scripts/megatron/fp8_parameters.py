@@ -1,13 +1,15 @@
 """Train a Megatron model with FP8 parameters, refit a live vLLM after each step, compare with a fresh one.
 
     python -m scripts.megatron.fp8_parameters [--kinds dense,moe] [--steps 3]
-    torchrun --nproc_per_node=2 -m scripts.megatron.fp8_parameters --engine-tp 2 [...]
+    torchrun --nproc_per_node=4 -m scripts.megatron.fp8_parameters --engine-tp 2 --dp 2 [...]
 
 Needs Hopper GPUs, Transformer Engine, Megatron-Bridge and vLLM: the first GPUs for the engine, then one
-for each trainer rank. Trainer: blockwise FP8 parameters, Adam in the distributed optimizer with FP32
-masters; as many tensor (and expert) parallel ranks as there are. Engine: dummy weights. After each step:
-`refit`, log-probabilities; `export_checkpoint` of the same step, and the log-probabilities of a vLLM that
-loads it in a process of its own.
+for each trainer rank, from the first again where there are no more. Trainer: blockwise FP8 parameters,
+Adam in the distributed optimizer with FP32 masters; with `--dp`, which leaves the all-gather of parameters
+to the next forward; as many tensor (and expert) parallel ranks as remain. Engine: dummy weights. After each
+step: `refit`, log-probabilities; `export_checkpoint` of the same step, and the log-probabilities of a vLLM
+that loads it in a process of its own. Then a NaN among the codes, which has to be refused, and a refit
+from the masters.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +35,9 @@ from fp8sync_kernels import quantize_blockwise
 from tests.engines import world
 from tests.engines.two_ranks import without_torchrun
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 LENGTH, BATCH = 128, 4
 
 
@@ -42,17 +47,21 @@ def main() -> None:
     parser.add_argument("--kinds", default="dense,moe")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--engine-tp", type=int, default=1)
+    parser.add_argument("--dp", type=int, default=1, help="data-parallel size of the trainer")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
-    torch.cuda.set_device(options.engine_tp + rank)
+    torch.cuda.set_device((options.engine_tp + rank) % torch.cuda.device_count())
     started = os.environ.get("MASTER_PORT", os.getpid())
     folder = Path(tempfile.gettempdir()) / f"fp8_parameters-{started}"
     join(rank)
     refitted: dict[Path, torch.Tensor] = {}
+    bad = 0
     for kind in options.kinds.split(","):
-        refitted |= run(kind, options.steps, folder / kind, options.engine_tp)
+        found, served = run(kind, options.steps, folder / kind, options.engine_tp, options.dp)
+        refitted |= found
+        bad += served
     if rank == 0:
-        bad = without_torchrun(lambda: compare(refitted, options.engine_tp))
+        bad += without_torchrun(lambda: compare(refitted, options.engine_tp))
         shutil.rmtree(folder)
         sys.exit(1 if bad else 0)
 
@@ -73,12 +82,18 @@ def start_engine(kind: str, folder: Path, tp: int) -> Any:
     return without_torchrun(lambda: world.start_engine(config, **options))
 
 
-def run(kind: str, steps: int, folder: Path, engine_tp: int) -> dict[Path, torch.Tensor]:
-    """Train, refit and export; on rank 0, the live engine's log-probabilities by exported directory."""
+def run(
+    kind: str, steps: int, folder: Path, engine_tp: int, dp: int
+) -> tuple[dict[Path, torch.Tensor], bool]:
+    """Train, refit and export.
+
+    Returns:
+        On rank 0, the live engine's log-probabilities by exported directory, and whether a NaN got through.
+    """
     leads = dist.get_rank() == 0
     llm = start_engine(kind, folder, engine_tp) if leads else None
     dist.barrier()
-    bridge, chunks, optimizer = build(folder / "hf", kind)
+    bridge, chunks, optimizer = build(folder / "hf", kind, dp)
     source = MegatronSource(chunks, bridge)
     held = source.manifest().tensors.values()  # of this rank
     pairs = sum(info.encoding is Encoding.BLOCKWISE for info in held)
@@ -88,9 +103,12 @@ def run(kind: str, steps: int, folder: Path, engine_tp: int) -> dict[Path, torch
     found = {}
     for step in range(1, steps + 1):
         loss = train(chunks, optimizer, seed=step)
+        incomplete = [pair["rowwise_data"].clone() for pair in fp8_pairs(chunks)]
         began = time.perf_counter()
         report = link.refit()
         seconds = time.perf_counter() - began
+        pairs_now = [pair["rowwise_data"] for pair in fp8_pairs(chunks)]
+        gathered = sum(not torch.equal(*both) for both in zip(incomplete, pairs_now, strict=True))
         made = export_checkpoint(
             source, folder / f"step{step}", "blockwise", config=folder / "hf", progress=False
         )
@@ -102,31 +120,64 @@ def run(kind: str, steps: int, folder: Path, engine_tp: int) -> dict[Path, torch
         print(
             f"{kind} step {step}: loss {loss:.3f}, refit {seconds:.3f} s, {report.bytes_sent} bytes; "
             f"exported {made.tensors} tensors, {made.quantized} FP8; moved by {moved:.3f}; "
-            f"{of_masters(chunks)}",
+            f"the refit completed {gathered} of {len(pairs_now)} FP8 parameters; {of_masters(chunks)}",
             flush=True,
         )
+    served = serves_nan(kind, link, chunks, llm)
     link.close()
-    if dist.get_world_size() > 1:
-        if leads:
-            world.stop_engine(llm)
-        return found
-    again = from_masters(MegatronSource(chunks, bridge, master=True), llm)
-    moved = max_difference(again, found[folder / f"step{steps}"])
-    print(f"{kind}: refitted from the FP32 masters instead: max |difference| {moved}", flush=True)
-    world.stop_engine(llm)
-    return found
+    masters = from_masters(MegatronSource(chunks, bridge, master=True), llm, folder)
+    if leads:
+        moved = max_difference(masters.get(folder / "masters"), found[folder / f"step{steps}"])
+        print(f"{kind}: refitted from the FP32 masters: moved by {moved}", flush=True)
+        world.stop_engine(llm)
+    return found | masters, served
 
 
-def from_masters(source: MegatronSource, llm: Any) -> torch.Tensor | None:
-    """Log-probabilities after the masters were quantized by us; Transformer Engine rounds them first."""
+def serves_nan(kind: str, link: Any, chunks: list, llm: Any) -> bool:
+    """Refit with a NaN among the codes of a pair, and without it; whether the engine was moved by that."""
+    code = next(fp8_pairs(chunks))["rowwise_data"].view(-1)[:1]
+    kept = code.clone()
+    before = None if llm is None else world.logprobs(llm)
+    code.fill_(0x7F)
     try:
-        link = fp8sync.connect(source, llm, "blockwise-pow2")
+        link.refit()
+        said = "not refused"
+    except fp8sync.Fp8SyncError as error:
+        said = f"{type(error).__name__}: {error}".replace("\n", " ")
+    code.copy_(kept)
+    if llm is None:
+        link.refit()
+        return False
+    with_nan = max_difference(world.logprobs(llm), before)
+    link.refit()
+    again = max_difference(world.logprobs(llm), before)
+    print(
+        f"{kind}: a NaN code: {said}; moved by {with_nan}, and by the next refit {again}",
+        flush=True,
+    )
+    return bool(with_nan != 0.0 or again != 0.0)
+
+
+def fp8_pairs(chunks: list) -> Iterator[dict[str, Any]]:
+    """The metadata of all FP8 parameters of this rank."""
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            if hasattr(parameter, "get_metadata"):
+                yield parameter.get_metadata()
+
+
+def from_masters(source: MegatronSource, llm: Any, folder: Path) -> dict[Path, torch.Tensor]:
+    """Refit and export the masters as we quantize them; Transformer Engine rounds them to BF16 first."""
+    recipe, told = "blockwise-pow2", {"config": folder / "hf", "progress": False}
+    try:
+        link = fp8sync.connect(source, llm, recipe)
         link.refit()
         link.close()
+        made = export_checkpoint(source, folder / "masters", recipe, **told)
     except fp8sync.Fp8SyncError as error:
         print(f"not refitted from masters: {error}")
-        return None
-    return world.logprobs(llm)
+        return {}
+    return {} if llm is None else {made.folder: world.logprobs(llm)}
 
 
 def wider(kind: str) -> dict[str, int]:
@@ -134,14 +185,14 @@ def wider(kind: str) -> dict[str, int]:
     return {"moe_intermediate_size": 256} if kind == "moe" else {}
 
 
-def build(checkpoint: Path, kind: str) -> tuple[Any, list, Any]:
+def build(checkpoint: Path, kind: str, dp: int) -> tuple[Any, list, Any]:
     """The bridge, the chunks in DDP with FP8 parameters, and the distributed optimizer."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    ranks = dist.get_world_size()
+    ranks = dist.get_world_size() // dp
     axes = {
         "tensor_model_parallel_size": ranks,
         "expert_model_parallel_size": ranks if kind == "moe" else 1,
@@ -168,7 +219,14 @@ def build(checkpoint: Path, kind: str) -> tuple[Any, list, Any]:
         setattr(provider, name, value)
     provider.finalize()
     divided = {"use_distributed_optimizer": True}
-    ddp = DistributedDataParallelConfig(fp8_param_gather=True, grad_reduce_in_fp32=True, **divided)
+    ddp = DistributedDataParallelConfig(
+        fp8_param_gather=True,
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=dp > 1,
+        overlap_param_gather=dp > 1,
+        bucket_size=200_000,  # several
+        **divided,
+    )
     chunks = provider.provide_distributed_model(ddp_config=ddp, wrap_with_ddp=True, bf16=True)
     config = OptimizerConfig(
         optimizer="adam", lr=1e-3, bf16=True, fp8_recipe="blockwise", **divided
@@ -177,10 +235,12 @@ def build(checkpoint: Path, kind: str) -> tuple[Any, list, Any]:
 
 
 def train(chunks: list, optimizer: Any, seed: int) -> float:
-    """One step on random tokens, the same on all ranks."""
+    """One step on random tokens, the same on all ranks but the data-parallel ones."""
+    from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
 
-    generator = torch.Generator().manual_seed(seed)
+    own = parallel_state.get_data_parallel_rank()
+    generator = torch.Generator().manual_seed(1000 * own + seed)
     tokens = torch.randint(256, (BATCH, LENGTH + 1), generator=generator).cuda()
     positions = torch.arange(LENGTH, device="cuda").expand(BATCH, LENGTH)
     (chunk,) = chunks
@@ -196,12 +256,16 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
 
 
 def of_masters(chunks: list) -> str:
-    """How many of the FP8 parameters are their masters, rounded to BF16 and quantized by `pow2`."""
+    """How many of the FP8 parameters are their masters, rounded to BF16 and quantized by `pow2`.
+
+    Only those of which this rank has the whole master.
+    """
     same = count = 0
     for chunk in chunks:
         for parameter in chunk.parameters():
             master = getattr(parameter, "main_param", None)
-            if master is None or not hasattr(parameter, "get_metadata"):
+            whole = master is not None and master.numel() == parameter.numel()
+            if not whole or not hasattr(parameter, "get_metadata"):
                 continue
             count += 1
             codes = parameter.get_metadata()["rowwise_data"]
@@ -214,8 +278,9 @@ def of_masters(chunks: list) -> str:
 def compare(refitted: dict[Path, torch.Tensor], engine_tp: int) -> int:
     """Start a fresh vLLM on every directory, all at once; print and count the differences."""
     command = [sys.executable, "-m", "scripts.megatron.fresh"]
-    gpus = ",".join(str(n) for n in range(engine_tp))
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": gpus}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(engine_tp))))
+    gpus = visible.split(",")[:engine_tp]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(gpus)}
     given = [[*command, str(folder), str(engine_tp)] for folder in refitted]
     running = [subprocess.Popen(one, env=env) for one in given]
     bad = 0

@@ -85,9 +85,7 @@ def check_no_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     faults = unsaid(expected, lambda: MegatronSource(chunks, bridge, master=True).manifest())
     cpu.with_optimizer(chunks, distributed=True)
     expected = [LAYER.format(1, "linear_qkv.weight", "its master is divided .* as DDP wraps them")]
-    return faults + unsaid(
-        expected, lambda: MegatronSource(chunks, bridge, master=True).manifest()
-    )
+    return faults + unsaid(expected, lambda: MegatronSource(chunks, bridge, master=True).manifest())
 
 
 def check_nan_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:

@@ -244,3 +244,10 @@ def test_only_modules_and_sources_are_taken() -> None:
     assert isinstance(as_source(nn.Linear(2, 2)), ModuleSource)
     with pytest.raises(UnsupportedLayout, match="cannot read weights from dict"):
         as_source({"weight": torch.zeros(2)})
+
+
+def test_masters_are_those_of_megatron_alone() -> None:
+    with pytest.raises(
+        UnsupportedLayout, match=r"master=True: expected Megatron-Core .* found Linear"
+    ):
+        as_source(nn.Linear(2, 2), master=True)
