@@ -62,6 +62,7 @@ class Op(IntEnum):
     CANONICAL = 5  # digest FP8 codes and scale_inv as if quantized anew by pow2; writes nothing
     COPY = 6  # move bytes
     CAST = 7  # convert between bf16, fp16 and fp32
+    COPY_CODES = 8  # move FP8 codes and count the NaN among them
 
 
 class Dtype(IntEnum):
@@ -98,6 +99,8 @@ class Path(IntEnum):
 DIVISION = 1 << 12
 # Some block of a wide path is not 128x128. Masks cost a third of all instructions.
 CUT = 1 << 13
+# Some row is COPY_CODES.
+CODES = 1 << 14
 
 # Rows and columns, in elements, that one program handles on each path.
 TILE_OF_PATH = {

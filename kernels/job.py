@@ -9,7 +9,7 @@ What comes of them is shown by `fp8sync_kernels.run_table`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -218,6 +218,23 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
     if target is not None:
         _require_shape("destination", target, moved)
     return Job(Op.COPY, moved, target, None, None, (0, 0), part)
+
+
+def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) -> Job:
+    """Move FP8 codes and digest them, as `copy` does; count the NaN (0x7F and 0xFF) among them.
+
+    Raises:
+        TypeError: a dtype that is not allowed.
+        ValueError: rows or bytes in a row differ.
+
+    Examples:
+        >>> weight = torch.zeros(256, 128).to(torch.float8_e4m3fn)
+        >>> copy_codes(weight, torch.empty_like(weight)).op.name
+        'COPY_CODES'
+    """
+    codes = _matrix(source)
+    _require_dtype("source", codes, _CODES)
+    return replace(copy(codes, destination, part), op=Op.COPY_CODES)
 
 
 def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:

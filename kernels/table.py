@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync_kernels.descriptor import (
+    CODES,
     COLUMNS,
     CUT,
     DIVISION,
@@ -31,6 +32,7 @@ _WIDE_PATH = {
     torch.float8_e4m3fn: Path.WIDE_CODES,
     torch.uint8: Path.WIDE_CODES,
 }
+_COPIES = (Op.COPY, Op.COPY_CODES)
 _DIVIDING = (Op.FP32, Op.FP32_GIVEN)
 _WIDE_TO_ANY = Path.ANY_BF16 // Path.WIDE_BF16
 
@@ -43,7 +45,7 @@ class Table:
         rows: int64 ``[rows, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
         block_row: int32 ``[blocks]``, the row that each block belongs to.
         blocks: number of blocks (programs that have work).
-        paths: bit set of the paths in use, DIVISION and CUT.
+        paths: bit set of the paths in use, DIVISION, CUT and CODES.
         slots: smallest length that digests and counts must have.
 
     Examples:
@@ -92,6 +94,7 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         blocks += count
         paths |= row[Column.PATH] | (DIVISION if job.op in _DIVIDING else 0)
         paths |= CUT if _is_cut(job, row[Column.PATH]) else 0
+        paths |= CODES if job.op == Op.COPY_CODES else 0
         slots = max(slots, job.part.slot + 1)
     if blocks >= 1 << 31:
         raise ValueError(f"{blocks} blocks are too many for one table; split it")
@@ -106,7 +109,7 @@ def _pieces(jobs: Iterable[Job]) -> Iterator[Job]:
     for job in jobs:
         if job.source.rows == 0 or job.source.cols == 0:
             continue
-        if job.op == Op.COPY and _is_one_run(job):
+        if job.op in _COPIES and _is_one_run(job):
             yield from _lines(job)
         else:
             yield job
@@ -188,7 +191,7 @@ def _path(job: Job, pitch: int) -> Path:
     words = job.part.base % 4 == 0 and (pitch % 4 == 0 or job.source.rows == 1)
     wide = words and job.source.cols % 16 == 0 and job.origin[1] % 16 == 0
     wide = wide and all(_aligned(end, 16) for end in ends)
-    if job.op == Op.COPY:
+    if job.op in _COPIES:
         if wide:
             return Path.COPY_16
         narrow = words and job.source.cols % 4 == 0 and all(_aligned(end, 4) for end in ends)

@@ -171,7 +171,7 @@ class GoldenSender:
                 parts.append(view(storages, box.scale_at, blocks).contiguous())
             payload.copy_(torch.cat([part.reshape(-1).view(torch.uint8) for part in parts]))
             if x.is_floating_point():
-                bad = int((~torch.isfinite(x.float())).sum())
+                bad = sum(int((~torch.isfinite(part.float())).sum()) for part in parts)
                 sent.parts.append(PartReport(box.tensor, bad))
             value, flags = digest_of(payload), 0
         header = piece.header(version, value, self._plan, flags).pack()

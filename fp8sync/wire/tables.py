@@ -37,7 +37,7 @@ __all__ = [
     "write_table",
 ]
 
-_COUNTED = (torch.bfloat16, torch.float16, torch.float32)
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def unwritable(copies: Sequence[Copy]) -> str:
@@ -202,20 +202,26 @@ def _write(
     amax: Amax,
 ) -> Iterator[Job]:
     if copy.scale_at is None:
-        # A cast to the same dtype changes nothing, but unlike a copy it counts NaN and Inf.
-        floats = x.dtype in _COUNTED and out.dtype in _COUNTED
-        yield job.cast(x, out, part) if floats else job.copy(x, out, part)
+        yield _moved(x, out, part)
         return
     scale_base = destination(copy.scale_at.storage)
     if copy.source_scale_at is not None:
         scales = _scales(copy, scale_base, copy.scale_at)
         held = _scales(copy, source(copy.source_scale_at.storage)[0], copy.source_scale_at)
-        yield job.copy(x, out, part)
-        yield job.cast(held, scales, Part(part.slot, part.base + _scale_base(copy)))  # counted, too
+        yield _moved(x, out, part)
+        yield _moved(held, scales, Part(part.slot, part.base + _scale_base(copy)))
         return
     given = amax.get(copy.tensor, ())
     for piece in pieces(copy, [group for group, _ in given]):
         yield _quantize(copy, piece, x, out, part, scale_base, given)
+
+
+def _moved(x: Matrix, out: Matrix, part: Part) -> Job:
+    """Nothing is sent that is not examined: a cast to the same dtype counts NaN and Inf, a copy does not."""
+    if x.dtype in _FLOATS and out.dtype in _FLOATS:
+        return job.cast(x, out, part)
+    fp8 = x.dtype == torch.float8_e4m3fn
+    return job.copy_codes(x, out, part) if fp8 else job.copy(x, out, part)
 
 
 def _quantize(

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM102 - the outer tests are decided at compile time, the inner ones are not
 """Tiles of bytes moved or digested, and of floats converted. Reference: reference/table."""
 
 from __future__ import annotations
@@ -5,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.descriptor import Dtype
+from fp8sync_kernels.descriptor import Dtype, Op
 from fp8sync_kernels.gpu.columns import (
     COLS,
     DESTINATION,
@@ -13,6 +14,7 @@ from fp8sync_kernels.gpu.columns import (
     DESTINATION_STRIDE,
     DIGEST_BASE,
     DIGEST_PITCH,
+    OP,
     ROWS,
     SLOT,
     SOURCE,
@@ -24,6 +26,7 @@ from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
 
 DTYPE_BF16 = tl.constexpr(int(Dtype.BF16))
 DTYPE_FP16 = tl.constexpr(int(Dtype.FP16))
+OP_COPY_CODES = tl.constexpr(int(Op.COPY_CODES))
 
 
 @triton.jit
@@ -32,12 +35,15 @@ def copy_words(
     tile_row: tl.tensor,
     tile_col: tl.tensor,
     digests: tl.tensor,
+    nonfinite: tl.tensor,
     WIDE: tl.constexpr,
     AT_ONCE: tl.constexpr,
+    CODES: tl.constexpr,
 ) -> None:
     """Move and digest 1024 bytes of each of 32 rows, all addresses and widths multiples of 16.
 
     Without WIDE: of 8 rows, multiples of 4. AT_ONCE: rows that are held in registers together.
+    CODES: some rows of the table hold FP8 codes, whose NaN are counted.
     """
     LINES: tl.constexpr = 32 if WIDE else 8
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint32))
@@ -50,6 +56,7 @@ def copy_words(
     address = tl.load(desc + DESTINATION)
     col = tile_col * 256 + tl.arange(0, 256)
     value = tl.full([], 0, tl.uint64)
+    count = tl.full([], 0, tl.int32)
     for start in range(0, LINES, AT_ONCE):
         row = tile_row * LINES + start + tl.arange(0, AT_ONCE)
         inside = (row < tl.load(desc + ROWS).to(tl.int32))[:, None] & (col < cols)[None, :]
@@ -61,17 +68,42 @@ def copy_words(
                 destination = tl.multiple_of(destination, 16)
                 stride_out = tl.multiple_of(stride_out, 4)
             tl.store(destination + row[:, None] * stride_out + col[None, :], words, mask=inside)
+        if CODES:
+            if nonfinite is not None:
+                if tl.load(desc + OP) == OP_COPY_CODES:
+                    count += _nan_codes(words)
         if digests is not None:
             pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
             word_row = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32) + row.to(tl.uint32) * pitch
             value += total(word_terms(words, word_row[:, None] + col.to(tl.uint32)[None, :]))
     if digests is not None:
         add_digest(digests, tl.load(desc + SLOT), value)
+    if CODES:
+        _add_count(desc, nonfinite, count)
+
+
+@triton.jit
+def _nan_codes(words: tl.tensor) -> tl.tensor:
+    """Number of codes 0x7F and 0xFF in uint32 [n, 256], n below 64: a byte holds what four lines sum to."""
+    nan = (((words & 0x7F7F7F7F) + 0x01010101) >> 7) & 0x01010101
+    return tl.sum(((tl.sum(nan, axis=0) * 0x01010101) >> 24).to(tl.int32))
+
+
+@triton.jit
+def _add_count(desc: tl.tensor, nonfinite: tl.tensor, count: tl.tensor) -> None:
+    if nonfinite is not None:
+        if count != 0:
+            tl.atomic_add(nonfinite + tl.load(desc + SLOT), count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
 def copy_bytes(
-    desc: tl.tensor, tile_row: tl.tensor, tile_col: tl.tensor, digests: tl.tensor
+    desc: tl.tensor,
+    tile_row: tl.tensor,
+    tile_col: tl.tensor,
+    digests: tl.tensor,
+    nonfinite: tl.tensor,
+    CODES: tl.constexpr,
 ) -> None:
     """Move and digest 8 rows of 256 bytes with no alignment at all."""
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint8))
@@ -88,6 +120,10 @@ def copy_bytes(
         line = tl.load(desc + DIGEST_BASE) + row * tl.load(desc + DIGEST_PITCH)
         terms = element_terms(values.to(tl.uint32), line, col.to(tl.uint32))
         add_digest(digests, tl.load(desc + SLOT), total(terms))
+    if CODES:
+        if tl.load(desc + OP) == OP_COPY_CODES:
+            nan = ((values & 0x7F) == 0x7F).to(tl.int32)
+            _add_count(desc, nonfinite, tl.sum(tl.sum(nan, axis=1), axis=0))
 
 
 @triton.jit
@@ -116,9 +152,7 @@ def cast_elements(
         x = tl.load(source.to(tl.pointer_type(tl.float32)) + offset, mask=inside, other=0)
     if nonfinite is not None:
         bad = ((x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK) >= INF_BITS).to(tl.int32)
-        count = tl.sum(tl.sum(bad, axis=1), axis=0).to(tl.int64)
-        if count != 0:
-            tl.atomic_add(nonfinite + slot, count, sem="relaxed")
+        _add_count(desc, nonfinite, tl.sum(tl.sum(bad, axis=1), axis=0))
 
     destination = tl.load(desc + DESTINATION)
     offset = row * tl.load(desc + DESTINATION_STRIDE) + col

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync_kernels.descriptor import TORCH_OF_DTYPE, Column, Dtype, Op
-from fp8sync_kernels.formulas import BLOCK, FP32, POW2
+from fp8sync_kernels.formulas import BLOCK, CODE_NAN, FP32, POW2
 from fp8sync_kernels.memory import rectangle_at
 from fp8sync_kernels.reference.blockwise import count_nonfinite, partial_amax, quantize_blockwise
 from fp8sync_kernels.reference.canonical import canonical_pair
@@ -29,9 +29,9 @@ def run_table_reference(
     for values in table.rows.tolist():
         row = Row(values, table.rows.device)
         slot = row[Column.SLOT]
-        if nonfinite is not None and row.op not in (Op.COPY, Op.CANONICAL):
-            nonfinite[slot] += count_nonfinite(row.source())
-        if row.op == Op.COPY:
+        if nonfinite is not None:
+            nonfinite[slot] += _nonfinite(row)
+        if row.op in (Op.COPY, Op.COPY_CODES):
             value = _move(row, row.source())
         elif row.op == Op.CAST:
             value = _move(row, row.source().to(row.dtype(Column.DESTINATION_DTYPE)))
@@ -96,6 +96,14 @@ class Row:
         across = -(-(self.origin[1] + self.shape[1]) // BLOCK)
         shape = (down, across)
         return rectangle_at(self[address], shape, self[stride], torch.float32, self.device)
+
+
+def _nonfinite(row: Row) -> int | torch.Tensor:
+    if row.op in (Op.COPY, Op.CANONICAL):
+        return 0
+    if row.op == Op.COPY_CODES:
+        return (row.source() & CODE_NAN == CODE_NAN).sum()
+    return count_nonfinite(row.source())
 
 
 def _move(row: Row, data: torch.Tensor) -> int:

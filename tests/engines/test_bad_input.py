@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import fp8sync
-from fp8sync.manifest import Manifest
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.recipe import Encoding, Formula
 from fp8sync.sources import ModuleSource
+from fp8sync_kernels import quantize_blockwise
 from tests.engines import world
 
 if TYPE_CHECKING:
@@ -213,6 +215,40 @@ def test_non_finite_weights_are_all_named(live: Any, value: float) -> None:
         link.refit()
     assert len(caught.value.violations) == 2
     assert f"{LAST} (trainer rank 0): expected finite values, found 1" in caught.value.violations[0]
+    link.close()
+
+
+class Passing(Edited):
+    """A trainer that holds one weight as an FP8 pair, which passes through."""
+
+    def __init__(self, model: torch.nn.Module, name: str) -> None:
+        super().__init__(model, self._paired)
+        self._name = name
+        self.pair = quantize_blockwise(model.get_parameter(name).detach(), "pow2")
+
+    def _paired(self, tensors: dict[str, Any], boxes: list[Any]) -> Any:
+        shape = tensors[self._name].shape
+        pair = TensorInfo(self._name, shape, "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+        at = Placement("codes", 0, (shape[1], 1))
+        scale_at = Placement("scales", 0, (shape[1] // 128, 1))
+        boxes = [b for b in boxes if b.tensor != self._name]
+        return tensors | {self._name: pair}, [*boxes, Box(self._name, (0, 0), shape, at, scale_at)]
+
+    def storages(self) -> Any:
+        own = {"codes": self.pair.weight, "scales": self.pair.scale_inv}
+        return super().storages() | own
+
+
+@pytest.mark.parametrize("transport", ["auto", "golden"])
+def test_nan_in_a_pair_that_passes_through_is_named(live: Any, transport: str) -> None:
+    trainer = Passing(world.tiny_model("dense", 2), LAST)
+    trainer.pair.weight.view(torch.uint8)[5, 7:9] = torch.tensor([0x7F, 0xFF])
+    trainer.pair.scale_inv[1, 1] = torch.inf
+    link = fp8sync.connect(trainer, live, world.recipe("blockwise-pow2"), transport=transport)
+    with pytest.raises(fp8sync.NonFiniteWeight) as caught:
+        link.refit()
+    (fault,) = caught.value.violations
+    assert f"{LAST} (trainer rank 0): expected finite values, found 3" in fault
     link.close()
 
 

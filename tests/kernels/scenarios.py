@@ -7,7 +7,15 @@ from functools import partial
 import torch
 
 from fp8sync_kernels.formulas import FORMULAS
-from fp8sync_kernels.job import Part, canonical_digest, cast, copy, partial_amax, quantize
+from fp8sync_kernels.job import (
+    Part,
+    canonical_digest,
+    cast,
+    copy,
+    copy_codes,
+    partial_amax,
+    quantize,
+)
 from tests.kernels.cases import FLOATS, all_bf16_patterns, hard, with_nonfinite
 
 WHOLE = Part()
@@ -68,6 +76,24 @@ def copies(arena, shape, stride):
     ]
 
 
+def codes(arena, shape, stride):
+    """Pairs that pass through: NaN counted; as bytes, the same values are not."""
+    rows, cols = shape
+    x = random_bytes(rows, stride)[:, :cols]
+    x[rows // 2] = 0xFF
+    return [
+        copy_codes(arena.input(x), arena.output(rows, cols, stride=stride), Part(slot=0)),
+        copy_codes(arena.input(x), None, Part(slot=1)),
+        copy(arena.input(x), arena.output(rows, cols), Part(slot=2)),
+    ]
+
+
+def only_nan(arena):
+    """More NaN in a tile than any of its partial sums may hold bits for."""
+    x = torch.full((64, 1024), 0x7F, dtype=torch.uint8)
+    return [copy_codes(arena.input(x), arena.output(64, 1024), Part(slot=5))]
+
+
 def casts(arena, source, target):
     x = hard(17, 300, source)
     return [cast(arena.input(x), arena.output(17, 300, target, stride=320))]
@@ -120,6 +146,8 @@ def scenarios():
             named[name] = partial(casts, source=source, target=target)
     for shape, stride in STRIDED:
         named[f"copy-{shape[0]}x{shape[1]}"] = partial(copies, shape=shape, stride=stride)
+        named[f"codes-{shape[0]}x{shape[1]}"] = partial(codes, shape=shape, stride=stride)
+    named["codes-nan"] = only_nan
     for origin in ((0, 0), (64, 48), (100, 33)):
         named[f"amax-{origin}"] = partial(amaxes, origin=origin)
     for cols in (144, 131):

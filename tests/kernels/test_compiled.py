@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8sync_kernels.descriptor import CUT, DIVISION
+from fp8sync_kernels.descriptor import CODES, CUT, DIVISION
 from fp8sync_kernels.descriptor import Path as KernelPath
 from fp8sync_kernels.launch import compile_options
 
@@ -33,6 +33,7 @@ TABLES = {
     "fp32 source": KernelPath.WIDE_FP32,
     "codes": KernelPath.WIDE_CODES,
     "copies": KernelPath.COPY_16,
+    "copies of codes": KernelPath.COPY_16 | CODES,
 }
 
 
@@ -73,7 +74,7 @@ def test_casts_and_divisions(compiled):
         assert "div.full" not in ptx
         assert "div.approx" not in ptx
         assert "ex2.approx" not in ptx
-        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (name != "copies")
+        assert ("cvt.rn.satfinite.e4m3x2.f32" in ptx) == (not name.startswith("copies"))
         assert ("div.rn.f32" in ptx) == name.endswith(" fp32")
 
 
@@ -91,4 +92,4 @@ def test_no_spills_and_five_programs_share_a_multiprocessor(compiled):
         # Triton 3.6 keeps one register in memory on sm_100, however many are allowed.
         old = triton.__version__.startswith("3.6.") and kernel.metadata.target.arch == 100
         assert stack <= (8 if old else 0), f"{name}: {stack} bytes of stack"
-        assert registers <= {"fp32 source": 168, "copies": 128}.get(name, 96), name
+        assert registers <= {"fp32 source": 168}.get(name, 96), name

@@ -13,7 +13,7 @@ from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.wire.payload import pack, unpack
-from fp8sync.wire.tables import write_table
+from fp8sync.wire.tables import PlacedBucket, pack_table, write_table
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 from tests.unit import layouts
 from tests.unit.layouts import Side, bits
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fp8sync.wire.payload import PartReport
 
 GUARD = 0xA5
+CPU = torch.device("cpu")
 
 
 def move(
@@ -192,11 +193,13 @@ def test_every_nonfinite_element_is_counted(formula: Formula | None, limit: int)
     assert {report.tensor for report in reports} == {"w"}
 
 
-def test_scales_that_pass_through_are_counted() -> None:
-    """By buckets and by tables, whatever lies in the padding beside them."""
+def test_pairs_that_pass_through_are_counted() -> None:
+    """Codes and scales, by buckets and by tables, whatever lies in the padding beside the scales."""
     scales = torch.ones(3, 4)
     scales[0, 1], scales[2, 0], scales[:, 2:] = torch.nan, torch.inf, torch.nan
-    held = {"c": torch.zeros(300, 140, dtype=torch.uint8).view(torch.float8_e4m3fn), "s": scales}
+    codes = torch.zeros(300, 140, dtype=torch.uint8)
+    codes[0, 0], codes[131, 7], codes[299, 139] = 0x7F, 0xFF, 0x7E
+    held = {"c": codes.view(torch.float8_e4m3fn), "s": scales}
     pair = "w", (300, 140), "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2
     whole = "w", (0, 0), (300, 140)
     source = Box(*whole, Placement("c", 0, (140, 1)), Placement("s", 0, (4, 1)))
@@ -205,19 +208,27 @@ def test_scales_that_pass_through_are_counted() -> None:
     plan = build_plan(Manifest.of(infos, {0: [source]}), Manifest.of(infos, {0: [wanted]}))
     found = {"w": torch.zeros_like(held["c"]), "w_scale_inv": torch.zeros(3, 2)}
     (report,) = move(plan, held, found, 1 << 20)
-    assert report.nonfinite == 2
+    assert report.nonfinite == 4
+
+    def where(name: str) -> tuple[int, str]:
+        return held[name].data_ptr(), str(held[name].dtype).removeprefix("torch.")
 
     written = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
-    table = write_table(
-        plan.copies,
-        lambda name: (held[name].data_ptr(), str(held[name].dtype).removeprefix("torch.")),
-        lambda name: written[name].data_ptr(),
-        torch.device("cpu"),
-    )
-    nonfinite = torch.zeros(table.slots, dtype=torch.int64)
-    run_table(table, None, nonfinite)
-    assert nonfinite.tolist() == [2]
-    assert torch.equal(bits(written["w_scale_inv"]), bits(found["w_scale_inv"]))
+    (bucket,) = fill_buckets(plan.copies)
+    payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+    placed = PlacedBucket(bucket, payload.data_ptr(), slice(0, 1))
+    for table in (
+        write_table(plan.copies, where, lambda name: written[name].data_ptr(), CPU),
+        pack_table([placed], where, torch.zeros(16, dtype=torch.uint8), {}),
+    ):
+        nonfinite = torch.zeros(table.slots, dtype=torch.int64)
+        run_table(table, None, nonfinite)
+        assert nonfinite.tolist() == [4]
+    received = {name: torch.zeros_like(tensor) for name, tensor in found.items()}
+    unpack(bucket, payload, received)
+    for name, tensor in found.items():
+        assert torch.equal(bits(tensor), bits(written[name]))
+        assert torch.equal(bits(tensor), bits(received[name]))
 
 
 def test_a_value_that_overflows_the_engines_dtype_is_counted() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8sync_kernels import quantize_blockwise
-from fp8sync_kernels.descriptor import CUT, DIVISION, Path
+from fp8sync_kernels.descriptor import CODES, CUT, DIVISION, Path
 from fp8sync_kernels.formulas import FORMULAS
 from fp8sync_kernels.job import Part, canonical_digest, partial_amax
 from fp8sync_kernels.launch import launch_kernel
@@ -36,6 +36,13 @@ def test_same_bytes_as_the_reference(name):
         assert nonfinite.tolist() == [0, 0, 0, 4, 0, 0, 0, 0]
     if name.startswith("copy"):
         assert digests[0] == digests[1]
+        assert nonfinite.count_nonzero() == 0
+    if name == "codes-nan":
+        assert nonfinite.tolist() == [0, 0, 0, 0, 0, 64 * 1024, 0, 0]
+    elif name.startswith("codes"):
+        assert digests[0] == digests[1]
+        assert nonfinite[0] == nonfinite[1] > 0
+        assert nonfinite[2:].count_nonzero() == 0
 
 
 @settings(max_examples=12, deadline=None)
@@ -62,7 +69,7 @@ def test_scenarios_take_every_path():
     taken = 0
     for make_jobs in SCENARIOS.values():
         taken |= build_table(make_jobs(Arena("cpu")), "cpu").paths
-    assert taken == sum(Path) | DIVISION | CUT
+    assert taken == sum(Path) | DIVISION | CUT | CODES
 
 
 def test_counters_may_be_absent():
