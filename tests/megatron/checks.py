@@ -35,7 +35,10 @@ LINEAR = re.compile(r"_proj(_with_mqa)?\.weight$")
 
 def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     """Refit a model of this layout, as BF16 and as FP8 by both formulas."""
-    bridge, chunks = load(checkpoint, axes)
+    return refitted(checkpoint, *load(checkpoint, axes))
+
+
+def refitted(checkpoint: Path, bridge: Any, chunks: list) -> list[str]:
     with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
         source = MegatronSource(chunks, bridge)
         names_gathered = watch.collectives
@@ -78,7 +81,10 @@ def check_engines(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
     Engines hold blockwise FP8, fused and cut as vLLM does; the layouts are those on paper.
     """
-    bridge, chunks = load(checkpoint, axes)
+    return staged(checkpoint, *load(checkpoint, axes))
+
+
+def staged(checkpoint: Path, bridge: Any, chunks: list) -> list[str]:
     source = MegatronSource(chunks, bridge)
     merged = gather(source.manifest())
     model = from_config(json.loads((checkpoint / "config.json").read_text()))
@@ -157,9 +163,15 @@ def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 def check_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     """FP32 masters, divided among the data-parallel ranks or not, quantized straight from where they lie."""
+    return mastered(checkpoint, axes, lambda: load(checkpoint, axes))
+
+
+def mastered(
+    checkpoint: Path, axes: dict[str, int], made: Callable[[], tuple[Any, list]]
+) -> list[str]:
     faults = []
     for distributed in (True, False):
-        bridge, chunks = load(checkpoint, axes)
+        bridge, chunks = made()
         chunks, _ = cpu.with_optimizer(chunks, distributed=distributed)
         for chunk in chunks:
             for parameter in chunk.parameters():

@@ -65,15 +65,22 @@ def check_wrong_bridge(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 
 def check_other_experts(checkpoint: Path, axes: dict[str, int]) -> list[str]:
-    """Experts in one tensor, as `moe_single_grouped_weight` and older Megatron-Core hold them."""
+    """Experts in one tensor, as older Megatron-Core held them, and quantized by a recipe that we do not read."""
     bridge, chunks = load(checkpoint, axes)
     experts = next(m for n, m in chunks[0].named_modules() if n.endswith("layers.0.mlp.experts"))
+    for name in ("weight1", "weight2"):
+        experts.register_parameter(name, torch.nn.Parameter(torch.zeros(2, 512, 256)))
     experts.linear_fc1 = torch.nn.Module()
-    for owner, name in ((experts.linear_fc1, "weight"), (experts, "weight1"), (experts, "weight2")):
-        owner.register_parameter(name, torch.nn.Parameter(torch.zeros(2, 512, 256)))
+    experts.linear_fc1.weight = torch.nn.Parameter(torch.zeros(2, 512, 256))
+    experts.linear_fc1.weight.quantizer = type("MXFP8Quantizer", (), {})()
+    experts.linear_fc1.single_grouped_weight = True
     expected = [
         rf"decoder\.layers\.0\.mlp\.experts\.{name}: expected a mapping of Qwen3MoEBridge .* found none"
-        for name in (r"linear_fc1\.weight", "weight1", "weight2")
+        for name in ("weight1", "weight2")
+    ]
+    expected += [
+        rf"experts\.linear_fc1\.weight{n} .* expected plain elements, found MXFP8Quantizer's"
+        for n in (0, 1)
     ]
     return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
 

@@ -29,6 +29,7 @@ PAIRS = {
     "deepseek-v3": ["tp=2,ep=2"],
 }
 EXPORTS = {"qwen3": ["tp=2"], "qwen3-moe": ["tp=2,ep=2"]}
+GROUPED = ["", "ep=2", "tp=2,ep=2", "tp=2,ep=4", "tp=2,etp=2", "tp=2,ep=2,pp=2"]
 MASTERS = {"qwen3": ["tp=2", "tp=4"], "qwen3-moe": ["tp=2,ep=2"]}
 GATHERED = [
     "check_loose:qwen3:pp=2",
@@ -96,6 +97,18 @@ def test_fp8_pairs_are_those_of_the_bridge(case: str, faults: dict[str, list[str
 
 @pytest.mark.parametrize("case", cases("check_masters", MASTERS))
 def test_masters(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize("case", cases("check_grouped", {"qwen3-moe": GROUPED}))
+def test_experts_in_one_parameter(case: str, faults: dict[str, list[str]]) -> None:
+    assert not faults[case], "\n".join(faults[case])
+
+
+@pytest.mark.parametrize(
+    "case", cases("check_grouped_masters", {"qwen3-moe": ["tp=2,ep=2", "tp=2,etp=2"]})
+)
+def test_masters_of_experts_in_one_parameter(case: str, faults: dict[str, list[str]]) -> None:
     assert not faults[case], "\n".join(faults[case])
 
 

@@ -45,4 +45,4 @@ class Watch(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    return getattr(tensor, "rowwise_data", tensor).untyped_storage().data_ptr()

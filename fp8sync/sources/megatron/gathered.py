@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from fp8sync.sources.megatron.tasks import LooseTask
+    from fp8sync.sources.megatron.parameters import LooseTask
 
 __all__ = ["GATHERED", "Gathered", "Owned", "divide"]
 

@@ -20,7 +20,7 @@ from fp8sync.recipe import BLOCK, Encoding, Formula
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["Held", "held"]
+__all__ = ["Held", "expert_of", "held"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,24 @@ def held(parameter: torch.Tensor) -> Held:
     if plain.dtype not in ITEMSIZE:
         raise ValueError(f"dtype {plain.dtype} cannot travel")
     return plain
+
+
+def expert_of(parameter: torch.Tensor, number: int) -> torch.Tensor:
+    """Return one of the experts that a parameter stacks; nothing is copied.
+
+    Transformer Engine's `GroupedTensor` has its elements in a flat `rowwise_data`, which optimizers may
+    replace, and forbids indexing.
+
+    Raises:
+        ValueError: the experts are quantized; Transformer Engine pads and swizzles the scales of such.
+    """
+    quantizer = getattr(parameter, "quantizer", None)
+    if quantizer is not None:
+        raise ValueError(
+            f"experts in one parameter: expected plain elements, found {type(quantizer).__name__}'s"
+        )
+    elements = getattr(parameter, "rowwise_data", parameter)
+    return elements.detach().view(parameter.shape)[number]
 
 
 def _quantized_metadata(parameter: torch.Tensor) -> Mapping[str, Any] | None:

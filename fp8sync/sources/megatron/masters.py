@@ -45,8 +45,12 @@ class Masters:
         self._divided = [chunk for chunk in chunks if _is_divided(chunk)]
         self._owned = {p: owned for chunk in self._divided for p, owned in _owned(chunk)}
 
-    def of(self, parameter: Any) -> Master | None:
+    def of(self, parameter: Any, expert: int | None = None) -> Master | None:
         """Return the master of a parameter; None if it has none: FP32 itself, frozen, or a buffer.
+
+        Args:
+            parameter: as the module has it.
+            expert: which of the experts that it stacks, if it does.
 
         Raises:
             ValueError: there is no optimizer, or it keeps its masters where they cannot be read.
@@ -59,7 +63,7 @@ class Masters:
             return None
         tensor = parameter.main_param
         if not getattr(parameter, "main_param_sharded", False):
-            return Master(0, tensor)
+            return _of_expert(Master(0, tensor), parameter, expert)
         if not self._divided:
             raise ValueError(
                 "its master is divided among data-parallel ranks: expected the chunks as DDP wraps them"
@@ -71,7 +75,21 @@ class Masters:
                 f"expected FP32 masters of elements {begin}:{end}, found {found} of them "
                 "(a precision-aware optimizer keeps its masters to itself)"
             )
-        return Master(begin, tensor)
+        return _of_expert(Master(begin, tensor), parameter, expert)
+
+
+def _of_expert(master: Master, parameter: Any, expert: int | None) -> Master:
+    if expert is None or master.tensor is None:
+        return master
+    size = parameter.numel() // len(parameter)
+    flat = master.tensor.view(-1)
+    begin, end = (
+        min(max(edge, master.begin), master.begin + flat.numel())
+        for edge in (expert * size, (expert + 1) * size)
+    )
+    if begin == end:
+        return Master(0, None)
+    return Master(begin - expert * size, flat[begin - master.begin : end - master.begin])
 
 
 def _is_divided(chunk: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from fp8sync.manifest import Box, TensorInfo
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from fp8sync.sources.megatron.masters import Master, Masters
-    from fp8sync.sources.megatron.tasks import LocalParameter
+    from fp8sync.sources.megatron.parameters import LocalParameter
 
 __all__ = ["Described", "describe", "live"]
 
@@ -33,7 +34,8 @@ def describe(parameter: LocalParameter, masters: Masters | None) -> Described:
         ValueError: it is not boxes, or not held in a way that can be sent.
     """
     tensor = parameter.live()
-    site = Site.of(parameter.mapping, parameter.module, tensor, parameter.vocabulary)
+    site = Site.of(parameter.mapping, parameter.module, parameter.kept, parameter.vocabulary)
+    site = replace(site, shape=tuple(tensor.shape))
     layout = layout_of(site)
     master = _master(parameter, masters)
     if master is not None:
@@ -61,4 +63,4 @@ def live(parameter: LocalParameter, masters: Masters | None) -> dict[str, torch.
 
 
 def _master(parameter: LocalParameter, masters: Masters | None) -> Master | None:
-    return masters.of(parameter.live()) if masters else None
+    return masters.of(parameter.kept, parameter.expert) if masters else None

@@ -11,13 +11,13 @@ from fp8sync.manifest import Box, Manifest, TensorInfo
 from fp8sync.sources.megatron.gathered import Gathered
 from fp8sync.sources.megatron.masters import Masters
 from fp8sync.sources.megatron.reading import describe, live
-from fp8sync.sources.megatron.tasks import LocalParameter, local_parameters
+from fp8sync.sources.megatron.tasks import local_parameters
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fp8sync.sources.megatron.tasks import LooseTask
+    from fp8sync.sources.megatron.parameters import LocalParameter, LooseTask
 
 __all__ = ["MegatronSource"]
 

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fp8sync.sources.megatron.grouped import grouped_experts
 from fp8sync.sources.megatron.mappings import why_no_boxes
+from fp8sync.sources.megatron.parameters import LocalParameter, LooseTask
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    import torch
+    from collections.abc import Container, Iterator, Sequence
 
 __all__ = [
     "VOCABULARIES",
-    "LocalParameter",
-    "LooseTask",
     "Parameters",
     "hook_faults",
     "local_parameters",
@@ -31,48 +28,6 @@ _HARMLESS_HOOKS = {
     "DeepSeekV3Bridge",
     "LlamaBridge",
 }
-
-
-@dataclass(frozen=True)
-class LocalParameter:
-    """One parameter (or persistent buffer) of this rank, and the mapping that speaks of it.
-
-    Args:
-        name: Megatron's name, with layer and expert numbers of the whole model.
-        mapping: the bridge's mapping, resolved.
-        module: the module that owns it.
-        attribute: its name in that module.
-        vocabulary: rows of the HF tensor where the parameter is a vocabulary; the rest is padding.
-    """
-
-    name: str
-    mapping: Any
-    module: Any
-    attribute: str
-    vocabulary: int | None
-
-    def live(self) -> torch.Tensor:
-        """Return the tensor as the module holds it now; optimizers may replace it."""
-        return getattr(self.module, self.attribute)
-
-
-@dataclass(frozen=True)
-class LooseTask:
-    """A conversion task whose tensors are no boxes; every rank has it.
-
-    Args:
-        task: the bridge's.
-        parameter: what it converts, where this rank has it.
-        reason: why its tensors are no boxes.
-    """
-
-    task: Any
-    parameter: LocalParameter | None
-    reason: str
-
-    def live(self) -> torch.Tensor | None:
-        """Return the parameter as the module holds it now."""
-        return None if self.parameter is None else self.parameter.live()
 
 
 class Parameters(NamedTuple):
@@ -94,9 +49,11 @@ def local_parameters(chunks: Sequence[Any], bridge: Any) -> Parameters:
     tasks = model_bridge.build_conversion_tasks(bridge.hf_pretrained, list(chunks))
     tasks = [task for task in tasks if task is not None]
     held = [task for task in tasks if task.param_weight is not None]
-    faults = [*hook_faults(model_bridge), *_unmapped(chunks, model_bridge, held)]
+    experts, faults = grouped_experts(chunks, model_bridge)
+    known = {(task.vp_stage, task.param_name) for task in held} | experts.keys()
+    faults += [*hook_faults(model_bridge), *_unmapped(chunks, model_bridge, known)]
     vocabulary = vocabulary_of(bridge)
-    found = Parameters([], [], faults)
+    found = Parameters([*chain(*experts.values())], [], faults)
     for task in tasks:
         parameter = _local(task, vocabulary)
         if model_bridge._should_skip_mtp_duplicate_embedding_export(task, chunks):
@@ -120,10 +77,11 @@ def _local(task: Any, vocabulary: int | None) -> LocalParameter | None:
     )
 
 
-def _unmapped(chunks: Sequence[Any], model_bridge: Any, tasks: Sequence[Any]) -> Iterator[str]:
+def _unmapped(
+    chunks: Sequence[Any], model_bridge: Any, known: Container[tuple[int, str]]
+) -> Iterator[str]:
     from megatron.bridge.models.conversion.utils import persistent_buffers
 
-    known = {(task.vp_stage, task.param_name) for task in tasks}
     kind = type(model_bridge).__name__
     for stage, chunk in enumerate(chunks):
         tied = getattr(chunk.config, "share_embeddings_and_output_weights", False)

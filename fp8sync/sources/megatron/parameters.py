@@ -1,0 +1,66 @@
+"""What a conversion speaks of: a parameter of this rank, or what the bridge has to export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fp8sync.sources.megatron.held import expert_of
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LocalParameter", "LooseTask"]
+
+
+@dataclass(frozen=True)
+class LocalParameter:
+    """One parameter (or persistent buffer) of this rank, and the mapping that speaks of it.
+
+    Args:
+        name: Megatron's name, with layer and expert numbers of the whole model.
+        mapping: the bridge's mapping, resolved.
+        module: the module that owns it.
+        attribute: its name in that module.
+        vocabulary: rows of the HF tensor where the parameter is a vocabulary; the rest is padding.
+        expert: which of the module's experts, where one parameter holds them all.
+    """
+
+    name: str
+    mapping: Any
+    module: Any
+    attribute: str
+    vocabulary: int | None = None
+    expert: int | None = None
+
+    @property
+    def kept(self) -> torch.nn.Parameter:
+        """The module's parameter, which may hold other experts, too."""
+        return getattr(self.module, self.attribute)
+
+    def live(self) -> torch.Tensor:
+        """Return the tensor as the module holds it now; optimizers may replace it.
+
+        Raises:
+            ValueError: experts in one parameter whose elements cannot be read.
+        """
+        return self.kept if self.expert is None else expert_of(self.kept, self.expert)
+
+
+@dataclass(frozen=True)
+class LooseTask:
+    """A conversion task whose tensors are no boxes; every rank has it.
+
+    Args:
+        task: the bridge's.
+        parameter: what it converts, where this rank has it.
+        reason: why its tensors are no boxes.
+    """
+
+    task: Any
+    parameter: LocalParameter | None
+    reason: str
+
+    def live(self) -> torch.Tensor | None:
+        """Return the parameter as the module holds it now."""
+        return None if self.parameter is None else self.parameter.live()
