@@ -157,6 +157,21 @@ def test_attributes_that_contradict_the_mapping_are_refused() -> None:
         layout_of(Site.of(mapping, named("TopKRouter"), parameter))
 
 
+@pytest.mark.parametrize("experts", ["experts", "shared_experts"])
+def test_gate_and_up_in_strips_are_refused(experts: str) -> None:
+    option = f"moe_{'mlp' if experts == 'experts' else 'shared_expert'}_glu_interleave_size"
+    name = f"decoder.layers.0.mlp.{experts}.linear_fc1.weight"
+    mapping = place(param_mapping.GatedMLPMapping(name, gate="gate", up="up"), 0, 1)
+    for strips in (None, 32):
+        config = SimpleNamespace(**{option: strips})
+        site = Site.of(mapping, named("TELinear", config=config), torch.empty(128, WIDTH))
+        if strips is None:
+            assert layout_of(site).shapes == {"gate": (64, WIDTH), "up": (64, WIDTH)}
+            continue
+        with pytest.raises(ValueError, match=rf"alternate in strips of 32 rows \({option}\)"):
+            layout_of(site)
+
+
 class OwnMapping(param_mapping.QKVMapping):
     """Someone's own; it may do anything."""
 

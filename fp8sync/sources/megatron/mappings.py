@@ -135,6 +135,7 @@ def _concatenated_qkv(site: Site) -> Layout:
 
 def _gated(site: Site) -> Layout:
     _check_division(site, 0)
+    _check_strips(site)
     return pieces.concatenated((site.names["gate"], site.names["up"]), site.shape, site.shard)
 
 
@@ -186,6 +187,16 @@ def _check_division(site: Site, dim: int | None) -> None:
         raise ValueError(
             f"the mapping {told}, the parameter is divided along dim {site.divided_dim}"
         )
+
+
+def _check_strips(site: Site) -> None:
+    """Refuse experts whose gate and up alternate, as some fused kernels want them; no mapping says so."""
+    name = site.mapping.megatron_param
+    option = "shared_expert" if ".shared_experts." in name else "mlp"
+    option = f"moe_{option}_glu_interleave_size"
+    rows = getattr(getattr(site.module, "config", None), option, None)
+    if rows and "experts." in name:
+        raise ValueError(f"gate and up alternate in strips of {rows} rows ({option})")
 
 
 _BY_PARALLELISM: dict[str, Callable[[Site], Layout]] = {
