@@ -191,24 +191,6 @@ def mastered(
     return faults
 
 
-def check_overlap(checkpoint: Path, axes: dict[str, int]) -> list[str]:
-    """After a step, an overlapping optimizer has updated only its own share of each parameter."""
-    bridge, chunks = load(checkpoint, axes)
-    chunks, optimizer = cpu.with_optimizer(chunks, distributed=True, overlap=True)
-    source = MegatronSource(chunks, bridge)
-    merged = gather(source.manifest())
-    for group in optimizer.chained_optimizers[0].shard_fp32_from_float16_groups:
-        for master in group:
-            master.mul_(1.5)
-    optimizer.chained_optimizers[0]._copy_main_params_to_model_params()
-    faults = refused("expected prepare() on every rank", source.storages)
-    source.prepare()
-    live = source.storages()
-    faults += refused("expected prepare() on every rank", source.storages)
-    expected = {n: (t.float() * 1.5).to(t.dtype) for n, t in reference(checkpoint).items()}
-    return [*faults, *differences(assemble(merged, live), expected)]
-
-
 def refused(said: str, act: Callable[[], object]) -> list[str]:
     """Nothing if `act` raises an error that says `said`."""
     try:

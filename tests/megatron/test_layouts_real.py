@@ -144,7 +144,9 @@ def test_a_gather_would_be_seen(case: str, faults: dict[str, list[str]]) -> None
     assert not faults[case], "\n".join(faults[case])
 
 
-@pytest.mark.parametrize("case", ["check_overlap:qwen3:tp=2"])
+@pytest.mark.parametrize(
+    "case", ["check_overlap:qwen3:tp=2", "check_trained_with_overlap:qwen3:tp=2"]
+)
 def test_parameters_are_complete_before_they_are_read(
     case: str, faults: dict[str, list[str]]
 ) -> None:

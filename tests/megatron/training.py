@@ -29,8 +29,8 @@ def main(module: str) -> None:
     with (
         patch.object(ModelProviderMixin, "provide_distributed_model", provide),
         patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", lambda _: None),
-        patch.object(torch.cuda, "Stream", _Stream),
-        patch.object(torch.cuda, "current_stream", _Stream),
+        patch.object(torch.cuda, "Stream", Stream),
+        patch.object(torch.cuda, "current_stream", Stream),
         patch.object(torch.cuda, "stream", lambda _: nullcontext()),
         _settled_providers(),
         cpu.said_to_be_cuda(),
@@ -38,7 +38,7 @@ def main(module: str) -> None:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-class _Stream:
+class Stream:
     """A processor has one."""
 
     def wait_stream(self, _: Any) -> None:

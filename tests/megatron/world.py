@@ -32,7 +32,7 @@ def run(folder: Path, ranks: int, cases: Sequence[str]) -> None:
     """Write the checkpoints, run the cases one after the other."""
     tqdm.monitor_interval = 0  # a thread that forks may deadlock with
     cpu.import_bridge()
-    from tests.megatron import distributed, grouped, kv, loose, refusals  # noqa: F401  (imported once, before the fork)
+    from tests.megatron import distributed, grouped, kv, loose, overlap, refusals  # noqa: F401  (imported once, before the fork)
 
     for kind in {case.split(":")[1] for case in cases}:
         models.write_checkpoint(kind, folder / kind)
@@ -87,14 +87,14 @@ def _rank(folder: Path, rank: int, ranks: int, port: int, case: str, pipe: Any) 
 
 
 def _faults(folder: Path, case: str) -> list[str]:
-    from tests.megatron import checks, distributed, grouped, kv, loose, refusals
+    from tests.megatron import checks, distributed, grouped, kv, loose, overlap, refusals
 
     check, kind, layout = case.split(":")
     pairs = (axis.partition("=") for axis in layout.split(",") if axis)
     axes = {axis: int(size) for axis, _, size in pairs}
     act = next(
         vars(m)[check]
-        for m in (checks, distributed, grouped, kv, loose, refusals)
+        for m in (checks, distributed, grouped, kv, loose, overlap, refusals)
         if check in vars(m)
     )
     try:
