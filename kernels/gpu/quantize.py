@@ -74,11 +74,8 @@ def quantize_block(
         own_amax_bits = sliced_amax_bits(desc, block_row, block_col, DTYPE)
 
     given = (op == OP_POW2_GIVEN) | (op == OP_FP32_GIVEN)
-    outside = given | (op == OP_AMAX)
-    amax_stride = tl.load(desc + AMAX_STRIDE, mask=outside, other=0)
-    amax_pointer = tl.load(desc + AMAX, mask=outside, other=0).to(tl.pointer_type(tl.int32))
-    amax_pointer += block_row * amax_stride + block_col
     by_fp32 = (op == OP_FP32) | (op == OP_FP32_GIVEN)
+    amax_pointer = _amax_pointer(desc, block_row, block_col, given)
     amax_bits = tl.where(given, tl.load(amax_pointer, mask=given, other=0), own_amax_bits)
     multiplier = pow2_multiplier(amax_bits)
     if DIVIDES:
@@ -99,7 +96,7 @@ def quantize_block(
 
     slot = tl.load(desc + SLOT)
     if op == OP_AMAX:
-        tl.store(amax_pointer, amax_bits)
+        tl.store(_amax_pointer(desc, block_row, block_col, True), amax_bits)
     else:
         scale_inv = pow2_scale_inv(amax_bits)
         if DIVIDES:
@@ -116,3 +113,13 @@ def quantize_block(
         if own_amax_bits >= INF_BITS:
             count = sliced_nonfinite(desc, block_row, block_col, DTYPE)
             tl.atomic_add(nonfinite + slot, count, sem="relaxed")
+
+
+@triton.jit
+def _amax_pointer(
+    desc: tl.tensor, block_row: tl.tensor, block_col: tl.tensor, wanted: tl.tensor
+) -> tl.tensor:
+    """Where the block's amax is kept, if wanted. Found twice: to keep it would take two registers."""
+    stride = tl.load(desc + AMAX_STRIDE, mask=wanted, other=0)
+    pointer = tl.load(desc + AMAX, mask=wanted, other=0).to(tl.pointer_type(tl.int32))
+    return pointer + block_row * stride + block_col

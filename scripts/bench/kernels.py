@@ -5,6 +5,10 @@ usage: python -m scripts.bench.kernels [--out FILE.jsonl] [--layers N]
 Bytes are counted from the tensors (read plus written). "% of copy" is against the bandwidth of
 PyTorch's device-to-device copy of 6 GiB in the same run; each case also names the copy bandwidth
 for as many bytes as it moves itself. Times are medians of 20 by CUDA events, after warm-up.
+
+A pair of events around each launch also times how long a launch takes to begin. So large matrices
+are timed a second time: 20 launches in a row between one pair of events, and copies likewise, over
+so many buffers by turns that nothing is found in the L2 cache.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -21,11 +26,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync_kernels import Part, build_table, run_table
-from fp8sync_kernels.job import canonical_digest, copy
+from fp8sync_kernels.job import canonical_digest, cast, copy, copy_codes
 from scripts.bench import kernel_cases, kernel_peers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from scripts.bench.kernel_cases import Case
 
@@ -46,6 +51,32 @@ def device_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
     return statistics.median(start.elapsed_time(stop) for start, stop in pairs) * 1e-3
 
 
+def free() -> None:
+    """Give back what nobody holds any more: of all experts' weights, a GPU of 80 GB holds one copy."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def seconds_in_a_row(works: Sequence[Callable[[], object]]) -> float:
+    """Time of one of 20 calls on the device, taken by turns, between one pair of events; median of 5."""
+    times = []
+    for _ in range(5):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _, work in zip(range(RUNS), itertools.cycle(works)):
+            work()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e-3 / RUNS)
+    return statistics.median(times)
+
+
+def turns(moved_bytes: int) -> int:
+    """Buffers to take by turns so that, together, they exceed the L2 cache four times."""
+    cache = torch.cuda.get_device_properties().L2_cache_size
+    return max(2, -(-4 * cache // moved_bytes))
+
+
 def host_seconds(work: Callable[[], object]) -> float:
     """Median time that a call keeps the host, with nothing queued before it."""
     times = []
@@ -60,9 +91,15 @@ def host_seconds(work: Callable[[], object]) -> float:
 
 def copy_bandwidth(moved_bytes: int) -> float:
     """Bytes per second, read plus written, of a copy that moves so many."""
-    source = torch.empty(moved_bytes // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
+    source, target = torch.empty(2, moved_bytes // 2, dtype=torch.uint8, device="cuda")
     return 2 * source.numel() / device_seconds(lambda: target.copy_(source))
+
+
+def copy_bandwidth_in_a_row(moved_bytes: int) -> float:
+    """The same, of copies that follow one another."""
+    pairs = torch.empty(turns(moved_bytes), 2, moved_bytes // 2, dtype=torch.uint8, device="cuda")
+    works = [functools.partial(target.copy_, source) for source, target in pairs]
+    return 2 * pairs.shape[2] / seconds_in_a_row(works)
 
 
 class Report:
@@ -70,13 +107,19 @@ class Report:
 
     def __init__(self) -> None:
         self.copy = copy_bandwidth(12 << 30)
+        self.copy_in_a_row = copy_bandwidth_in_a_row(12 << 30)
+        free()
         self.digests = torch.zeros(SLOTS, dtype=torch.int64, device="cuda")
         self.nonfinite = torch.zeros_like(self.digests)
         self.lines: list[dict[str, Any]] = []
         device = torch.cuda.get_device_name()
         versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-        self.add("device", device=device, **versions, date=date, copy_gb_s=self.copy / 1e9)
+        copies = {
+            "copy_gb_s": self.copy / 1e9,
+            "copy_in_a_row_gb_s": self.copy_in_a_row / 1e9,
+        }
+        self.add("device", device=device, **versions, date=date, **copies)
 
     def add(self, case: str, **values: Any) -> None:
         self.lines.append({"case": case, **values})
@@ -89,6 +132,19 @@ class Report:
         percent = 100 * rate / self.copy
         self.add(case, us=seconds * 1e6, gb_s=rate / 1e9, percent_of_copy=percent, **more)
         return seconds
+
+    def time_in_a_row(self, cases: Sequence[Case]) -> None:
+        works = [functools.partial(self.launch, case) for case in cases]
+        moved = cases[0].moved_bytes
+        seconds = seconds_in_a_row(works)
+        rate = moved / seconds
+        self.add(
+            "  launches in a row",
+            us=seconds * 1e6,
+            gb_s=rate / 1e9,
+            percent_of_copy_in_a_row=100 * rate / self.copy_in_a_row,
+            copy_of_this_size_in_a_row=copy_bandwidth_in_a_row(moved) / 1e9,
+        )
 
     def launch(self, case: Case, digests: bool = True, nonfinite: bool = True) -> None:
         for table in case.tables:
@@ -110,6 +166,11 @@ def matrices(report: Report) -> None:
             report.time(
                 case.name, lambda case=case: report.launch(case), size, copy_of_this_size=same
             )
+            others = [
+                kernel_cases.matrix_case(rows, cols, formula, dtype) for _ in range(turns(size) - 1)
+            ]
+            report.time_in_a_row([case, *others])
+            del others
             if formula == "pow2" and dtype == torch.bfloat16:
                 for without in ("digests", "nonfinite", "both"):
                     flags = {
@@ -123,7 +184,7 @@ def matrices(report: Report) -> None:
                 host = host_seconds(lambda case=case: report.launch(case))
                 report.add("  host time of a launch", us=host * 1e6)
             del case
-            gc.collect()
+            free()
 
 
 def models(report: Report, layers: int) -> None:
@@ -132,7 +193,7 @@ def models(report: Report, layers: int) -> None:
     work = functools.partial(report.launch, case)
     report.time(case.name, work, case.moved_bytes, launches=launches)
     del case, work
-    gc.collect()
+    free()
     for formula in ("pow2", "fp32"):
         case = kernel_cases.qwen3_30b_a3b_experts(formula, layers)
         launches = len(case.tables)
@@ -159,7 +220,7 @@ def models(report: Report, layers: int) -> None:
             report.add("  one launch per tensor", us=alone * 1e6, times_slower=alone / grouped)
             del singles
         del case
-        gc.collect()
+        free()
 
 
 def moves(report: Report) -> None:
@@ -167,16 +228,18 @@ def moves(report: Report) -> None:
     halved = torch.randint(0, 0x70, (65536, 16384), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     wide = torch.empty(65536, 20480, dtype=torch.uint8, device="cuda")
-    scales = torch.ones(512, 128, device="cuda")
+    scales, kept = torch.ones(2, 512, 128, device="cuda")
     size = source.numel()
-    for name, job, moved in (
-        ("copy", copy(source, target), 2 * size),
-        ("scatter into a strided tensor", copy(source, wide[:, 1024:17408]), 2 * size),
-        ("digest of live memory", copy(source, None), size),
-        ("canonical digest of live memory", canonical_digest(source, scales, Part()), size),
-        ("canonical digest, every block re-encoded", canonical_digest(halved, scales), size),
+    pair = [copy_codes(source, target), cast(scales, kept, Part(base=size))]
+    for name, jobs, moved in (
+        ("copy", [copy(source, target)], 2 * size),
+        ("copy of an FP8 pair, NaN counted", pair, 2 * (size + scales.nbytes)),
+        ("scatter into a strided tensor", [copy(source, wide[:, 1024:17408])], 2 * size),
+        ("digest of live memory", [copy(source, None)], size),
+        ("canonical digest of live memory", [canonical_digest(source, scales)], size),
+        ("canonical digest, every block re-encoded", [canonical_digest(halved, scales)], size),
     ):
-        table = build_table([job], "cuda")
+        table = build_table(jobs, "cuda")
         report.time(
             name, lambda table=table: run_table(table, report.digests, report.nonfinite), moved
         )

@@ -1,10 +1,13 @@
-"""Quantize straight into another GPU's memory, beside NCCL, in one run on two GPUs of one host.
+"""Quantize or copy straight into another GPU's memory, beside NCCL and the copy engine, in one run.
 
 usage: torchrun --nproc-per-node 2 -m scripts.bench.kernels_peer [--out FILE.jsonl]
 
-Rank 0 owns the weights, rank 1 the memory they go to. Rank 1 shares one large allocation by
+Two GPUs of one host. Rank 0 owns the weights, rank 1 the memory they go to. Rank 1 shares one large allocation by
 cudaIpcGetMemHandle; rank 0 opens it with its own GPU current and writes its raw address into a
 descriptor table. Bandwidth counts the FP8 bytes and scales that cross, once.
+
+Pairs that are FP8 already could take the copy engine, which counts no NaN and digests nothing: both
+ways are timed, as one pair and as the pairs of expert matrices, and what a digest besides would cost.
 """
 
 from __future__ import annotations
@@ -14,14 +17,15 @@ import ctypes
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from fp8sync_kernels import Matrix, Part, build_table, quantize_blockwise, run_table
-from fp8sync_kernels.job import quantize
+from fp8sync_kernels import Matrix, Part, Table, build_table, quantize_blockwise, run_table
+from fp8sync_kernels.job import cast, copy_codes, quantize
 
 ROWS, COLS = 65536, 16384
 RUNS = 20
@@ -58,6 +62,48 @@ def seconds(work: Any) -> float:
         stop.synchronize()
         times.append(start.elapsed_time(stop) * 1e-3)
     return statistics.median(times)
+
+
+def pass_through(library: ctypes.CDLL, address: int, counters: torch.Tensor) -> dict[str, float]:
+    """Bytes per second of FP8 pairs brought to `address`, by case."""
+    found = {}
+    for name, shape in (("one pair", (ROWS, COLS)), ("pairs of 768x2048", (768, 2048))):
+        number = ROWS * COLS // (shape[0] * shape[1])
+        grid = (shape[0] // 128, shape[1] // 128)
+        codes = torch.randint(0, 0x7F, (number, *shape), dtype=torch.uint8, device="cuda")
+        scales = torch.ones(number, *grid, device="cuda")
+        jobs, copies, at = [], [], address
+        for weight, scale_inv in zip(codes, scales, strict=True):
+            scale_at = at + weight.nbytes
+            jobs.append(copy_codes(weight, Matrix(at, *shape, shape[1], torch.uint8)))
+            held = Matrix(scale_at, *grid, grid[1], torch.float32)
+            jobs.append(cast(scale_inv, held, Part(base=weight.nbytes)))
+            copies += [(at, weight), (scale_at, scale_inv)]
+            at = scale_at + scale_inv.nbytes
+        table = build_table(jobs, "cuda")
+        looked_at = build_table([replace(job, destination=None) for job in jobs[::2]], "cuda")
+
+        def by_kernel(table: Table = table) -> None:
+            run_table(table, counters[0], counters[1])
+
+        def by_engine(copies: list[tuple[int, torch.Tensor]] = copies) -> None:
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            for target, x in copies:
+                ends = ctypes.c_void_p(target), ctypes.c_void_p(x.data_ptr())
+                check(library.cudaMemcpyAsync(*ends, ctypes.c_size_t(x.nbytes), 4, stream))
+
+        def digested(table: Table = looked_at, engine: Any = by_engine) -> None:
+            run_table(table, counters[0], counters[1])
+            engine()
+
+        size = codes.nbytes + scales.nbytes
+        for how, work in (
+            ("by kernel, NaN counted, digested", by_kernel),
+            ("by the copy engine, neither", by_engine),
+            ("by the copy engine, after a kernel that counts and digests", digested),
+        ):
+            found[f"{name} {how}"] = size / seconds(work)
+    return found
 
 
 def main() -> None:
@@ -122,6 +168,9 @@ def main() -> None:
                         "percent_of_nccl": 100 * rate / nccl,
                     }
                 )
+        for case, rate in pass_through(library, address.value or 0, counters).items():
+            percent = 100 * rate / nccl
+            lines.append({"case": case, "gb_s": rate / 1e9, "percent_of_nccl": percent})
         counters.zero_()
         write()
         torch.cuda.synchronize()
