@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from fp8sync_kernels import quantize_blockwise
 from fp8sync_kernels.descriptor import CODES, CUT, DIVISION, Path
 from fp8sync_kernels.formulas import FORMULAS
-from fp8sync_kernels.job import Part, canonical_digest, partial_amax
+from fp8sync_kernels.job import Part, canonical_digest, cast, copy, copy_codes, partial_amax
 from fp8sync_kernels.launch import launch_kernel
 from fp8sync_kernels.reference.canonical import canonical_pair
 from fp8sync_kernels.table import build_table
-from tests.kernels.cases import Arena, check, hard, run
+from tests.kernels.cases import FLOATS, Arena, check, hard, run
 from tests.kernels.interpreter.cast_kernel import cast_kernel
-from tests.kernels.scenarios import quantized, scenarios
+from tests.kernels.scenarios import quantized, random_bytes, scenarios
 
 SCENARIOS = scenarios()
 
@@ -63,6 +63,62 @@ def test_any_rectangle(shape, start, dtype, formula, factor, base):
     x = whole.to(dtype)[start[0] :, start[1] : cols]
     part = Part(slot=1, base=base, pitch=shape[1] + 5, scale_base=40_000)
     check(lambda arena: [quantized(arena, x, formula, part)])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.tuples(st.integers(1, 40), st.sampled_from([1, 4, 16, 33, 260, 1040])),
+    st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 4, 16])),
+    st.sampled_from([0, 3, 8, 16]),
+    st.sampled_from([0, 5, 16, 4096]),
+    st.sampled_from([copy, copy_codes]),
+)
+def test_any_move(shape, start, gap, base, move):
+    """Rectangles out of and into larger ones; random bytes have every code, and NaN of both signs."""
+    rows, cols = shape
+    width = start[1] + cols + gap
+    x = random_bytes(start[0] + rows, width)[start[0] :, start[1] : start[1] + cols]
+    part = Part(slot=1, base=base, pitch=cols + gap)
+
+    def jobs(arena):
+        out = arena.output(rows, cols, stride=width, offset=start[1])
+        return [move(arena.input(x), out, part), move(arena.input(x), None, part)]
+
+    _, _, nonfinite = check(jobs)
+    nan = int((x & 0x7F == 0x7F).sum())
+    assert nonfinite[1] == (2 * nan if move is copy_codes else 0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.tuples(st.integers(1, 9), st.integers(1, 300)),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FLOATS),
+    st.sampled_from([1.0, 0.0, -0.0, 1e-44, 1e-7, 7e4, 1e30, float("nan"), -float("inf")]),
+    st.integers(0, 3),
+)
+def test_any_cast(shape, source, target, factor, gap):
+    x = torch.randn(shape[0], shape[1] + gap, generator=torch.Generator().manual_seed(shape[1]))
+    x[::2, ::3] *= factor
+    x = x.to(source)[:, gap:]
+    part = Part(slot=2, base=4 * gap)
+    check(lambda arena: [cast(arena.input(x), arena.output(*shape, target), part)])
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    st.tuples(st.integers(1, 140), st.sampled_from([1, 16, 77, 128, 144])),
+    st.integers(0, 0x7F),
+    st.sampled_from([1.0, 2.0**-9, 2.0**-126, 2.0**-140, 2.0**100, 0.37, 0.0, -1.0, float("nan")]),
+    st.sampled_from([0, 16, 48]),
+)
+def test_any_canonical_digest(shape, largest, scale, base):
+    """Codes up to any magnitude under scales that can, and that cannot, be made smaller."""
+    weight = random_bytes(*shape)
+    weight = weight & 0x80 | (weight & 0x7F).clamp(max=largest)
+    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128)), scale)
+    part = Part(slot=3, base=base)
+    check(lambda arena: [canonical_digest(arena.input(weight), arena.input(scale_inv), part)])
 
 
 def test_scenarios_take_every_path():
