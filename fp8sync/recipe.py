@@ -33,6 +33,12 @@ _FORMULAS: dict[str, Formula | None] = {
     "blockwise-fp32": Formula.FP32,
     "bf16": None,
 }
+_UNQUANTIZED = (
+    *("lm_head", "*.gate", "*.router", "*.shared_expert_gate"),
+    # Two rows per head, merged: not whole blocks, which vLLM refuses.
+    *("*.linear_attn.in_proj_ba", "*.linear_attn.in_proj_a", "*.linear_attn.in_proj_b"),
+)
+"""Modules that stay unquantized where no engine says so."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ class Recipe:
 
     name: str = "blockwise"
     dequantize: bool = False
-    unquantized: tuple[str, ...] = ("lm_head", "*.gate", "*.router", "*.shared_expert_gate")
+    unquantized: tuple[str, ...] = _UNQUANTIZED
     scales: str = "paired"
     on_format_mismatch: str = "error"
 

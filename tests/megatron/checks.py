@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-LINEAR = re.compile(r"_proj(_with_mqa)?\.weight$")
+LINEAR = re.compile(r"_proj(_with_mqa|_qkvz)?\.weight$")
 
 
 def check_layout(checkpoint: Path, axes: dict[str, int]) -> list[str]:

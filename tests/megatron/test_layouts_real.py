@@ -47,6 +47,8 @@ CHECKPOINTS = {
     "qwen3-vocab130": ["pad=128,tp=2"],
     "qwen3-moe": ["tp=2,ep=2,pp=2"],
     "deepseek-v3": ["tp=2,ep=2"],
+    "qwen3-next": ["", "tp=2"],
+    "nemotron-h": ["", "tp=2"],
 }
 KV = {"qwen3": ["tp=2", "tp=4", "pp=2", "tp=2,pp=2"], "qwen3-4layers": ["pp=2,vpp=2"]}
 REFUSALS = [
@@ -55,8 +57,8 @@ REFUSALS = [
     "check_no_master:qwen3:tp=2",
     "check_nan_master:qwen3:tp=2",
     "check_bad_checkpoint:qwen3:tp=2",
-    "check_recurrent_checkpoint:qwen3-next:tp=2",
-    "check_recurrent_checkpoint:nemotron-h:tp=2",
+    "check_cut_checkpoint:qwen3-next:tp=2",
+    "check_cut_checkpoint:nemotron-h:tp=2",
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
     "check_missing_rank:qwen3:tp=2,pp=2",

@@ -10,6 +10,7 @@ gathered.py    tensors that are no boxes, from the bridge's own export
 masters.py     the FP32 masters of a distributed optimizer, as rectangles
 source.py      the `Source`
 records.py     a distributed checkpoint's tensors, mapped into memory
+recurrent.py   Mamba and gated delta networks in such a checkpoint
 distributed.py such a checkpoint as a `Source`
 """
 

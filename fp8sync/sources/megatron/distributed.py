@@ -15,7 +15,15 @@ from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.boxes import overlap
 from fp8sync.sources.megatron.mappings import Site, layout_of, why_no_boxes
+from fp8sync.sources.megatron.pieces import whole
 from fp8sync.sources.megatron.records import Records
+from fp8sync.sources.megatron.recurrent import (
+    is_centred,
+    moved_rows,
+    moves_rows,
+    parts_of,
+    uncentred,
+)
 from fp8sync.sources.megatron.tasks import VOCABULARIES, hook_faults, vocabulary_of
 from fp8sync.trainers import rank_and_size
 
@@ -74,9 +82,20 @@ class DistributedCheckpointSource:
         self._rank = rank_and_size()[0] if rank is None else rank
         self._registry = bridge._model_bridge.mapping_registry()
         self._model = bridge.to_megatron_provider(load_weights=False)
+        groups = dict.fromkeys(("pp", "ep", "tp", "expt_tp"), _ALONE)
+        self._registry.set_process_groups_from_pg_collection(SimpleNamespace(**groups))
         records = Records(self.folder)
         self._shapes = {n: s for n, s in records.shapes.items() if not _NO_WEIGHTS.search(n)}
         self._parts: dict[str, list[Record]] = {n: list(records.parts(n)) for n in self._shapes}
+        for name, parts in list(parts_of(self._shapes)):
+            self._join(name, parts)
+        for name, shape in self._shapes.items():
+            mapping = self._mapping(next(_parameters(name, shape)).name)
+            if is_centred(mapping):
+                found = self._parts[name]
+                self._parts[name] = [
+                    part._replace(tensor=uncentred(mapping, part.tensor)) for part in found
+                ]
 
     @classmethod
     def of(cls, folder: str | Path, config: str | Path) -> DistributedCheckpointSource:
@@ -126,20 +145,36 @@ class DistributedCheckpointSource:
             raise UnsupportedLayout(f"{self.folder} cannot be read as it is", faults)
         return Manifest.of(infos, {self._rank: boxes})
 
-    def _layout(self, parameter: _Parameter, shape: tuple[int, ...]) -> Layout:
-        names = parameter.name, parameter.name.replace(*_FUSED_NORM)
+    def _join(self, joined: str, parts: list[str]) -> None:
+        """Let a parameter that was saved in parts have their records, one below the other."""
+        dim = 1 if _LAYERS.search(joined) else 0
+        rows, records = 0, []
+        for name in parts:
+            shape = self._shapes.pop(name)
+            for record in self._parts.pop(name):
+                start = [*record.start]
+                start[dim] += rows
+                records.append(record._replace(start=tuple(start)))
+            rows += shape[dim]
+        self._parts[joined] = records
+        self._shapes[joined] = (*shape[:dim], rows, *shape[dim + 1 :])
+
+    def _mapping(self, parameter: str) -> Any:
+        names = parameter, parameter.replace(*_FUSED_NORM)
         found = (self._registry.megatron_to_hf_lookup(name) for name in names)
-        mapping = next((m for m in found if m is not None), None)
+        return next((mapping for mapping in found if mapping is not None), None)
+
+    def _layout(self, parameter: _Parameter, shape: tuple[int, ...]) -> Layout:
+        mapping = self._mapping(parameter.name)
         if mapping is None:
-            whole = parameter.name.rpartition(".")[0]
-            if self._registry.megatron_to_hf_lookup(whole) is not None:
-                raise ValueError(f"a part of {whole}; {_LOAD}")
             kind = type(self._bridge._model_bridge).__name__
             raise ValueError(f"expected a mapping of {kind}, found none")
+        if moves_rows(mapping):
+            return moved_rows(mapping, self._model, shape)
+        if is_centred(mapping):
+            return whole(mapping.hf_param, shape)
         if reason := why_no_boxes(mapping):
             raise ValueError(f"{reason}; {_LOAD}")
-        for part in (mapping, getattr(mapping, "_tp_mapping", mapping)):
-            part._tp_group = part._etp_group = _ALONE
         is_vocabulary = parameter.name.endswith(VOCABULARIES)
         rows = vocabulary_of(self._bridge) if is_vocabulary else None
         # On one rank it makes no difference how a module is divided; this class the bridge knows.
