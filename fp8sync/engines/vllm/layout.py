@@ -13,6 +13,7 @@ from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.experts import check_experts
 from fp8sync.engines.vllm.kv_cache import add_scale_parameters, check_scales
 from fp8sync.engines.vllm.load_form import load_form, storages_of
+from fp8sync.engines.vllm.observe import observe
 from fp8sync.engines.vllm.storage import (
     MISC,
     EngineLayout,
@@ -23,15 +24,17 @@ from fp8sync.engines.vllm.storage import (
     module_of,
     scale_specs,
 )
-from fp8sync.engines.vllm.trace import Trace, Write, trace_load
 from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.plan.boxes import Rect, block_shape, misaligned_dim, overlap, overlapping, volume
+from fp8sync.plan.boxes import block_shape, misaligned_dim, overlap, overlapping, volume
 from fp8sync.plan.coverage import union_volume
 from fp8sync.recipe import BLOCK, Encoding, Recipe
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
+
+    from fp8sync.engines.vllm.trace import Trace, Write
+    from fp8sync.plan.boxes import Rect
 
 __all__ = ["describe_engine"]
 
@@ -73,46 +76,13 @@ class _Describer:
                 add_scale_parameters(self.model)
             for name, module, _, tensor in storages_of(self.model):
                 self.modules[name], self.targets[name] = module, tensor
-            plain = trace_load(self.model, self._standins(), self.targets)
-            self._check_failures(plain)
-            quantized = self._quantized(plain)
-            pairs = trace_load(self.model, self._pair_standins(quantized), self.targets)
-            self._check_failures(pairs)
-        return self._layout(plain, pairs, quantized, aliases)
+            trace, quantized = observe(self.model, self.held, self.targets, self.rank)
+            self._check_formats(trace, quantized)
+        return self._layout(trace, quantized, aliases)
 
-    def _standins(self) -> dict[str, torch.Tensor]:
-        return {
-            name: torch.empty(info.shape, dtype=getattr(torch, info.dtype), device="meta")
-            for name, info in self.held.items()
-        }
-
-    def _pair_standins(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        standins = {}
-        for name in names:
-            shape = self.held[name].shape
-            standins[name] = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-            standins[name + "_scale_inv"] = torch.empty(block_shape(shape), device="meta")
-        return standins
-
-    def _check_failures(self, trace: Trace) -> None:
-        """A tensor whose values the loader looks at goes by misc; other refusals are final."""
-        faults = []
-        for name, reason in trace.failures.items():
-            tensor = name if name in self.held else name.removesuffix("_scale_inv")
-            if "meta" in reason or "DataDependent" in reason:
-                trace.transforms[tensor] = f"the loader looks at the data ({reason})"
-            else:
-                shape = self.held[tensor].shape
-                where = f"{name} (engine rank {self.rank})"
-                faults.append(f"{where}: found shape {shape}, expected another: {reason}")
-        if faults:
-            raise TensorMismatch("the engine's loader refuses these tensors", faults)
-
-    def _quantized(self, trace: Trace) -> list[str]:
-        """Names whose destinations are FP8; checked against the recipe."""
+    def _check_formats(self, trace: Trace, names: Sequence[str]) -> None:
+        """Compare what the engine keeps in FP8 with the recipe."""
         fp8 = torch.float8_e4m3fn
-        reached = self._reached(trace)
-        names = [n for n in self.held if any(self.targets[s].dtype == fp8 for s in reached[n])]
         if names and not self.recipe.quantizes:
             found = [f"{n}: expected unquantized, found {fp8}" for n in names]
             raise RecipeMismatch("recipe 'bf16' for an engine that holds FP8 weights", found)
@@ -126,51 +96,36 @@ class _Describer:
         unknown = [
             f"{name}: {trace.transforms[name]}; whether it goes into FP8 weights cannot be known"
             for name in trace.failures
-            if names and len(self.held[name].shape) > 1
+            if names and name in self.held and len(self.held[name].shape) > 1
         ]
         if unknown:
             raise UnsupportedLayout("the engine's loader cannot be traced", unknown)
-        return names
-
-    def _reached(self, trace: Trace) -> dict[str, set[str]]:
-        """Return the storages that each tensor is written to, as it is or computed."""
-        found: dict[str, set[str]] = defaultdict(set)
-        for name, writes in trace.writes.items():
-            found[name] |= {w.storage for w in writes}
-        for storage, names in trace.transformed.items():
-            for name in names:
-                found[name].add(storage)
-        return found
-
-    def _dtype(self, write: Write) -> torch.dtype:
-        return self.targets[write.storage].dtype
 
     def _layout(
-        self, plain: Trace, pairs: Trace, quantized: Sequence[str], aliases: Mapping[str, str]
+        self, trace: Trace, quantized: Sequence[str], aliases: Mapping[str, str]
     ) -> EngineLayout:
         infos: dict[str, TensorInfo] = {}
         boxes: list[Box] = []
         paired = set(quantized)
-        reached = self._reached(plain)
+        reached = trace.reached()
         kv_scales = self._kv_scales(reached)
         for name, held in self.held.items():
-            reason = plain.transforms.get(name) or pairs.transforms.get(name, "")
-            writes = (pairs if name in paired else plain).writes.get(name, [])
+            reason = trace.transforms.get(name, "")
+            writes = trace.writes.get(name, [])
             info = self._wanted(held, sorted(reached[name]), name in paired)
             if any(compat.is_attention(self.modules[s]) for s in reached[name]):
                 reason = "a KV-cache scale"
             if reason and name not in paired and held.encoding is Encoding.PLAIN:
                 info = held  # the loader computes with what a checkpoint would hold
             reason = reason or held.misc
-            found = None if reason else self._boxes(info, writes, pairs)
+            found = None if reason else self._boxes(info, writes, trace)
             if found is None:
                 info = replace(info, misc=reason or "its scales cannot be cut where the weight is")
                 found = [_misc_box(info, self.recipe)]
             infos[name] = info
             boxes += found
-        for trace in (plain, pairs):
-            self._check_overlaps(trace)
-        loose = self._check_filled(plain, pairs, aliases)
+        self._check_overlaps(trace)
+        loose = self._check_filled(trace, aliases)
         misc = [i for i in infos.values() if i.misc]
         by_loader = {i.name for i in misc}
         apart: list[TensorInfo] = []
@@ -178,9 +133,9 @@ class _Describer:
             apart = [infos[n] for n in quantized if not infos[n].misc]
             names = {i.name + "_scale_inv" for i in apart}
             by_loader |= names
-            loose |= {w.storage for n in names for w in pairs.writes[n]}
-        storages = {n: self._spec(n, plain) for n in self._touched(plain, pairs)}
-        written = self._written((plain, pairs), by_loader)
+            loose |= {w.storage for n in names for w in trace.writes[n]}
+        storages = {n: self._spec(n, trace) for n in self._touched(trace)}
+        written = _written(trace, by_loader)
         storages |= {n: storages[n].poisoned(written[n]) for n in loose if n in storages}
         storages |= misc_specs(misc, scales=not self.recipe.dequantize)
         storages |= scale_specs(apart, boxes)
@@ -188,20 +143,10 @@ class _Describer:
             manifest=Manifest.of(infos.values(), {self.rank: boxes}),
             storages=storages,
             aliases=aliases,
-            processed=self._processed(plain, pairs, by_loader),
+            processed=self._processed(trace, by_loader),
             open=loose,
             kv_scales=frozenset(kv_scales),
         )
-
-    def _written(self, traces: Iterable[Trace], by_loader: set[str]) -> dict[str, list[Rect]]:
-        """Return what of each storage the trainer writes by itself."""
-        found: dict[str, list[Rect]] = defaultdict(list)
-        for trace in traces:
-            for name, writes in trace.writes.items():
-                if name not in by_loader and name.removesuffix("_scale_inv") not in by_loader:
-                    for write in writes:
-                        found[write.storage].append(write.target)
-        return found
 
     def _kv_scales(self, reached: Mapping[str, set[str]]) -> set[str]:
         """Return the attention modules that are sent KV-cache scales, checked to be whole."""
@@ -214,14 +159,13 @@ class _Describer:
         check_scales(self.model, given, self.rank, full_graphs=graphs)
         return set(given)
 
-    def _processed(self, plain: Trace, pairs: Trace, misc: set[str]) -> frozenset[str]:
+    def _processed(self, trace: Trace, misc: set[str]) -> frozenset[str]:
         """Modules that the loader puts misc tensors into, or that others are derived from."""
-        targets = set(plain.transformed) | set(pairs.transformed)
-        for trace in (plain, pairs):
-            for name, writes in trace.writes.items():
-                if name in misc or name.removesuffix("_scale_inv") in misc:
-                    targets |= {w.storage for w in writes}
-        if plain.failures or pairs.failures:  # such a tensor may go anywhere
+        targets = set(trace.transformed)
+        for name, writes in trace.writes.items():
+            if name in misc or name.removesuffix("_scale_inv") in misc:
+                targets |= {w.storage for w in writes}
+        if trace.failures:  # such a tensor may go anywhere
             targets |= set(self.targets)
         origins = {id(m) for module in self.model.modules() for m in compat.derived_from(module)}
         derived = {name for name, module in self.model.named_modules() if id(module) in origins}
@@ -248,10 +192,10 @@ class _Describer:
         formula = self.recipe.formula(compat.kept_formula(module))
         return replace(held, dtype=dtype, encoding=Encoding.BLOCKWISE, formula=formula)
 
-    def _boxes(self, info: TensorInfo, writes: Sequence[Write], pairs: Trace) -> list[Box] | None:
+    def _boxes(self, info: TensorInfo, writes: Sequence[Write], trace: Trace) -> list[Box] | None:
         """The boxes of one tensor, or None where weight and scales cannot be cut alike."""
         boxes = []
-        scales = pairs.writes.get(info.name + "_scale_inv", [])
+        scales = trace.writes.get(info.name + "_scale_inv", [])
         for write in writes:
             scale_at = None
             if info.encoding is Encoding.BLOCKWISE:
@@ -286,12 +230,11 @@ class _Describer:
                 faults,
             )
 
-    def _touched(self, plain: Trace, pairs: Trace) -> list[str]:
+    def _touched(self, trace: Trace) -> list[str]:
         """Return what is loaded, or may be, and all parameters of the modules that own it."""
-        direct = {w.storage for t in (plain, pairs) for ws in t.writes.values() for w in ws}
-        direct |= set(plain.transformed) | set(pairs.transformed)
-        anywhere = bool(plain.failures or pairs.failures)
-        owners = {id(self.modules[n]) for n in (self.targets if anywhere else direct)}
+        direct = {w.storage for writes in trace.writes.values() for w in writes}
+        direct |= set(trace.transformed)
+        owners = {id(self.modules[n]) for n in (self.targets if trace.failures else direct)}
         return [
             n
             for n, t in self.targets.items()
@@ -303,30 +246,26 @@ class _Describer:
     def _is_parameter(self, storage: str) -> bool:
         return storage.rpartition(".")[2] in self.modules[storage]._parameters
 
-    def _check_filled(
-        self, plain: Trace, pairs: Trace, aliases: Mapping[str, str]
-    ) -> frozenset[str]:
+    def _check_filled(self, trace: Trace, aliases: Mapping[str, str]) -> frozenset[str]:
         """Every parameter in load form must be written whole.
 
         Returns:
             Those of which only the engine's loader knows what it fills.
         """
         filled: dict[str, list[Rect]] = defaultdict(list)
-        for trace in (pairs, plain):
-            for writes in trace.writes.values():
-                for w in writes:
-                    filled[w.storage].append(w.target)
+        for writes in trace.writes.values():
+            for w in writes:
+                filled[w.storage].append(w.target)
         shared = {aliases[n] for n in aliases}
-        anywhere = bool(plain.failures or pairs.failures)
         faults, loose = [], set()
         for name, tensor in self.targets.items():
             if not self._is_parameter(name) or not tensor.numel() or name in aliases:
                 continue
             if compat.is_attention(self.modules[name]) or (name in shared and filled[name]):
                 continue
-            rects = {*filled[name], *(rect for rect, _ in plain.constants.get(name, ()))}
+            rects = {*filled[name], *(rect for rect, _ in trace.constants.get(name, ()))}
             missing = tensor.numel() - union_volume(rects)
-            if missing and (anywhere or name in plain.transformed or name in pairs.transformed):
+            if missing and (trace.failures or name in trace.transformed):
                 loose.add(name)
             elif missing:
                 faults.append(
@@ -341,6 +280,16 @@ class _Describer:
         tensor = self.targets[name]
         constants = tuple(trace.constants.get(name, ()))
         return StorageSpec(tuple(tensor.shape), tensor.stride(), tensor.dtype, constants)
+
+
+def _written(trace: Trace, by_loader: set[str]) -> dict[str, list[Rect]]:
+    """Return what of each storage the trainer writes by itself."""
+    found: dict[str, list[Rect]] = defaultdict(list)
+    for name, writes in trace.writes.items():
+        if name not in by_loader and name.removesuffix("_scale_inv") not in by_loader:
+            for write in writes:
+                found[write.storage].append(write.target)
+    return found
 
 
 def _misc_box(info: TensorInfo, recipe: Recipe) -> Box:

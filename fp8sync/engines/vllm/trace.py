@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fp8sync.engines.vllm.views import Form, joined, shown
 from fp8sync.plan.boxes import Rect, overlap
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["Trace", "Write", "rect_of_view", "trace_load"]
+__all__ = ["Trace", "Write", "trace_load"]
 
 _aten = torch.ops.aten
 _FILLS = {_aten.fill_.Scalar, _aten.zero_.default, _aten.fill_.Tensor}
@@ -52,6 +53,16 @@ class Trace:
     transforms: dict[str, str] = field(default_factory=dict)
     transformed: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     failures: dict[str, str] = field(default_factory=dict)
+
+    def reached(self) -> dict[str, set[str]]:
+        """Return the storages that each tensor is written to, as it is or computed."""
+        found: dict[str, set[str]] = defaultdict(set)
+        for name, writes in self.writes.items():
+            found[name] |= {write.storage for write in writes}
+        for storage, names in self.transformed.items():
+            for name in names:
+                found[name].add(storage)
+        return found
 
 
 def trace_load(
@@ -154,7 +165,7 @@ class _Watch(TorchDispatchMode):
         storage, parameter = target
         if not dst.numel():
             return  # padding that this worker does not have
-        found = rect_of_view(parameter, dst)
+        found = shown(Form.of(parameter), Form.of(dst))
         if found is None:
             self._transform(storage, (), "the loader fills what is not a rectangle")
             return
@@ -221,51 +232,9 @@ def _match(
     parameter: torch.Tensor,
     dst: torch.Tensor,
 ) -> Write | None:
-    source, target = rect_of_view(tensor, src), rect_of_view(parameter, dst)
-    sizes = [n for n in src.shape if n > 1]
-    if source is None or target is None or sizes != [n for n in dst.shape if n > 1]:
+    into = Form.of(parameter), Form.of(dst)
+    found = joined(Form.of(tensor), Form.of(src), *into)
+    if found is None:
         return None
-    steps = [s for n, s in zip(dst.shape, dst.stride(), strict=True) if n > 1]
-    dims = [d for d in source[1] if d is not None]
-    strides = [0] * tensor.dim()
-    for dim, step in zip(dims, steps, strict=True):
-        strides[dim] = step
-    offset = int(dst.storage_offset() - parameter.storage_offset())
-    return Write(name, source[0], storage, target[0], offset, tuple(strides))
-
-
-def rect_of_view(base: torch.Tensor, view: torch.Tensor) -> tuple[Rect, list[int]] | None:
-    """Return the rectangle of `base` that `view` shows, or None where it shows something else.
-
-    Returns:
-        ((start, shape), dims): `dims[i]` is the base dim of the i-th view dim of size > 1.
-    """
-    rest = int(view.storage_offset() - base.storage_offset())
-    order = sorted(range(base.dim()), key=base.stride, reverse=True)
-    start, shape = [0] * base.dim(), [1] * base.dim()
-    for dim in order:
-        if base.size(dim) > 1:
-            start[dim], rest = divmod(rest, base.stride(dim))
-    if rest:
-        return None
-    dims: list[int] = []
-    for size, stride in zip(view.shape, view.stride(), strict=True):
-        if size == 1:
-            continue
-        match = _dim_with_stride(base, stride, order, dims)
-        if match is None or start[match] + size > base.size(match):
-            return None
-        shape[match] = size
-        dims.append(match)
-    if view.numel() == 0 or any(s >= n for s, n in zip(start, base.shape, strict=True)):
-        return None
-    return (tuple(start), tuple(shape)), dims
-
-
-def _dim_with_stride(
-    base: torch.Tensor, stride: int, order: Sequence[int], taken: Sequence[int]
-) -> int | None:
-    for dim in order:
-        if base.size(dim) > 1 and base.stride(dim) == stride and dim not in taken:
-            return dim
-    return None
+    source, target, strides = found
+    return Write(name, source, storage, target, into[1].offset - into[0].offset, strides)
