@@ -185,10 +185,8 @@ def test_installed_by_process_as_by_a_first_load(kind: str, monkeypatch: Any) ->
     load(root.layer, random_pairs(specs, "pow2", 1))
     places = {name: tensor.data_ptr() for name, tensor in root.named_parameters()}
     new = random_pairs(specs, "pow2", 2)
-    install = ProcessInstall(
-        root, layout, {f"layer.{n}": t.clone() for n, t in new.items()}, CPU, DTYPE
-    )
-    install.prepare()
+    install = ProcessInstall(root, layout, CPU, DTYPE)
+    install.prepare({f"layer.{n}": t.clone() for n, t in new.items()})
     install.commit()
     load(fresh, new)
     assert places == {name: tensor.data_ptr() for name, tensor in root.named_parameters()}

@@ -200,10 +200,10 @@ def test_commit_that_fails_after_the_decision(
     """Half of it is installed: said so, and the next refit makes it whole."""
     from fp8sync.engines.vllm.session import WorkerSession
 
-    commit = WorkerSession._commit
+    install = WorkerSession._install
 
-    def fail(session: Any, install: Any) -> None:
-        commit(session, install)
+    def fail(session: Any, portion: Any) -> None:
+        install(session, portion)
         with torch.no_grad():
             next(session._model.parameters()).zero_()
         if hang_up:
@@ -211,7 +211,7 @@ def test_commit_that_fails_after_the_decision(
         raise RuntimeError("the device is lost")
 
     with monkeypatch.context() as patch:
-        patch.setattr(WorkerSession, "_commit", fail)
+        patch.setattr(WorkerSession, "_install", fail)
         with pytest.raises(error, match="installing failed after the decision") as raised:
             link.refit()
     assert text in str(raised.value)
@@ -225,7 +225,7 @@ def test_commit_that_fails_after_the_decision(
 
 @pytest.mark.usefixtures("untouched")
 def test_engine_that_cannot_be_paused(link: fp8sync.Link, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: str) -> None:
+    def fail(_: str, *, once: bool) -> bool:
         raise RuntimeError("the scheduler is busy")
 
     with monkeypatch.context() as patch:

@@ -40,7 +40,7 @@ class _Entry:
 
 
 class AttentionInstall:
-    """The attention modules' share of one version.
+    """The attention modules' share of a version; made once, as it looks at every module.
 
     Args:
         model: the live model.
@@ -56,20 +56,24 @@ class AttentionInstall:
         dtype: torch.dtype,
         sent: Iterable[str],
     ) -> None:
-        self._model, self._kv_scales, self._dtype = model, kv_scales, dtype
-        self._sent = {id(model.get_submodule(name)) for name in sent}
+        self._dtype = dtype
+        self._scaled = bool(kv_scales)
+        weights = {id(model.get_submodule(name)) for name in sent}
+        self._targets: list[tuple[str, torch.nn.Module, bool]] = []
+        for name, module in model.named_modules():
+            mla = any(id(origin) in weights for origin in compat.derived_from(module))
+            if mla or name in kv_scales:
+                self._targets.append((name, module, mla))
         self._entries: list[_Entry] = []
 
     def enter(self) -> None:
         """Put shadows of their tensors into the modules, and parameters to load scales into."""
-        for name, module in self._model.named_modules():
-            mla = any(id(origin) in self._sent for origin in compat.derived_from(module))
-            if mla or name in self._kv_scales:
-                state = ModuleState.capture(module)
-                entry = _Entry(name, module, mla, state, _tensors(module), {}, {})
-                self._entries.append(entry)
-                _shadow(module)
-        if self._kv_scales:
+        self._entries = []
+        for name, module, mla in self._targets:
+            state = ModuleState.capture(module)
+            self._entries.append(_Entry(name, module, mla, state, _tensors(module), {}, {}))
+            _shadow(module)
+        if self._scaled:
             for entry in self._entries:
                 add_scale_parameters(entry.module)
 
@@ -109,6 +113,9 @@ class AttentionInstall:
             if entry.floats and entry.floats != scale_floats(entry.module):
                 vars(entry.module).update(entry.floats)
                 forget_folded_scales(entry.module)
+
+    def release(self) -> None:
+        """Let go of what was derived."""
         self._entries = []
 
 

@@ -20,7 +20,7 @@ from vllm.distributed.weight_transfer.base import (
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import engine_commit, worker_rank
-from fp8sync.engines.vllm.kv_cache import restore_scales, watch_scales
+from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
 from fp8sync.errors import RefitInProgress
@@ -80,7 +80,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left, unless it is refitting."""
         if init_info.woken:
-            restore_scales(self.model)
+            restore_scales(caching_modules(self.model))
             return
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
@@ -108,6 +108,10 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self._open_session().start()
         self._updating = True
 
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Wait for a version, as the base class does, but not for the GPU: it is at the engine's own steps."""
+        self.receive_weights(self.parse_update_info(update_info))
+
     def receive_weights(self, update_info: Fp8SyncUpdateInfo) -> None:  # noqa: ARG002
         """Wait until the version is staged and verified."""
         self._open_session().wait_received()
@@ -115,7 +119,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     def finish_weight_update(self) -> None:
         """Install the version, or leave the old weights: as the link decides."""
         self._updating = False
-        with set_current_vllm_config(self.vllm_config):
+        with set_current_vllm_config(self.vllm_config), uncollected():
             self._open_session().finish()
 
     def shutdown(self) -> None:

@@ -23,7 +23,7 @@ from fp8sync.engines.vllm.storage import MISC, module_of
 from fp8sync.errors import InstallFailed
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterator, Mapping
+    from collections.abc import Container, Iterable, Iterator, Mapping
 
     from fp8sync.engines.vllm.storage import EngineLayout
 
@@ -43,12 +43,11 @@ class _Processed:
 
 
 class ProcessInstall:
-    """One version, or a portion of one, on its way into a model.
+    """The way of versions, or of one portion of each, into a model; made once, as it looks at every module.
 
     Args:
         model: the live vLLM model.
         layout: what is staged and where it belongs.
-        staging: filled tensors by storage name; they belong to this install from here on.
         device: the worker's device.
         dtype: the model's dtype; vLLM processes weights with it as torch's default.
         skip: modules that are installed otherwise.
@@ -58,30 +57,37 @@ class ProcessInstall:
         self,
         model: torch.nn.Module,
         layout: EngineLayout,
-        staging: Mapping[str, torch.Tensor],
         device: torch.device,
         dtype: torch.dtype,
         skip: Container[str] = (),
     ) -> None:
-        self._skip = skip
         self._model: Any = model  # every vLLM model has load_weights
         self._layout = layout
         self._device, self._dtype = device, dtype
-        self._staging = dict(staging)
+        staged = _by_module((*layout.storages, *layout.aliases))
+        self._targets = [
+            (prefix, module, staged[prefix])
+            for prefix, module in model.named_modules()
+            if prefix in staged and prefix not in skip
+        ]
+        self._staging: Mapping[str, torch.Tensor] = {}
         self._modules: list[_Processed] = []
         self._live: list[tuple[torch.Tensor, torch.Tensor]] = []
         sent = {module_of(name) for name in layout.storages if not name.startswith(MISC)}
         self._attention = AttentionInstall(model, layout.kv_scales, dtype, sent)
 
     @torch.no_grad()
-    def prepare(self) -> None:
+    def prepare(self, staging: Mapping[str, torch.Tensor]) -> None:
         """Process everything into staging.
+
+        Args:
+            staging: filled tensors by storage name; they belong to this install until it is over.
 
         Raises:
             InstallFailed: what vLLM raised, or a result that does not fit the live storage. The model
                 is as before.
         """
-        at = ""
+        at, self._staging = "", staging
         try:
             with self._device, default_dtype(self._dtype):
                 self._enter_load_form()
@@ -133,25 +139,19 @@ class ProcessInstall:
         self._release()
 
     def _release(self) -> None:
+        self._attention.release()
         self._modules, self._live, self._staging = [], [], {}
 
     def _enter_load_form(self) -> None:
-        staged: dict[str, list[str]] = {}
-        for storage in (*self._layout.storages, *self._layout.aliases):
-            if not storage.startswith(MISC):
-                prefix, _, local = storage.rpartition(".")
-                staged.setdefault(prefix, []).append(local)
-        for prefix, module in self._model.named_modules():
-            if prefix not in staged or prefix in self._skip:
-                continue
+        for prefix, module, locals_ in self._targets:
             entry = _Processed(prefix, module, ModuleState.capture(module))
             self._modules.append(entry)
             live = dict(module._buffers)
             to_load_form(module)
             for local, tensor in module._buffers.items():
-                if local not in staged[prefix] and tensor is not None and tensor.is_meta:
+                if local not in locals_ and tensor is not None and tensor.is_meta:
                     module._buffers[local] = live[local].clone()  # computed by vLLM, never loaded
-            for local in staged[prefix]:
+            for local in locals_:
                 self._place(module, f"{prefix}.{local}" if prefix else local, local)
 
     def _place(self, module: torch.nn.Module, storage: str, local: str) -> None:
@@ -185,6 +185,16 @@ def process_module(module: torch.nn.Module) -> None:
         refresh: Any = getattr(module, "update_param_tp_status", None)
         if refresh is not None:
             refresh()
+
+
+def _by_module(storages: Iterable[str]) -> dict[str, list[str]]:
+    """Return the local names of staged parameters and buffers, by module."""
+    found: dict[str, list[str]] = {}
+    for storage in storages:
+        if not storage.startswith(MISC):
+            prefix, _, local = storage.rpartition(".")
+            found.setdefault(prefix, []).append(local)
+    return found
 
 
 @contextmanager

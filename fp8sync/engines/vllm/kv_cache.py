@@ -14,12 +14,13 @@ from fp8sync.engines.vllm import compat
 from fp8sync.errors import RecipeMismatch, TensorMismatch, UnsupportedLayout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterable, Iterator, Mapping
 
     import torch
 
 __all__ = [
     "add_scale_parameters",
+    "caching_modules",
     "check_scales",
     "forget_folded_scales",
     "process_scales",
@@ -100,12 +101,12 @@ def forget_folded_scales(module: Any) -> None:
     module._o_scale_float = None  # where it is set, vLLM takes it for folded
 
 
-def restore_scales(model: torch.nn.Module) -> None:
-    """Put the host's scales back into the device buffers of layers with an FP8 cache.
+def restore_scales(modules: Iterable[torch.nn.Module]) -> None:
+    """Put the host's scales back into the device buffers of those `caching_modules` with an FP8 cache.
 
     vLLM 0.25 to 0.27 fill the buffers with 1.0 when they wake the KV cache.
     """
-    for _, module in _attention_modules(model):
+    for module in modules:
         if compat.has_scaled_kv_cache(module):
             for name, value in scale_floats(module).items():
                 buffer = module._buffers.get(name.removesuffix("_float"))
@@ -120,7 +121,8 @@ def watch_scales(model: torch.nn.Module) -> None:
     layers at once, so one is watched. A replay of a CUDA graph of the whole model calls no module; what
     follows a wake-up is a prefill, which is such a replay only with cudagraph_mode FULL.
     """
-    scaled = (m for _, m in _attention_modules(model) if compat.has_scaled_kv_cache(m))
+    modules = caching_modules(model)
+    scaled = (m for m in modules if compat.has_scaled_kv_cache(m))
     buffer = next((m._buffers["_k_scale"] for m in scaled if "_k_scale" in m._buffers), None)
     if buffer is None or buffer.is_inference() or compat.compiles_hooks():
         return
@@ -129,10 +131,15 @@ def watch_scales(model: torch.nn.Module) -> None:
     def restore(*_: Any) -> None:
         nonlocal seen
         if buffer._version != seen and not compat.is_capturing(buffer.device):
-            restore_scales(model)
+            restore_scales(modules)
             seen = buffer._version
 
     model.register_forward_pre_hook(restore)
+
+
+def caching_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the attention modules that can have scales of their own (MLA's have none)."""
+    return [module for _, module in _attention_modules(model)]
 
 
 def scale_floats(module: torch.nn.Module) -> dict[str, float]:

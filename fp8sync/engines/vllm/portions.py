@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from fp8sync.engines.vllm.direct import DirectInstall
+    from fp8sync.engines.vllm.install import ProcessInstall
     from fp8sync.engines.vllm.intake import Receiver
     from fp8sync.engines.vllm.storage import EngineLayout
 
@@ -33,11 +34,13 @@ class Portion:
         layout: of its storages.
         receiver: takes its bytes.
         direct: installs those of its modules that need no processing, if there are any.
+        process: installs the others.
     """
 
     layout: EngineLayout
     receiver: Receiver
     direct: DirectInstall | None
+    process: ProcessInstall
 
 
 def storages_by_portion(layout: EngineLayout, nbytes: int) -> list[list[str]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
@@ -25,6 +27,9 @@ class StagingReceiver:
 
     def __init__(self, intake: Intake) -> None:
         self._channel = intake.channel
+        # Of its own: on the engine's, every answer would wait for the steps that are queued there.
+        cuda = intake.device.type == "cuda"
+        self._stream = torch.cuda.Stream(intake.device) if cuda else None
         self._expected = intake.staging.expect(intake.plan.to_rank(intake.rank), intake.rank)
 
     @classmethod
@@ -47,7 +52,8 @@ class StagingReceiver:
                 failure = failure or Fp8SyncError("a trainer rank stopped writing")
             if failure is None:
                 try:
-                    self._expected.verify(part, written)
+                    with torch.cuda.stream(self._stream):
+                        self._expected.verify(part, written)
                 except CorruptBucket as error:  # what is still said has to be heard
                     failure = error
         if failure is not None:

@@ -7,18 +7,18 @@ name, instead of being raised through vLLM's calls, so vLLM's own update session
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.logger import init_logger
 
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.intake import Intake
-from fp8sync.engines.vllm.kv_cache import restore_scales
+from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales
 from fp8sync.engines.vllm.layout import describe_engine
 from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
 from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_portion
@@ -40,11 +40,10 @@ if TYPE_CHECKING:
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.engines.vllm.storage import EngineLayout
-    from fp8sync.transport import Choice
 
 __all__ = ["WorkerSession"]
 
-logger = logging.getLogger(__name__)
+logger = init_logger("vllm.fp8sync")  # vLLM prints what is below its own name, and nothing else
 
 _PATIENCE = 10
 """Timeouts until all bytes are here; each of their waits has a timeout of its own."""
@@ -74,6 +73,7 @@ class WorkerSession:
         self._channel, self._model = channel, model
         self._rank, self._staging = rank, staging
         self._device, self._dtype = device, dtype
+        self._caching = caching_modules(model)
         self._portions: list[Portion] = []
         self._number = 0
         self._opened = False
@@ -109,10 +109,7 @@ class WorkerSession:
         self._auditing = bool(message.get("audit"))
         if self._auditing:
             return
-        self._thread = threading.Thread(
-            target=self._receive, args=(version,), name=f"fp8sync-receive-{version}", daemon=True
-        )
-        self._thread.start()
+        self._thread = self._beside(partial(self._receive, version))
 
     def wait_received(self) -> None:
         """Wait until all bytes are staged and verified, or until that has failed."""
@@ -135,44 +132,66 @@ class WorkerSession:
         if self._auditing:
             self._report(self._answer_audit)
             return
-        install: ProcessInstall | None = None
+        portion = self._portions[self._number]
+        prepared = False
         try:
-            install = self._prepare()
+            prepared = self._prepare(portion.process)
             self._vote(self._failure)
             go = bool(self._channel.receive("decision")["commit"])
         # A lost trainer, a message out of turn, a bug: all end with the old weights.
         except Exception as error:  # noqa: BLE001
             logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
             go = False
-        if install is None or not go:
-            if install is not None:
-                install.abandon()
-            return
-        failure = ""
-        began = time.perf_counter()
-        self._opened = self._number + 1 < len(self._portions)
-        try:
-            self._commit(install)
-        # The live weights may be a mixture now; only the trainer can put that right.
-        except Exception as error:
-            logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
-            failure = f"{type(error).__name__}: {error}"
-        seconds = time.perf_counter() - began
-        self._channel.try_send({"type": "committed", "commit_s": seconds, "failure": failure})
+        if prepared and go:
+            self._opened = self._number + 1 < len(self._portions)
+            self._commit(portion)
+        elif prepared:
+            portion.process.abandon()
 
     def _answer_audit(self) -> None:
         if self._audit is None:
             raise Fp8SyncError("the link was not established")
         self._audit().answer(self._channel)
 
-    def _commit(self, install: ProcessInstall) -> None:
-        direct = self._portions[self._number].direct
-        if direct is not None:
-            direct.commit()
-        install.commit()
-        restore_scales(self._model)
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+    def _commit(self, portion: Portion) -> None:
+        """Install, and tell when it is done: a GPU is not waited for here, as the engine may go on at once.
+
+        Its next step follows on the same stream.
+        """
+        began, failure, event = time.perf_counter(), "", None
+        try:
+            event = self._install(portion)
+        # The live weights may be a mixture now; only the trainer can put that right.
+        except Exception as error:
+            logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
+            failure = f"{type(error).__name__}: {error}"
+        if event is None:
+            self._committed(began, failure)
+        else:
+            self._thread = self._beside(partial(self._await_commit, began, event))
+
+    def _install(self, portion: Portion) -> torch.cuda.Event | None:
+        """Enqueue everything; the event follows it on a GPU."""
+        if portion.direct is not None:
+            portion.direct.commit()
+        portion.process.commit()
+        restore_scales(self._caching)
+        if self._device.type == "cpu":
+            return None
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def _await_commit(self, began: float, event: torch.cuda.Event) -> None:
+        failure = ""
+        try:
+            event.synchronize()
+        except RuntimeError as error:  # the GPU's
+            logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
+            failure = str(error)
+        self._committed(began, failure)
+
+    def _committed(self, began: float, failure: str) -> None:
+        seconds = time.perf_counter() - began
+        self._channel.try_send({"type": "committed", "commit_s": seconds, "failure": failure})
 
     def close(self) -> None:
         """Leave the link."""
@@ -202,7 +221,6 @@ class WorkerSession:
         portions = [list(layout.storages)]
         if commit == "in-place":
             portions = storages_by_portion(layout, message["bucket_bytes"])
-        self._direct_modules = direct_modules(self._model, layout, self._device, self._dtype)
         self._open_portions(source, layout, plan, portions)
         # Made anew for every audit, as it remembers what it read.
         about = self._model, layout, self._direct_modules, self._device, self._dtype
@@ -215,7 +233,11 @@ class WorkerSession:
     ) -> None:
         layouts = [layout.only(own) for own in portions]
         self._staging.lay_out([own.storages for own in layouts])
-        choice = self._join_transport(portions)
+        self._send_place(portions)
+        # Trainer ranks open their ways out meanwhile.
+        self._direct_modules = direct_modules(self._model, layout, self._device, self._dtype)
+        choice = self._channel.receive("transport")
+        self._forwards = bool(choice["forward_bytes"])
         # Another worker may have more portions; this one receives nothing in them.
         count = max(len(own) for _, own in choice["portions"])
         layouts += [layout.only(())] * (count - len(layouts))
@@ -228,8 +250,14 @@ class WorkerSession:
                 for own in plans
             ],
         )
+        skip = self._direct_modules
         self._portions = [
-            Portion(own, receiver, self._direct(number))
+            Portion(
+                own,
+                receiver,
+                self._direct(number),
+                ProcessInstall(self._model, own, self._device, self._dtype, skip),
+            )
             for number, (own, receiver) in enumerate(zip(layouts, receivers, strict=True))
         ]
 
@@ -250,7 +278,7 @@ class WorkerSession:
             raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
         return str(agreed["commit"])
 
-    def _join_transport(self, portions: list[list[str]]) -> Choice:
+    def _send_place(self, portions: list[list[str]]) -> None:
         place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
         place["portions"] = portions if len(portions) > 1 else []
         place["gpu"] = gpu_id(self._device)
@@ -261,9 +289,6 @@ class WorkerSession:
             except Fp8SyncError as error:
                 logger.warning("fp8sync: staging memory cannot be shared: %s", error)
         self._channel.send(place)
-        choice = self._channel.receive("transport")
-        self._forwards = bool(choice["forward_bytes"])
-        return choice
 
     def _receive(self, version: int) -> None:
         self._stage(partial(self._take, version))
@@ -298,25 +323,29 @@ class WorkerSession:
         said = self._failure.to_wire() if self._failure else None
         self._channel.try_send({"type": "vote", "error": said})
 
-    def _prepare(self) -> ProcessInstall | None:
+    def _beside(self, task: Callable[[], None]) -> threading.Thread:
+        """Begin what the engine need not wait for."""
+        thread = threading.Thread(target=task, name=f"fp8sync-{self._rank}", daemon=True)
+        thread.start()
+        return thread
+
+    def _prepare(self, install: ProcessInstall) -> bool:
+        """Return whether the version can be installed."""
         go = self._channel.receive("prepare")["go"]
         staged, self._staged = self._staged, {}
         if not go or self._failure is not None:
-            return None
+            return False
         try:
-            layout = self._portions[self._number].layout
-            about = self._device, self._dtype, self._direct_modules
-            install = ProcessInstall(self._model, layout, staged, *about)
-            install.prepare()
+            install.prepare(staged)
         except InstallFailed as error:
             self._failure = error
-            return None
+            return False
         # Whatever it is, the trainer waits for a vote.
         except Exception as error:
             logger.exception("fp8sync: engine rank %d could not prepare", self._rank)
             self._failure = InstallFailed(f"{type(error).__name__}: {error}")
-            return None
-        return install
+            return False
+        return True
 
     def _vote(self, failure: Fp8SyncError | None) -> None:
         error = failure.to_wire() if failure else None

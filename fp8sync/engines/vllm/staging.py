@@ -70,6 +70,7 @@ class Staging:
         self._device = device
         self._arena = allocate(nbytes, device)
         self._portions: Sequence[Mapping[str, StorageSpec]] = ()
+        self._views: dict[int, dict[str, torch.Tensor]] = {}
         self.offsets: dict[str, int] = {}
 
     @property
@@ -79,7 +80,7 @@ class Staging:
 
     def lay_out(self, portions: Sequence[Mapping[str, StorageSpec]]) -> None:
         """Give every storage its place; portions of a version lie in the same memory, one by one."""
-        self._portions, self.offsets = portions, {}
+        self._portions, self._views, self.offsets = portions, {}, {}
         most = 0
         for specs in portions:
             used = 0
@@ -97,14 +98,20 @@ class Staging:
         There are none in portions after the last that was laid out.
         """
         if self._device.type == "cpu":
-            self._arena = torch.empty_like(self._arena)
-        views = {}
+            self._arena, self._views = torch.empty_like(self._arena), {}
         specs = self._portions[portion] if portion < len(self._portions) else {}
+        if portion not in self._views:
+            self._views[portion] = {name: self._view(name, spec) for name, spec in specs.items()}
+        views = self._views[portion]
         for name, spec in specs.items():
-            start = self.offsets[name]
-            flat = self._arena[start : start + spec.nbytes].view(spec.dtype)
-            views[name] = spec.fill(flat.as_strided(spec.size, spec.strides, flat.storage_offset()))
+            if spec.constants:
+                spec.fill(views[name])
         return views
+
+    def _view(self, name: str, spec: StorageSpec) -> torch.Tensor:
+        start = self.offsets[name]
+        flat = self._arena[start : start + spec.nbytes].view(spec.dtype)
+        return flat.as_strided(spec.size, spec.strides, flat.storage_offset())
 
     def export(self) -> ExportedMemory:
         """Return what a writer on this host needs."""
