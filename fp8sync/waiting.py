@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["HostTime", "device_work", "waiting"]
+__all__ = ["HostTime", "Laps", "device_work", "waiting"]
 
 
 class _Waited(threading.local):
@@ -57,3 +57,17 @@ class HostTime:
     def seconds(self) -> float:
         """Wall seconds less those in `waiting`."""
         return time.perf_counter() - self._began - (_waited.seconds - self._waited)
+
+
+class Laps:
+    """Seconds of stages that follow each other, from when it was made."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, stage: str) -> None:
+        """Count the time since the last stage ended."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fp8sync.audit.auditor import Auditor
+from fp8sync.audit.units import is_kv_scale
 from fp8sync.errors import (
     EngineLost,
     Fp8SyncError,
@@ -33,6 +34,7 @@ from fp8sync.sending.outgoing import choose_transport, forward_bytes, message_by
 from fp8sync.sending.share import Sent, Written, named_error
 from fp8sync.transport import Invitation
 from fp8sync.transport.seat import Seat
+from fp8sync.waiting import Laps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,6 +99,8 @@ class Conductor:
         self.decided = False
         self.left_open = False
         """Whether an engine's update was left open by a trainer that is gone."""
+        self.sends_kv_scales = False
+        self.connecting = Laps()
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._invitation: Invitation | None = None
@@ -256,7 +260,9 @@ class Conductor:
         self._invitation = None
 
     def _agree(self, listener: Listener) -> None:
+        laps = self.connecting = Laps()
         self._accept_all(listener)
+        laps.end("join")
         held = merge_ranks([self._member.source.manifest(), *self._manifests("trainer")])
         self._member.source.check(held)
         opening = {
@@ -267,16 +273,21 @@ class Conductor:
         }
         self._tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
+        laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
         check_all_used(wanted)
         plan = self._feed(self._member.make_plan(held, wanted, self._recipe))
+        self.sends_kv_scales = any(map(is_kv_scale, plan.tensors.values()))
         team = {"team": secrets.token_hex(8), "host": listener.host}
         common = {**opening, "destination": wanted.to_json(), "nodes": self._nodes}
         self._tell("trainer", {**common, **team})
         self._compare(plan)
+        laps.end("plan")
         self._open_transport(plan, **team)
+        laps.end("open")
         for channel in self._channels.values():
             channel.receive("ready")
+        laps.end("ready")
 
     def _feed(self, plan: Plan) -> Plan:
         """Decide what workers of one node hand on to one another, and tell them who wants what they want."""
@@ -301,7 +312,8 @@ class Conductor:
             if (role, rank) not in self._expected or (role, rank) in self._channels:
                 raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
             if role == "engine":
-                channel.peer += self._of_engine(rank)
+                several = self._engine_of[-1] > 0
+                channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
                 self.left_open |= bool(joined["updating"])
             self._channels[role, rank] = channel
 
@@ -354,10 +366,6 @@ class Conductor:
         invited = self._invitation.to("trainer", 0)
         self._member.open(invited, self._bucket_bytes, self._timeout_s, team, host)
         self.transport, self.transport_reason = kind, f"{reason}; {self._feeding}"
-
-    def _of_engine(self, rank: int) -> str:
-        several = self._engine_of[-1] > 0
-        return f" of engine {self._engine_of[rank]}" if several else ""
 
     def _spread(self, role: str, message: Message) -> None:
         """Tell everyone who can be reached; who cannot is noticed when it does not answer."""

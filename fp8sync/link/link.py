@@ -21,17 +21,14 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, TransferTimeout
-from fp8sync.link.commit import check_commit, half_installed
+from fp8sync.link.commit import half_installed
 from fp8sync.link.conductor import Conductor
-from fp8sync.link.follower import FollowerLink
 from fp8sync.link.member import Member
 from fp8sync.link.together import together
-from fp8sync.plan import DEFAULT_BUCKET_BYTES, LinkPlan
-from fp8sync.recipe import Recipe
+from fp8sync.plan import LinkPlan
 from fp8sync.report import RefitReport
 from fp8sync.sending.share import named_error
 from fp8sync.sources import LiveSource, as_source
-from fp8sync.sources.kv_scales import KvScaleSource
 from fp8sync.trainers import Opening, rank_and_size, this_process
 from fp8sync.transport.rendezvous import bound_address
 from fp8sync.waiting import HostTime, waiting
@@ -41,79 +38,9 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link.commit import Commit
     from fp8sync.link.conductor import Outcome
-    from fp8sync.sources.kv_scales import KvScales
+    from fp8sync.recipe import Recipe
 
-__all__ = ["Link", "connect"]
-
-
-def connect(
-    model: Any,
-    engine: Any,
-    recipe: str | Recipe = "blockwise",
-    *,
-    timeout_s: float = 120.0,
-    host: str = "127.0.0.1",
-    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-    transport: str = "auto",
-    kv_scales: KvScales | None = None,
-    scales: str | None = None,
-    commit: Commit = "staged",
-) -> Link | FollowerLink:
-    """Join a trainer's model and a live engine; nothing in the engine is changed.
-
-    On a trainer of several ranks (an initialized torch.distributed default group) every rank calls
-    this, and later `refit`, like a collective. Rank 0 holds the engine; others may pass None.
-
-    Args:
-        model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
-        engine: an engine, or a list of engines, as for `fp8sync.refit`.
-        recipe: name or `Recipe`.
-        timeout_s: limit of every single wait for a peer.
-        host: address or name of this host that the rendezvous binds, and by which workers reach it (IPv4);
-            loopback unless told otherwise.
-        bucket_bytes: payload of a message; each side keeps at most two such buffers.
-        transport: `ipc` (the trainer's kernels write into the engine's staging memory; one host),
-            `nccl` (buckets between GPUs), `gloo` (buckets through host memory), `golden` (whole
-            tensors to every worker, quantized there: slow, plain), or `auto`;
-            `link.transport` says which, and why.
-        kv_scales: scales of the engine's FP8 KV cache by vLLM's parameter name (`fp8sync.calibrate_kv`
-            makes them). Its values are read at every refit, like the weights; rank 0's are sent.
-        scales: `paired` or `misc`, if not as the recipe says; see `Recipe`.
-        commit: `staged` (the engine generates until a whole version lies in staging memory as large as
-            its weights; a failure leaves the old ones), `in-place` (it stands still while a version is
-            received and installed, some modules at a time; staging memory is `bucket_bytes`, or as large
-            as the largest module; see `Link.refit` for failures), or `auto`: staged where it fits into
-            memory; `link.commit` says which, and why. Rank 0 decides.
-
-    Returns:
-        A link; `link.refit()` moves the weights.
-
-    Raises:
-        ValueError: unknown `recipe`, `scales`, `commit` or `transport`.
-        TensorMismatch: a tensor is missing, superfluous or of another shape; a KV-cache scale is wrong.
-        RecipeMismatch: the engine does not hold what the recipe makes.
-        UnsupportedLayout: a layout that cannot be moved exactly, a `transport` that is not possible here,
-            `golden` with another `commit` than `staged`, a `host` that workers cannot reach, or an engine
-            that was not made for fp8sync.
-        PlanMismatch: the two sides computed different plans.
-        RefitInProgress: the engine is already being refitted or connected.
-        TransferTimeout, EngineLost: a worker or a trainer rank did not answer, or is gone.
-
-    Examples:
-        >>> link = fp8sync.connect(model, llm)  # doctest: +SKIP
-        >>> link.refit().version  # doctest: +SKIP
-        1
-    """
-    check_commit(commit, transport)
-    wanted = Recipe.of(recipe, scales)
-    if kv_scales is not None:
-        model = KvScaleSource(model, kv_scales, rank_and_size()[0])
-    if rank_and_size()[0] > 0:
-        return FollowerLink(model, wanted, timeout_s)
-    with Opening() as opening:
-        return Link(
-            model, engine, wanted, timeout_s, host, bucket_bytes, transport, commit, opening
-        )
+__all__ = ["Link"]
 
 
 class Link:
@@ -159,6 +86,15 @@ class Link:
     def plan(self) -> LinkPlan:
         """The plan that both sides agreed on."""
         return LinkPlan(self._connected().plan)
+
+    @property
+    def connect_s(self) -> dict[str, float]:
+        """Seconds that connecting took, by stage, as trainer rank 0 saw it.
+
+        `join` (everyone came), `trace` (workers described themselves), `plan`, `open` (this rank's way out;
+        workers prove meanwhile which modules are `direct`), `ready` (everyone else is).
+        """
+        return dict(self._connected().connecting.seconds)
 
     @property
     def transport(self) -> str:
@@ -298,10 +234,9 @@ class Link:
             )
             task = self._threads.submit(conductor.agree, listener)
             try:
+                calls = partial(self._engine.initialize, info)
                 with uncollected():
-                    together(
-                        task, lambda: self._engine.initialize(info), listener.close, self._timeout_s
-                    )
+                    together(task, calls, listener.close, self._timeout_s)
             except BaseException:
                 conductor.close()
                 raise
@@ -322,10 +257,11 @@ class Link:
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._commit(conductor)
         arrived = time.perf_counter()
+        once = conductor.portions == 1 and not conductor.sends_kv_scales
         with self._engine.resuming(unless=lambda: self._mixed):
             try:
                 with waiting():
-                    self._engine.pause(in_flight)
+                    stands = self._engine.pause(in_flight, once=once)
             except BaseException as error:  # requests that do not end, say: every worker is told
                 conductor.refuse(named_error(error, 0))
                 if not isinstance(error, Exception):
@@ -341,10 +277,12 @@ class Link:
                 outcome = self._install(conductor, version, portion)
             self._mixed = False
             self.version = version
+            ended = time.perf_counter()
             with waiting():
-                self._engine.reset_caches(in_flight)
+                self._engine.reset_caches(in_flight, stale=conductor.sends_kv_scales)
                 labelled = self._engine.label(str(version))
-        ended = time.perf_counter()
+        if stands:
+            ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         label = str(version) if labelled else None
         said = outcome.tensors, label, host.seconds
@@ -380,12 +318,12 @@ class Link:
     def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)
         try:
-            with waiting():
+            with waiting(), uncollected():
                 return together(task, self._engine.finish, conductor.close, self._timeout_s)
         except BaseException:
             if conductor.decided:  # some workers may hold the new weights
                 with suppress(Exception):
-                    self._engine.reset_caches("keep")
+                    self._engine.reset_caches("keep", stale=conductor.sends_kv_scales)
             raise
 
     def _close_update(self, version: int) -> None:

@@ -197,10 +197,10 @@ def test_requests_that_do_not_end(
     handle = link._engine
     patient_s, pause = handle.timeout_s, handle.pause
 
-    def pause_impatiently(mode: str) -> None:
+    def pause_impatiently(mode: str, *, once: bool) -> bool:
         handle.timeout_s = 1e-3
         try:
-            pause(mode)
+            return pause(mode, once=once)
         finally:
             handle.timeout_s = patient_s
 

@@ -91,14 +91,14 @@ class Fleet(Handle):
     def finish(self) -> None:
         self._each(lambda engine: engine.finish())
 
-    def pause(self, in_flight: InFlight) -> None:
-        self._each(lambda engine: engine.pause(in_flight))
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
+        return any(self._each(lambda engine: engine.pause(in_flight, once=once)))
 
     def resume(self) -> None:
         self._each(lambda engine: engine.resume())
 
-    def reset_caches(self, in_flight: InFlight) -> None:
-        self._each(lambda engine: engine.reset_caches(in_flight))
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
+        self._each(lambda engine: engine.reset_caches(in_flight, stale=stale))
 
     def label(self, version: str) -> bool:
         return all(self._each(lambda engine: engine.label(version)))

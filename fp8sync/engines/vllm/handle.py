@@ -133,8 +133,16 @@ class Handle(ABC):
         """Let every worker install or abandon the version."""
 
     @abstractmethod
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         """Stop scheduling; on return nothing is computed.
+
+        Args:
+            in_flight: what becomes of requests.
+            once: whether a single `finish` is all that follows before `resume`: vLLM makes a call between two
+                steps, so an engine with nothing to change but weights need not be stopped for it.
+
+        Returns:
+            Whether it was stopped.
 
         Raises:
             TransferTimeout: requests in flight did not end in time (`wait`).
@@ -142,7 +150,7 @@ class Handle(ABC):
 
     @abstractmethod
     def resume(self) -> None:
-        """Go on scheduling."""
+        """Go on scheduling, whether it was stopped or not."""
 
     @contextmanager
     def resuming(self, unless: Callable[[], bool]) -> Iterator[None]:
@@ -158,8 +166,12 @@ class Handle(ABC):
             self.resume()
 
     @abstractmethod
-    def reset_caches(self, in_flight: InFlight) -> None:
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         """Forget prefixes computed with the old weights; they live in the scheduler.
+
+        Args:
+            in_flight: what became of requests; those that are kept are recomputed.
+            stale: whether their keys and values cannot be read any more, also of an engine that caches none.
 
         Raises:
             InstallFailed: vLLM kept them, because requests hold some.

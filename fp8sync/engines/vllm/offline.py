@@ -47,7 +47,7 @@ class LLMHandle(Handle):
     def finish(self) -> None:
         self._call("finish_weight_update")
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (nothing runs)
         """Treat requests that were added but not stepped to their end.
 
         Raises:
@@ -62,12 +62,14 @@ class LLMHandle(Handle):
             )
         if count and in_flight == "abort":
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
+        return True
 
     def resume(self) -> None:
         pass
 
-    def reset_caches(self, in_flight: InFlight) -> None:
-        if self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching:
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
+        caches = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
+        if caches or (stale and in_flight == "keep"):
             check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
 
     def label(self, version: str) -> bool:

@@ -45,6 +45,10 @@ class AsyncHandle(Handle):
                 "fp8sync.engines.vllm.AsyncHandle(engine, loop)"
             )
         self._loop = loop or handler.get_loop()
+        # Several schedulers step together, and a label is changed by a call of its own.
+        self._caches = bool(config.cache_config.enable_prefix_caching)
+        self._alone = config.parallel_config.data_parallel_size == 1
+        self._labels = hasattr(engine, "update_weight_version")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -70,21 +74,23 @@ class AsyncHandle(Handle):
     def finish(self) -> None:
         self._call("finish_weight_update")
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
+        if in_flight == "keep" and once and self._alone and not (self._caches or self._labels):
+            return False
         self._run("pause", compat.pause(self._engine, in_flight))
+        return True
 
     def resume(self) -> None:
         self._call("resume_generation")
 
-    def reset_caches(self, in_flight: InFlight) -> None:
-        if self._engine.vllm_config.cache_config.enable_prefix_caching:
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
+        if self._caches or (stale and in_flight == "keep"):
             check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
 
     def label(self, version: str) -> bool:
-        known = hasattr(self._engine, "update_weight_version")
-        if known:
+        if self._labels:
             self._call("update_weight_version", version)
-        return known
+        return self._labels
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._run(method, getattr(self._engine, method)(*args))

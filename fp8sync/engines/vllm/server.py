@@ -84,13 +84,14 @@ class Server(Handle):
     def finish(self) -> None:
         self._post("/finish_weight_update")
 
-    def pause(self, in_flight: InFlight) -> None:
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (its caches are not known)
         self._post("/pause", mode=in_flight)
+        return True
 
     def resume(self) -> None:
         self._post("/resume")
 
-    def reset_caches(self, in_flight: InFlight) -> None:
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:  # noqa: ARG002  (it may cache)
         recompute = str(in_flight == "keep").lower()
         answer = self._post("/reset_prefix_cache", reset_running_requests=recompute)
         check_forgotten(answer.get("success"))
