@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from fp8sync.export import export_checkpoint
-from scripts.bench.vllm_refit import RandomQwen
+from scripts.bench.qwen30b import RandomQwen
 
 
 def main() -> None:

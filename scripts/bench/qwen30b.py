@@ -17,7 +17,7 @@ HIDDEN, HEADS, KV_HEADS, HEAD_DIM = 2048, 32, 4, 128
 EXPERTS, EXPERT_ROWS, VOCABULARY = 128, 768, 151936
 
 
-def write_folder(folder: Path, layers: int) -> None:
+def write_folder(folder: Path, layers: int, positions: int = 4096) -> None:
     """Write config.json of a blockwise FP8 model."""
     gates = [f"model.layers.{n}.mlp.gate" for n in range(layers)]
     config = {
@@ -36,7 +36,7 @@ def write_folder(folder: Path, layers: int) -> None:
         "num_attention_heads": HEADS,
         "num_key_value_heads": KV_HEADS,
         "head_dim": HEAD_DIM,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": positions,
         "hidden_act": "silu",
         "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
@@ -89,56 +89,90 @@ def checkpoint_tensors(source: RandomQwen) -> Iterator[tuple[str, torch.Tensor]]
 
 
 class RandomQwen:
-    """A trainer with random BF16 weights; experts stacked per layer."""
+    """One rank of a trainer with random BF16 weights: matrices are cut by rows, experts stacked per layer.
 
-    def __init__(self, layers: int, device: torch.device) -> None:
+    Args:
+        layers: of the model.
+        device: the GPU.
+        rank: of the trainer; rank 0 has the vectors.
+        ranks: a divisor of the number of experts.
+        offload: keep the weights in pinned memory of the host.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        device: torch.device,
+        rank: int = 0,
+        ranks: int = 1,
+        *,
+        offload: bool = False,
+    ) -> None:
         self._storages: dict[str, torch.Tensor] = {}
         self._tensors: list[TensorInfo] = []
         self._boxes: list[Box] = []
-        self.device = device
-        self._whole("model.embed_tokens.weight", VOCABULARY, HIDDEN)
+        self.device, self._rank, self._ranks, self._offload = device, rank, ranks, offload
+        self._matrix("model.embed_tokens.weight", VOCABULARY, HIDDEN)
         for number in range(layers):
             self._layer(f"model.layers.{number}")
-        self._whole("model.norm.weight", HIDDEN)
-        self._whole("lm_head.weight", VOCABULARY, HIDDEN)
+        self._vector("model.norm.weight", HIDDEN)
+        self._matrix("lm_head.weight", VOCABULARY, HIDDEN)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's weights."""
+        return sum(tensor.nbytes for tensor in self._storages.values())
 
     def manifest(self) -> Manifest:
-        """Return all tensors, on rank 0."""
-        return Manifest.of(self._tensors, {0: self._boxes})
+        """Return all tensors, and this rank's boxes."""
+        return Manifest.of(self._tensors, {self._rank: self._boxes})
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Return the weights."""
         return self._storages
 
     def _layer(self, layer: str) -> None:
-        self._whole(f"{layer}.input_layernorm.weight", HIDDEN)
-        self._whole(f"{layer}.post_attention_layernorm.weight", HIDDEN)
+        self._vector(f"{layer}.input_layernorm.weight", HIDDEN)
+        self._vector(f"{layer}.post_attention_layernorm.weight", HIDDEN)
         for name, rows in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            self._whole(f"{layer}.self_attn.{name}_proj.weight", rows * HEAD_DIM, HIDDEN)
-        self._whole(f"{layer}.self_attn.o_proj.weight", HIDDEN, HEADS * HEAD_DIM)
-        self._whole(f"{layer}.self_attn.q_norm.weight", HEAD_DIM)
-        self._whole(f"{layer}.self_attn.k_norm.weight", HEAD_DIM)
-        self._whole(f"{layer}.mlp.gate.weight", EXPERTS, HIDDEN)
+            self._matrix(f"{layer}.self_attn.{name}_proj.weight", rows * HEAD_DIM, HIDDEN)
+        self._matrix(f"{layer}.self_attn.o_proj.weight", HIDDEN, HEADS * HEAD_DIM)
+        self._vector(f"{layer}.self_attn.q_norm.weight", HEAD_DIM)
+        self._vector(f"{layer}.self_attn.k_norm.weight", HEAD_DIM)
+        self._matrix(f"{layer}.mlp.gate.weight", EXPERTS, HIDDEN)
+        own = range(EXPERTS)[self._rank :: self._ranks]
         for part, shape in (
             ("gate_proj", (EXPERT_ROWS, HIDDEN)),
             ("up_proj", (EXPERT_ROWS, HIDDEN)),
             ("down_proj", (HIDDEN, EXPERT_ROWS)),
         ):
             stack = f"{layer}.mlp.experts.{part}"
-            self._storages[stack] = self._random(EXPERTS, *shape)
+            self._storages[stack] = self._random(len(own), *shape)
             for expert in range(EXPERTS):
-                at = Placement(stack, expert * shape[0] * shape[1], (shape[1], 1))
-                self._list(f"{layer}.mlp.experts.{expert}.{part}.weight", shape, at)
+                name = f"{layer}.mlp.experts.{expert}.{part}.weight"
+                self._tensors.append(TensorInfo(name, shape, "bfloat16"))
+                if expert in own:
+                    first = own.index(expert) * shape[0] * shape[1]
+                    at = Placement(stack, first, (shape[1], 1))
+                    self._boxes.append(Box(name, (0, 0), shape, at))
 
-    def _whole(self, name: str, *shape: int) -> None:
-        self._storages[name] = self._random(*shape)
-        strides = (shape[1], 1) if len(shape) == 2 else (1,)
-        self._list(name, shape, Placement(name, 0, strides))
+    def _matrix(self, name: str, rows: int, columns: int) -> None:
+        self._tensors.append(TensorInfo(name, (rows, columns), "bfloat16"))
+        # In whole blocks of 128 rows, as far as there are enough.
+        step = -(-rows // (128 * self._ranks)) * 128
+        first = min(self._rank * step, rows)
+        own = min(step, rows - first)
+        if own:
+            self._storages[name] = self._random(own, columns)
+            at = Placement(name, 0, (columns, 1))
+            self._boxes.append(Box(name, (first, 0), (own, columns), at))
 
-    def _list(self, name: str, shape: tuple[int, ...], at: Placement) -> None:
-        self._tensors.append(TensorInfo(name, shape, "bfloat16"))
-        self._boxes.append(Box(name, (0,) * len(shape), shape, at))
+    def _vector(self, name: str, size: int) -> None:
+        self._tensors.append(TensorInfo(name, (size,), "bfloat16"))
+        if self._rank == 0:
+            self._storages[name] = self._random(size)
+            self._boxes.append(Box(name, (0,), (size,), Placement(name, 0, (1,))))
 
     def _random(self, *shape: int) -> torch.Tensor:
-        tensor = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return tensor.normal_(std=0.02)
+        tensor = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
+        return tensor.cpu().pin_memory() if self._offload else tensor

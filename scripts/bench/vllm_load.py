@@ -1,18 +1,19 @@
 """What refits cost a vLLM that decodes: tokens per second with and without, and memory after many.
 
-    python -m scripts.bench.vllm_load [--layers 48] [--seconds 10] [--every 5] [--soak 200] [--trainer-gpu 1]
+    python -m scripts.bench.vllm_load [--layers 48] [--pairs 10] [--soak 200] [--trainer-gpu 1]
 
 An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for decoding) keeps 32
-sequences at work; the trainer's random weights lie on GPU 1, or on GPU 0 as well. Kernels are compiled as
-batches of new sizes come up, hence the warm-up. Windows without and with a refit every few seconds take turns. Requests in flight are kept; the engine caches no prefixes, so they
-need not be recomputed. Then, still decoding, --soak refits follow each other as fast as they can.
+sequences at work from the first to the last window; none ends, so no window has a prefill. The trainer's
+random weights lie on GPU 1, or on GPU 0 as well. Windows of --every seconds take turns: one without a refit, one
+with a refit in its middle, and so on, and one without at the end. Each with a refit is compared with the mean of
+its two neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept; the engine
+caches no prefixes, so they need not be recomputed. Then, still decoding, --soak refits follow each other.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
 import json
 import resource
 import statistics
@@ -22,22 +23,24 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import fp8sync
 from scripts.bench import qwen30b
 
 SEQUENCES = 32
+POSITIONS = 16384
+"""Longer than any sequence becomes."""
 
 
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each window")
-    parser.add_argument("--windows", type=int, default=2, help="of each kind")
-    parser.add_argument("--warm-up", type=float, default=30.0, help="seconds before the first")
-    parser.add_argument("--every", type=float, default=5.0, help="seconds from refit to refit")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds of a window")
+    parser.add_argument("--pairs", type=int, default=10, help="windows with a refit")
+    parser.add_argument("--warm-up", type=float, default=15.0, help="seconds before the first")
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--out", type=Path)
@@ -45,7 +48,7 @@ def main() -> None:
     source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))
     torch.cuda.set_device(options.trainer_gpu)
     with tempfile.TemporaryDirectory() as name:
-        qwen30b.write_folder(Path(name), options.layers)
+        qwen30b.write_folder(Path(name), options.layers, POSITIONS)
         engine = Busy(Path(name))
         began = time.perf_counter()
         link = fp8sync.connect(source, engine.llm, "blockwise-pow2")
@@ -53,35 +56,50 @@ def main() -> None:
         link.refit("keep")
         engine.begin()
         time.sleep(options.warm_up)
-        record = measure(engine, link, options)
+        record = measure(engine, link, options.every, options.pairs)
         record["soak"] = soak(engine, link, options.soak) if options.soak else None
-        record["requests_lost"] = engine.drain()
+        record["requests_lost"] = engine.end()
         link.close()
         engine.llm.shutdown()
-    print(f"requests that did not end with all their tokens: {record['requests_lost']}")
+    print(f"requests that ended before they were told to: {record['requests_lost']}")
     if options.out:
         options.out.write_text(json.dumps(record) + "\n")
 
 
-def measure(engine: Busy, link: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second of both kinds of windows, in turns."""
-    rates: dict[str, list[float]] = {"without": [], "with": []}
-    pauses: list[float] = []
-    for kind in ("without", "with") * options.windows:
-        before, began = engine.tokens, time.perf_counter()
-        ends = began + options.seconds
-        while kind == "with" and time.perf_counter() + options.every / 2 < ends:
-            time.sleep(options.every / 2)
-            pauses.append(link.refit("keep").pause_s)
-            time.sleep(max(min(options.every / 2, ends - time.perf_counter()), 0))
-        time.sleep(max(ends - time.perf_counter(), 0))
-        rates[kind].append((engine.tokens - before) / (time.perf_counter() - began))
-        print(f"{kind} refits: {rates[kind][-1]:.0f} tokens/s", flush=True)
-    mean = {kind: statistics.mean(found) for kind, found in rates.items()}
-    loss = 1 - mean["with"] / mean["without"]
-    print(f"{len(pauses)} refits under load, a refit every {options.every:g} s: ", end="")
-    print(f"{loss:+.2%} of tokens lost; pause {statistics.median(pauses):.4f} s")
-    return {"tokens_per_s": rates, "loss": loss, "pause_s": pauses}
+def measure(engine: Busy, link: Any, every: float, pairs: int) -> dict[str, Any]:
+    """Tokens per second of windows without and with a refit, in turns."""
+    edges = [time.perf_counter()]
+    refits = []
+    for number in range(2 * pairs + 1):
+        if number % 2:
+            time.sleep(every / 2)
+            began = time.perf_counter()
+            report = link.refit("keep")
+            refits.append({**report.seconds, "pause": report.pause_s, "at": began})
+        time.sleep(max(edges[-1] + every - time.perf_counter(), 0))
+        edges.append(time.perf_counter())
+    time.sleep(0.2)  # the tokens of the last steps
+    rates = engine.rates(edges)
+    without, with_one = rates[::2], rates[1::2]
+    losses = [
+        1 - rate / statistics.mean(pair)
+        for rate, *pair in zip(with_one, without, without[1:], strict=False)
+    ]
+    print("tokens/s without: " + " ".join(f"{rate:.0f}" for rate in without))
+    print("tokens/s with a refit: " + " ".join(f"{rate:.0f}" for rate in with_one))
+    error = statistics.stdev(losses) / len(losses) ** 0.5
+    print(
+        f"lost to a refit every {every:g} s: median {statistics.median(losses):.2%}, mean "
+        f"{statistics.mean(losses):.2%} +- {error:.2%} (standard error), each "
+        + " ".join(f"{loss:.2%}" for loss in losses)
+    )
+    for key in ("total", "quantize", "verify", "drain", "prepare", "commit", "pause"):
+        found = [refit[key] for refit in refits]
+        print(f"{key}: median {statistics.median(found):.4f} s, most {max(found):.4f} s")
+    gaps = [engine.longest_gap(refit["at"], refit["at"] + 1) for refit in refits]
+    print(f"longest time between two tokens around a refit: median {statistics.median(gaps):.4f} s")
+    found = {"without": without, "with": with_one}
+    return {"tokens_per_s": found, "losses": losses, "refits": refits, "gaps_s": gaps}
 
 
 def soak(engine: Busy, link: Any, count: int) -> dict[str, Any]:
@@ -114,12 +132,13 @@ def memory() -> list[int]:
 
 
 class Busy:
-    """An AsyncLLM in an event loop of its own that always has 32 sequences to decode."""
+    """An AsyncLLM in an event loop of its own that decodes 32 sequences without end."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokens = self._short = 0
+        self.tokens = self._lost = 0
         self._stop = False
-        self._ids = itertools.count()
+        self._times: list[float] = []
+        self._counts: list[int] = []
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         began = time.perf_counter()
@@ -127,18 +146,28 @@ class Busy:
         print(f"engine: {time.perf_counter() - began:.0f} s", flush=True)
 
     def begin(self) -> None:
-        """Submit the first sequences; each one that ends is replaced."""
+        """Submit all sequences."""
         self._streams = [
             asyncio.run_coroutine_threadsafe(self._stream(index), self._loop)
             for index in range(SEQUENCES)
         ]
 
-    def drain(self) -> int:
-        """Let all sequences end and return how many lacked tokens."""
+    def end(self) -> int:
+        """Abort all sequences and return how many had ended before."""
         self._stop = True
         for stream in self._streams:
             stream.result(120)
-        return self._short
+        return self._lost
+
+    def rates(self, edges: list[float]) -> list[float]:
+        """Tokens per second between points of time; between two steps tokens count in parts."""
+        counts = np.interp(edges, self._times, self._counts)
+        return [float(rate) for rate in np.diff(counts) / np.diff(edges)]
+
+    def longest_gap(self, began: float, ended: float) -> float:
+        """Seconds between two tokens of one sequence."""
+        times = np.array(self._times)
+        return float(np.diff(times[(times > began) & (times < ended)]).max())
 
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
@@ -158,8 +187,8 @@ class Busy:
             enforce_eager=False,
             compilation_config=graphs,
             enable_prefix_caching=False,
-            max_model_len=2048,
-            kv_cache_memory_bytes=8 << 30,
+            max_model_len=POSITIONS,
+            kv_cache_memory_bytes=50 << 30,
         )
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
@@ -167,21 +196,23 @@ class Busy:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        while not self._stop:
-            length = 600 + 20 * index  # so that they do not all end at once
-            params = SamplingParams(
-                temperature=0.0,
-                max_tokens=length,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
-            prompt = {"prompt_token_ids": [(i * 37 + index) % 1000 for i in range(32)]}
-            count = 0
-            async for output in self.llm.generate(prompt, params, f"r{next(self._ids)}"):
-                count += len(output.outputs[0].token_ids)
-                self.tokens += len(output.outputs[0].token_ids)
-            self._short += count != length
+        prompt = {"prompt_token_ids": [(i * 37 + index) % 1000 for i in range(32)]}
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=POSITIONS - 32,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        async for output in self.llm.generate(prompt, params, f"r{index}"):
+            self.tokens += len(output.outputs[0].token_ids)
+            if index == 0:
+                self._times.append(time.perf_counter())
+                self._counts.append(self.tokens)
+            if self._stop:
+                await self.llm.abort(f"r{index}")
+                return
+        self._lost += 1
 
 
 if __name__ == "__main__":

@@ -1,17 +1,22 @@
-"""Refit a live vLLM with the shapes of Qwen3-30B-A3B, full size, from one GPU to another.
+"""Refit a live vLLM with the shapes of Qwen3-30B-A3B, full size.
 
-    python -m scripts.bench.vllm_refit [--layers 48] [--refits 10] [--native 2] [--trainer-gpu 1]
+    python -m scripts.bench.vllm_refit [--refits 10] [--native 2]
+    python -m scripts.bench.vllm_refit --trainer-gpu 0 [--offload] [--sleep 2] [--layers 24]
+    python -m torch.distributed.run --nproc-per-node 2 -m scripts.bench.vllm_refit --engine-tp 2
 
-vLLM runs on GPU 0 in its own process (load_format="dummy"), the trainer's random BF16 weights lie on
-GPU 1, or on GPU 0 as well (not with --native). Prints one line per refit and the medians, with the wire's bandwidth as measured by
-a copy of 1 GiB in the same run; --native measures vLLM's own NCCL transfer of an FP8 checkpoint of
-the same shapes first.
+vLLM runs on the first GPUs in processes of its own (load_format="dummy"). The trainer's random BF16 weights lie on
+the GPUs after them, cut in as many parts as it has ranks; or beside the engine; or, with --offload, in pinned
+memory of the host. --sleep lets the engine sleep before each refit, and wakes first its weights, then its KV
+cache. Prints one line per refit and the medians, with bandwidths measured by copies of 1 GiB in the same run, and
+the issue's goals computed from these; --native measures vLLM's own NCCL transfer of an FP8 checkpoint of the same
+shapes first (one trainer rank, one worker).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import socket
 import statistics
 import tempfile
@@ -21,70 +26,120 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 import fp8sync
+from fp8sync.verify.engines import without_torchrun
 from scripts.bench import qwen30b
+
+ENGINE = torch.device("cuda", 0)
 
 
 def main() -> None:
-    """Run the benchmark."""
+    """Run the benchmark; on a trainer of several ranks, one of them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
     parser.add_argument("--refits", type=int, default=10)
     parser.add_argument("--misc", type=int, default=0, help="refits with scales='misc' to add")
     parser.add_argument("--native", type=int, default=0, help="native transfers to measure first")
-    parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
+    parser.add_argument("--engine-tp", type=int, default=1, help="workers of the engine")
+    parser.add_argument("--trainer-gpu", type=int, help="0: beside the engine")
+    parser.add_argument("--offload", action="store_true", help="the trainer's weights on the host")
+    parser.add_argument("--sleep", type=int, default=0, help="level, before each refit")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    gpu = torch.device("cuda", options.trainer_gpu)
-    wire = copy_bandwidth(gpu)
-    print(f"copy of 1 GiB, {gpu} -> cuda:0: {wire / 1e9:.0f} GB/s", flush=True)
-    source = qwen30b.RandomQwen(options.layers, gpu)
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    beside = options.trainer_gpu is not None
+    gpu = torch.device("cuda", options.trainer_gpu if beside else options.engine_tp + rank)
     torch.cuda.set_device(gpu)
+    wire, local = copy_bandwidth(gpu, ENGINE), 2 * copy_bandwidth(gpu, gpu)
+    source = qwen30b.RandomQwen(options.layers, gpu, rank, ranks, offload=options.offload)
+    if rank == 0:
+        print(f"copy of 1 GiB, {gpu} -> {ENGINE}: {wire / 1e9:.0f} GB/s, on {gpu}: ", end="")
+        print(f"{local / 1e9:.0f} GB/s read and written", flush=True)
+        lead(options, source, wire, local)
+        return
+    link = fp8sync.connect(source, None, "blockwise-pow2")
+    for _ in range(options.refits):
+        link.refit()
+
+
+def lead(
+    options: argparse.Namespace, source: qwen30b.RandomQwen, wire: float, local: float
+) -> None:
+    """Measure, on the trainer rank that holds the engine.
+
+    Args:
+        options: of the command.
+        source: this rank's weights.
+        wire: bytes per second to the engine's first GPU.
+        local: bytes per second on one GPU, read and written.
+    """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         qwen30b.write_folder(folder, options.layers)
         native = measure_native(folder, source, options.native) if options.native else []
-        llm = start(folder, "fp8sync")
+        llm = start(folder, "fp8sync", options.engine_tp, sleep=bool(options.sleep))
         began = time.perf_counter()
         link = fp8sync.connect(source, llm, "blockwise-pow2")
         connect_s = time.perf_counter() - began
-        print(f"connect: {connect_s:.2f} s; {link.transport}")
-        print(link.plan.explain().splitlines()[0])
-        rows = [refit(link) for _ in range(options.refits)]
+        stages = link.connect_s
+        print(
+            f"connect: {connect_s:.2f} s, " + ", ".join(f"{k} {v:.2f}" for k, v in stages.items())
+        )
+        print(link.transport)
+        print(link.plan.explain().splitlines()[0], flush=True)
+        rows = [refit(link, llm, options.sleep) for _ in range(options.refits)]
         if options.misc:
             print("scales='misc':")
             link = fp8sync.connect(source, llm, "blockwise-pow2", scales="misc")
-        misc = [refit(link) for _ in range(options.misc)]
+        misc = [refit(link, llm, options.sleep) for _ in range(options.misc)]
         llm.llm_engine.engine_core.shutdown()
     keys = ("total", "quantize", "verify", "prepare", "commit", "pause")
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in keys}
-    floor = rows[0]["bytes"] / wire
+    shard = rows[0]["bytes"] / options.engine_tp
     print("median of all but the first: " + ", ".join(f"{k} {v:.4f} s" for k, v in medians.items()))
-    print(f"wire floor {floor:.4f} s; total / floor = {medians['total'] / floor:.2f}")
+    print(
+        f"wire floor {shard / wire:.4f} s; total / floor = {medians['total'] / (shard / wire):.2f}"
+    )
+    print(f"goal of the pause: {1.3 * 2 * shard / local + 3e-3:.4f} s")
+    # Of every BF16 element two bytes are read; what is quantized is written as one, and its scales.
+    moved = source.nbytes + rows[0]["bytes"] if options.trainer_gpu == 0 else 0
+    if moved:
+        print(f"quantize: {moved / medians['quantize'] / local:.0%} of the copy bandwidth")
     if native:
         print("vLLM's own NCCL transfer: " + ", ".join(f"{s:.2f} s" for s in native))
     if options.out:
-        record = {"wire_bytes_per_s": wire, "layers": options.layers, "connect_s": connect_s}
+        record = {"options": {**vars(options), "out": None}, "wire_bytes_per_s": wire}
+        record |= {"copy_bytes_per_s": local, "connect_s": connect_s, "connect_stages": stages}
         record |= {"native_s": native, "rows": rows, "misc_rows": misc}
         options.out.write_text(json.dumps(record) + "\n")
 
 
-def start(folder: Path, backend: str) -> Any:
-    """A `vllm.LLM` on GPU 0, in its usual engine process."""
-    from vllm import LLM
-
+def start(folder: Path, backend: str, workers: int = 1, *, sleep: bool = False) -> Any:
+    """A `vllm.LLM` on the first GPUs, in its usual engine process."""
     began = time.perf_counter()
-    llm = LLM(**qwen30b.options(folder, backend))
+    more = {"tensor_parallel_size": workers, "enable_sleep_mode": sleep}
+    with without_torchrun():
+        from vllm import LLM
+
+        llm = LLM(**qwen30b.options(folder, backend, **more))
     print(f"engine with backend {backend}: {time.perf_counter() - began:.0f} s", flush=True)
     return llm
 
 
-def refit(link: Any) -> dict[str, float]:
+def refit(link: Any, llm: Any, sleep: int) -> dict[str, float]:
     """One refit and its line."""
+    if sleep:
+        llm.sleep(level=sleep)
+        llm.wake_up(tags=["weights"])
     began = time.perf_counter()
     report = link.refit()
     total = time.perf_counter() - began
+    if sleep:
+        llm.wake_up(tags=["kv_cache"])
     row = {**report.seconds, "pause": report.pause_s, "bytes": report.bytes_sent, "total": total}
     print(" ".join(f"{key}={value:.4f}" for key, value in row.items()), flush=True)
     return row
@@ -138,18 +193,18 @@ def beside(call: Any) -> threading.Thread:
     return thread
 
 
-def copy_bandwidth(gpu: torch.device) -> float:
-    """Bytes per second of a large copy to GPU 0, counted once (median of 10)."""
-    there = torch.empty(1 << 30, dtype=torch.uint8, device="cuda:0")
-    here = torch.empty(1 << 30, dtype=torch.uint8, device=gpu)
+def copy_bandwidth(source: torch.device, destination: torch.device) -> float:
+    """Bytes per second of a large copy, counted once (median of 10)."""
+    there = torch.empty(1 << 30, dtype=torch.uint8, device=destination)
+    here = torch.empty(1 << 30, dtype=torch.uint8, device=source)
     seconds = []
     for _ in range(12):
-        torch.cuda.synchronize(0)
-        torch.cuda.synchronize(gpu)
+        torch.cuda.synchronize(destination)
+        torch.cuda.synchronize(source)
         began = time.perf_counter()
         there.copy_(here)
-        torch.cuda.synchronize(0)
-        torch.cuda.synchronize(gpu)
+        torch.cuda.synchronize(destination)
+        torch.cuda.synchronize(source)
         seconds.append(time.perf_counter() - began)
     return (1 << 30) / statistics.median(seconds[2:])
 
