@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fp8sync
+from tests import skips
 from tests.engines import world
 from tests.engines.test_faults import Wire
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 1 << 18
 """Of the models here, the largest module and one or two others."""
+TRANSPORT = "ipc" if skips.cuda_devices() else "gloo"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +57,7 @@ def test_equals_a_fresh_load(kind: str, tmp_path: Path) -> None:
     for turn, commit in ((0, "in-place"), (1, "in-place"), (0, "staged"), (1, "in-place")):
         world.generate(llm)  # fills the prefix cache with the old weights' keys and values
         recipe = "bf16" if kind == "neox" else world.recipe("blockwise-pow2")
-        options = {"bucket_bytes": BUCKET_BYTES, "transport": "gloo", "commit": commit}
+        options = {"bucket_bytes": BUCKET_BYTES, "transport": TRANSPORT, "commit": commit}
         with fp8sync.connect(models[turn], llm, recipe, **options) as link:
             portions = link._conductor.portions
             assert (portions > 4) == (commit == "in-place")

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Served:
     """vLLM's own server in a process of its own, on a free port of the loopback."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, log: Path | None = None, **changes: Any) -> None:
+        self._log = log
         self._threads = ThreadPoolExecutor(serving.LANES * len(serving.PROMPTS))
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
@@ -54,7 +55,10 @@ class Served:
             command += [flag] if value is True else [flag, text]
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        self.process = subprocess.Popen(command, env=environment, start_new_session=True)
+        with nullcontext() if self._log is None else self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, start_new_session=True, stdout=log, stderr=log
+            )
         self._wait()
 
     def _wait(self) -> None:
@@ -184,7 +188,7 @@ def test_requests_in_flight(
     assert (served.logprobs() - fresh).abs().max().item() == 0.0
     new = serving.greedy(served.greedy)
     serving.judge(mode, found, old, new, served.greedy)
-    Server(served.url).reset_caches("wait")
+    Server(served.url).reset_caches("wait", stale=False)
     assert new == serving.greedy(served.greedy)
     assert report.weight_version in {None, "1"}
     link.close()

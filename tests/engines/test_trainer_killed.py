@@ -30,7 +30,8 @@ def start(*arguments: str) -> subprocess.Popen[bytes]:
 def test_only_trainer_of_a_server(tmp_path: Path) -> None:
     models = serving.models()
     recipe = world.recipe("blockwise-pow2")
-    served = Served(world.write_config(models[0], tmp_path / "config"))
+    log = tmp_path / "server.log"
+    served = Served(world.write_config(models[0], tmp_path / "config"), log)
     try:
         with fp8sync.connect(models[1], served.url, recipe) as link:
             link.refit()
@@ -40,6 +41,8 @@ def test_only_trainer_of_a_server(tmp_path: Path) -> None:
         began = time.monotonic()
         # What the dead trainer had installed serves on; of what it was sending, nothing does.
         assert (served.logprobs() - before).abs().max().item() == 0.0
+        told = [line for line in log.read_text().splitlines() if "keeps its old weights" in line]
+        assert any("WARNING" in line and "trainer" in line for line in told), told
         with fp8sync.connect(models[0], served.url, recipe, timeout_s=TIMEOUT_S) as link:
             assert link.refit().version == 1
             assert time.monotonic() - began < 3 * TIMEOUT_S

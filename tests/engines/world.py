@@ -64,6 +64,15 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         config = transformers.GPTNeoXConfig(**shape | {"rotary_pct": 1.0} | changes)
         model = transformers.GPTNeoXForCausalLM(config)
         model.embed_out = model._modules.pop("lm_head")  # as published checkpoints name it
+    elif kind == "hybrid":
+        # A layer of each sort: Mamba, experts without a gate, attention, MLP.
+        shape |= {"layers_block_type": ["mamba", "moe", "attention", "mlp"]}
+        shape |= {"ssm_state_size": 64, "mamba_num_heads": 8, "mamba_head_dim": 64, "n_groups": 2}
+        shape |= {"moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 128}
+        shape |= {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2}
+        del shape["num_hidden_layers"]
+        config = transformers.NemotronHConfig(**shape | changes)
+        model = transformers.NemotronHForCausalLM(config)
     elif kind == "llama":
         config = transformers.LlamaConfig(**shape | changes)
         model = transformers.LlamaForCausalLM(config)
@@ -79,23 +88,30 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
 
 
 def write_config(
-    model: torch.nn.Module, folder: Path, *, fp8: bool = FP8, router: bool = False
+    model: torch.nn.Module,
+    folder: Path,
+    *,
+    fp8: bool = FP8,
+    router: bool = False,
+    plain: Collection[str] = (),
 ) -> Path:
     """Write config.json alone, with a blockwise FP8 quantization_config where asked.
 
-    With `router` the routers are quantized, too.
+    With `router` the routers are quantized, too; the weights that `plain` names are not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["dtype"] = config["torch_dtype"] = "bfloat16"
     if fp8:
-        gates = [f"model.layers.{n}.mlp.gate" for n in range(config["num_hidden_layers"])]
+        layers = range(model.config.num_hidden_layers)
+        gates = [] if router else [f"model.layers.{n}.mlp.gate" for n in layers]
+        gates += [name.removesuffix(".weight") for name in plain]
         config["quantization_config"] = {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
             "fmt": "e4m3",
             "weight_block_size": [128, 128],
-            "modules_to_not_convert": ["lm_head", *([] if router else gates)],
+            "modules_to_not_convert": ["lm_head", *gates],
         }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -128,7 +144,7 @@ def write_checkpoint(
             tensors[name], tensors[name + "_scale_inv"] = q.weight, q.scale_inv
         else:
             tensors[name] = dequantize_blockwise(q.weight, q.scale_inv, torch.bfloat16)
-    write_config(model, folder, fp8=fp8, router=router)
+    write_config(model, folder, fp8=fp8, router=router, plain=plain)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -144,7 +160,7 @@ def hf_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, value
             continue
         for expert, matrix in enumerate(value):
-            parts = {"down_proj": matrix}
+            parts = {last: matrix}
             if last == "gate_up_proj":
                 gate, up = matrix.chunk(2)
                 parts = {"gate_proj": gate, "up_proj": up}
