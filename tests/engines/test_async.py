@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.engines.vllm import compat
 from tests.engines import serving, world
 from tests.engines.test_in_place import meddle_with_portion
 
@@ -25,15 +26,15 @@ _ids = itertools.count()
 class Engine:
     """An AsyncLLM in a loop thread."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         self.loop = serving.LoopThread()
-        self.llm = self.loop.run(self._start(folder))
+        self.llm = self.loop.run(self._start(folder, **options))
 
-    async def _start(self, folder: Path) -> Any:
+    async def _start(self, folder: Path, **options: Any) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        settings = serving.settings(folder)
+        settings = serving.settings(folder, **options)
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
     async def stream(self, prompt: list[int], tokens: int) -> serving.Sample:
@@ -122,6 +123,44 @@ def test_requests_in_flight(
     assert new == serving.greedy(engine.greedy)
     label = getattr(engine.llm, "get_weight_version", None)
     assert report.weight_version == (engine.loop.run(label()) if label else None)
+
+
+def test_kept_between_two_steps(
+    models: list[torch.nn.Module],
+    fresh: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without a prefix cache and a label there is nothing to pause for: no stream is lost or redone."""
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("the engine was paused")
+
+    engine = Engine(world.write_config(models[0], tmp_path), enable_prefix_caching=False)
+    link = fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2"))
+    link.refit()
+    old = serving.greedy(engine.greedy)
+    link.close()
+    link = fp8sync.connect(models[1], engine.llm, world.recipe("blockwise-pow2"))
+    link._engine._labels = False  # as before vLLM 0.27
+    with monkeypatch.context() as patch:
+        patch.setattr(compat, "pause", refuse)
+        found, report = engine.loop.run(
+            serving.refit_under_load(engine.stream, lambda: link.refit("keep"))
+        )
+    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+    new = serving.greedy(engine.greedy)
+    mixed = 0
+    for samples, before, after in zip(found, old, new, strict=True):
+        for tokens, reason in samples:
+            assert (reason, len(tokens)) == ("length", len(before))
+            if tokens not in (before, after):
+                mixed += 1
+                assert tokens[0] == before[0]
+    assert mixed
+    assert 0 < report.pause_s < report.seconds["total"]
+    link.close()
+    engine.close()
 
 
 def in_place(model: torch.nn.Module, engine: Engine) -> fp8sync.Link:
