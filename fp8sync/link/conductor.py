@@ -19,18 +19,18 @@ from fp8sync.errors import (
     Fp8SyncError,
     PeerFailed,
     UnsupportedLayout,
-    from_wire,
     gathered,
 )
 from fp8sync.link.commit import choose_commit
 from fp8sync.link.faults import broken, difference, failures, nonfinite
+from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_all_used
 from fp8sync.plan.forward import as_runs
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
 from fp8sync.sending.nodes import Feeding, choose_feeding
-from fp8sync.sending.outgoing import choose_transport, forward_bytes, message_bytes, not_linked
+from fp8sync.sending.outgoing import choose_transport, forward_bytes, not_linked
 from fp8sync.sending.share import Sent, Written, named_error
 from fp8sync.transport import Invitation
 from fp8sync.transport.seat import Seat
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from fp8sync.audit.ledger import Ledger
     from fp8sync.audit.report import AuditReport
-    from fp8sync.control import Channel, Listener, Message
+    from fp8sync.control import Listener, Message
     from fp8sync.link.member import Member
     from fp8sync.plan import Plan
     from fp8sync.recipe import Recipe
@@ -84,11 +84,8 @@ class Conductor:
         commit: str,
     ) -> None:
         self._member, self._recipe = member, recipe
-        self._expected = {("trainer", rank) for rank in range(1, trainers)}
-        self._expected |= {("engine", rank) for rank in range(sum(engines))}
-        self._engine_of = [number for number, workers in enumerate(engines) for _ in range(workers)]
+        self._peers = Peers(trainers, engines, timeout_s)
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
-        self._channels: dict[tuple[str, int], Channel] = {}
         self._seats: dict[str, list[Seat]] = {}
         self._nodes: list[tuple[int, str]] = []
         self._feeding = ""
@@ -97,8 +94,6 @@ class Conductor:
         self._wanted_commit, self.commit_kind, self.commit_reason = commit, "", ""
         self.faults: list[Fp8SyncError] = []
         self.decided = False
-        self.left_open = False
-        """Whether an engine's update was left open by a trainer that is gone."""
         self.sends_kv_scales = False
         self.connecting = Laps()
         self._sent: list[Sent] = []
@@ -118,6 +113,11 @@ class Conductor:
         return self._member.portions
 
     @property
+    def left_open(self) -> bool:
+        """Whether an engine's update was left open by a trainer that is gone."""
+        return self._peers.left_open
+
+    @property
     def lost(self) -> Fp8SyncError | None:
         """The loss of workers among the faults of the version that is open, all of them by name.
 
@@ -129,7 +129,7 @@ class Conductor:
     @property
     def hung_up(self) -> bool:
         """Whether a worker has left for another process's link, or is gone."""
-        return any(channel.hung_up() for channel in self._each("engine"))
+        return any(channel.hung_up() for channel in self._peers.each("engine"))
 
     def agree(self, listener: Listener) -> None:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""
@@ -138,7 +138,7 @@ class Conductor:
         # Peers hear of anything at once, instead of waiting for a message that will not come.
         except Exception as error:
             told = named_error(error, 0)
-            for channel in self._channels.values():
+            for channel in self._peers.all:
                 channel.try_send({"type": "error", "error": told.to_wire()})
             raise
 
@@ -149,7 +149,7 @@ class Conductor:
         """
         self.faults = []
         message = {"type": "version", "version": version, "portion": portion, "audit": audit}
-        for channel in self._channels.values():
+        for channel in self._peers.all:
             channel.send(message)
         if audit:
             self._ledger = self._member.ledger()
@@ -159,10 +159,10 @@ class Conductor:
         if self._ledger is None:
             raise Fp8SyncError("no audit was opened")
         own, self._ledger = self._ledger, None
-        auditor = Auditor(self.plan, self._bucket_bytes, own, self._channels, self._audited)
+        auditor = Auditor(self.plan, self._bucket_bytes, own, self._peers.channels, self._audited)
         report = auditor.run()
         self._audited = auditor.expected
-        self._tell("trainer", {"type": "audited", "report": report.to_json()})
+        self._peers.tell("trainer", {"type": "audited", "report": report.to_json()})
         return report
 
     def send(self, version: int, portion: int = 0) -> None:
@@ -172,11 +172,11 @@ class Conductor:
         """
         began = time.perf_counter()
         sent = [self._member.send(version, portion, self._pass_on)]
-        said, lost = self._hear("trainer", "sent")
+        said, lost = self._peers.hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
         self.faults = lost + failures(sent) or nonfinite(sent)
-        refused = self._votes()
+        refused = self._peers.votes()
         if not self.faults or self.lost:  # a worker that hung up may say why
             self.faults += refused
         verified = time.perf_counter()
@@ -193,27 +193,26 @@ class Conductor:
     def _forward(self) -> None:
         """Workers hand on to one another what trainer ranks sent, once all of it is verified."""
         go = not self.faults
-        self._spread("engine", {"type": "forward", "go": go})
+        self._peers.spread("engine", {"type": "forward", "go": go})
         if go:
             # A worker that stopped because another one did says less than that one.
             self.faults = sorted(
-                self._votes(patience=2), key=lambda error: isinstance(error, PeerFailed)
+                self._peers.votes(patience=2), key=lambda error: isinstance(error, PeerFailed)
             )
 
     def _pass_on(self, written: Written | None) -> None:
         """This rank has written a part: once the others have theirs, workers verify it."""
-        said, lost = self._hear("trainer", "written")
+        said, lost = self._peers.hear("trainer", "written")
         shares = [written, *(m["digests"] and dict(m["digests"]) for m in said)]
-        for (role, rank), channel in sorted(self._channels.items()):
-            if role == "engine":
-                whole = not lost and all(share is not None for share in shares)
-                digests = [share[rank] for share in shares if share] if whole else None
-                channel.try_send({"type": "written", "digests": digests})
+        whole = not lost and all(share is not None for share in shares)
+        for rank, channel in enumerate(self._peers.each("engine")):
+            digests = [share[rank] for share in shares if share] if whole else None
+            channel.try_send({"type": "written", "digests": digests})
 
     def abandon(self, error: BaseException) -> None:
         """Tell the trainer's other ranks why a version will not be decided."""
         told = error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
-        self._spread("trainer", {"type": "error", "error": told.to_wire()})
+        self._peers.spread("trainer", {"type": "error", "error": told.to_wire()})
 
     def refuse(self, error: Fp8SyncError) -> None:
         """Let `commit` fail with `error`, so that all hear of it."""
@@ -231,19 +230,19 @@ class Conductor:
         """
         began = time.perf_counter()
         self.decided = False
-        self._spread("engine", {"type": "prepare", "go": not self.faults})
-        prepared = self._votes()
+        self._peers.spread("engine", {"type": "prepare", "go": not self.faults})
+        prepared = self._peers.votes()
         faults = self.faults or prepared
         prepare_s = time.perf_counter() - began
         self.decided = not faults
-        self._spread("engine", {"type": "decision", "commit": self.decided})
+        self._peers.spread("engine", {"type": "decision", "commit": self.decided})
         done: list[Message] = []
         if self.decided:
-            done, lost = self._hear("engine", "committed")
+            done, lost = self._peers.hear("engine", "committed")
             faults = broken(done, lost)
         error = gathered(faults) if faults else None
         outcome = {"type": "outcome", "error": error.to_wire() if error else None}
-        self._spread("trainer", outcome)
+        self._peers.spread("trainer", outcome)
         if error is not None:
             raise error
         self._seconds["prepare"] += prepare_s
@@ -254,14 +253,13 @@ class Conductor:
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
-        for channel in self._channels.values():
-            channel.close()
+        self._peers.close()
         self._member.close()
         self._invitation = None
 
     def _agree(self, listener: Listener) -> None:
         laps = self.connecting = Laps()
-        self._accept_all(listener)
+        self._peers.accept(listener)
         laps.end("join")
         held = merge_ranks([self._member.source.manifest(), *self._manifests("trainer")])
         self._member.source.check(held)
@@ -271,7 +269,7 @@ class Conductor:
             "recipe": self._recipe.to_json(),
             "bucket_bytes": self._bucket_bytes,
         }
-        self._tell("engine", opening)
+        self._peers.tell("engine", opening)
         wanted = merge_ranks(self._manifests("engine"))
         laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
@@ -280,12 +278,12 @@ class Conductor:
         self.sends_kv_scales = any(map(is_kv_scale, plan.tensors.values()))
         team = {"team": secrets.token_hex(8), "host": listener.host}
         common = {**opening, "destination": wanted.to_json(), "nodes": self._nodes}
-        self._tell("trainer", {**common, **team})
+        self._peers.tell("trainer", {**common, **team})
         self._compare(plan)
         laps.end("plan")
         self._open_transport(plan, **team)
         laps.end("open")
-        for channel in self._channels.values():
+        for channel in self._peers.all:
             channel.receive("ready")
         laps.end("ready")
 
@@ -298,34 +296,13 @@ class Conductor:
             feeding = Feeding(
                 plan, "nothing is forwarded in place: workers may be at other portions"
             )
-        for rank, channel in enumerate(self._each("engine")):
+        for rank, channel in enumerate(self._peers.each("engine")):
             channel.send({"type": "shared", "runs": as_runs(feeding.sharers.get(rank, ()))})
         self._nodes, self._feeding = list(feeding.nodes.items()), feeding.reason
         return self._member.adopt(feeding.plan)
 
-    def _accept_all(self, listener: Listener) -> None:
-        for number in range(len(self._expected)):
-            channel = listener.accept(f"peer {number + 1} of {len(self._expected)}")
-            joined = channel.receive("join")
-            role, rank = str(joined["role"]), int(joined["rank"])
-            channel.peer = f"{role} rank {rank}"
-            if (role, rank) not in self._expected or (role, rank) in self._channels:
-                raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
-            if role == "engine":
-                several = self._engine_of[-1] > 0
-                channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
-                self.left_open |= bool(joined["updating"])
-            self._channels[role, rank] = channel
-
-    def _each(self, role: str) -> list[Channel]:
-        return [channel for (r, _), channel in sorted(self._channels.items()) if r == role]
-
-    def _tell(self, role: str, message: dict[str, object]) -> None:
-        for channel in self._each(role):
-            channel.send(message)
-
     def _manifests(self, role: str) -> list[Manifest]:
-        found, refused = self._hear(role, "manifest")
+        found, refused = self._peers.hear(role, "manifest")
         if refused:
             raise gathered(refused)
         self._seats[role] = [Seat(**said["seat"]) for said in found]
@@ -334,11 +311,11 @@ class Conductor:
 
     def _compare(self, plan: Plan) -> None:
         """Every peer's digest of its part of the plan must equal ours."""
-        for (role, rank), channel in sorted(self._channels.items()):
+        for (role, rank), channel in sorted(self._peers.channels.items()):
             ranks = (
                 [rank]
                 if role == "engine"
-                else sorted(r for n, r in self._channels if n == "engine")
+                else sorted(r for n, r in self._peers.channels if n == "engine")
             )
             found = channel.receive("plan")["digests"]
             mine = {str(r): plan.digest(r) for r in ranks}
@@ -348,53 +325,20 @@ class Conductor:
                 raise difference(plan, theirs, channel.peer)
 
     def _open_transport(self, plan: Plan, team: str, host: str) -> None:
-        engine = {rank: c for (role, rank), c in sorted(self._channels.items()) if role == "engine"}
+        engine = dict(enumerate(self._peers.each("engine")))
         places = {rank: channel.receive("place") for rank, channel in engine.items()}
         seats = [self._member.seat, *self._seats["trainer"]]
         try:
             kind, reason = choose_transport(self._wanted, plan, seats, places)
         except ValueError as error:
             raise UnsupportedLayout(str(error)) from error
-        peers = {member: channel.peer for member, channel in self._channels.items()}
-        size = message_bytes(kind, plan, self._bucket_bytes)
+        peers = {member: channel.peer for member, channel in self._peers.channels.items()}
         forward = forward_bytes(kind, plan, self._bucket_bytes) if self._nodes else 0
-        sizes = {"bucket_bytes": size, "forward_bytes": forward}
+        sizes = {"bucket_bytes": self._bucket_bytes, "forward_bytes": forward}
         carrier = "gloo" if not_linked(seats, places) else "nccl"
         self._invitation = Invitation(kind, host, self._timeout_s, peers, places, sizes, carrier)
-        for member, channel in self._channels.items():
+        for member, channel in self._peers.channels.items():
             channel.send(self._invitation.to(*member))
         invited = self._invitation.to("trainer", 0)
         self._member.open(invited, self._bucket_bytes, self._timeout_s, team, host)
         self.transport, self.transport_reason = kind, f"{reason}; {self._feeding}"
-
-    def _spread(self, role: str, message: Message) -> None:
-        """Tell everyone who can be reached; who cannot is noticed when it does not answer."""
-        for channel in self._each(role):
-            channel.try_send(message)
-
-    def _hear(
-        self, role: str, kind: str, timeout_s: float | None = None
-    ) -> tuple[list[Message], list[Fp8SyncError]]:
-        """Take a message of everyone who can be heard; who cannot is hung up on."""
-        said: list[Message] = []
-        lost: list[Fp8SyncError] = []
-        for channel in self._each(role):
-            try:
-                said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
-            except Fp8SyncError as error:  # noqa: PERF203  (all are heard)
-                channel.close()
-                lost.append(error)
-        return said, lost
-
-    def _votes(self, patience: int = 1) -> list[Fp8SyncError]:
-        """Return the errors of workers that are lost, then those that workers report.
-
-        Args:
-            patience: timeouts until a vote, where a worker may have waited for another one before.
-        """
-        votes, faults = self._hear("engine", "vote", patience * self._timeout_s)
-        for vote in votes:
-            if vote["error"] is not None:
-                error = from_wire(vote["error"])
-                faults.append(type(error)(f"{vote['peer']}: {error.summary}", error.violations))
-        return faults

@@ -1,4 +1,4 @@
-"""One trainer rank's share of a refit, turn by turn: a bucket to every engine worker at once.
+"""One trainer rank's share of a refit, turn by turn: a bucket to one engine worker, then to the next.
 
 While one turn is on the wire, one launch quantizes the next into the other buffer. Per turn and per bucket
 the host makes a few calls, per tensor none.
@@ -7,13 +7,14 @@ the host makes a few calls, per tensor none.
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.plan import in_turns
+from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, named_error, own_buckets
-from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, lay_out, make_buffers
+from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, in_rounds, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
 from fp8sync.wire.payload import PartReport
@@ -21,12 +22,15 @@ from fp8sync.wire.tables import pack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
+    from fp8sync.plan import Bucket
     from fp8sync.sending.share import Share
+    from fp8sync.sending.turns import Turn
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
     from fp8sync.wire.payload import Storages
+    from fp8sync_kernels import Table
 
 __all__ = ["GroupSender"]
 
@@ -53,7 +57,7 @@ class GroupSender:
         self._share, self._rank = share, share.rank
         self._group, self._members = group, members
         self._device = next(iter(share.source.storages().values())).device
-        turns = in_turns(own_buckets(share, members, bucket_bytes))
+        turns = _turns(share, members, bucket_bytes)
         self._turns = lay_out(turns, buffers or make_buffers(turns, self._device))
         placed = [p for turn in self._turns for p in turn.buckets]
         self._tensors = [part.copy.tensor for p in placed for part in p.bucket.parts]
@@ -62,8 +66,16 @@ class GroupSender:
         slots = max(len(self._tensors), 1)
         self._counters = torch.zeros(2, slots, dtype=torch.int64, device=self._device)
         self._zeros = torch.zeros(16, dtype=torch.uint8, device=self._device)
-        self._pointers: dict[str, int] = {}
-        self._prepare(share.source.storages())
+        self._tables = [
+            LiveTable(
+                (part.copy for placed in turn.buckets for part in placed.bucket.parts),
+                partial(self._table, turn),
+            )
+            for turn in self._turns
+        ]
+        storages = share.source.storages()
+        for table in self._tables:
+            table.at(storages)
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GroupSender]:
@@ -71,7 +83,7 @@ class GroupSender:
         device = next(iter(shares[0].source.storages().values())).device
         group = NcclGroup.join(choice, device, shares[0].timeout_s)
         members, size = dict(choice["members"]), choice["bucket_bytes"]
-        turns = [t for share in shares for t in in_turns(own_buckets(share, members, size))]
+        turns = [turn for share in shares for turn in _turns(share, members, size)]
         buffers = make_buffers(turns, device)
         return [cls(share, group, members, size, buffers) for share in shares]
 
@@ -79,13 +91,14 @@ class GroupSender:
         """Send the weights as they are now; never raises, so that the vote always takes place."""
         sent = Sent(self._rank)
         began = time.perf_counter()
+        storages: Storages = {}
         try:
-            self._prepare(self._share.read())
+            storages = self._share.read()
         # Workers that wait for buckets get them all the same, marked void.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
         try:
-            self._send_turns(version, sent)
+            self._send_turns(version, storages, sent)
             with waiting():
                 bad = self._counters[1].nonzero().flatten().tolist()
             for slot in bad:
@@ -100,15 +113,20 @@ class GroupSender:
         """Leave the group; a `send` under way ends with an error."""
         self._group.close()
 
-    def _send_turns(self, version: int, sent: Sent) -> None:
+    def _send_turns(self, version: int, storages: Storages, sent: Sent) -> None:
         self._counters.zero_()
         self._stamp.begin(version, void=sent.error is not None)
         tickets: list[tuple[Ticket, list[int]]] = []
         for number, turn in enumerate(self._turns):
             if number >= BUFFERS:
                 self._group.fence(tickets[number - BUFFERS][0])
-            if turn.table is not None and sent.error is None:
-                run_table(turn.table, *self._counters)
+            if sent.error is None:
+                try:
+                    run_table(self._tables[number].at(storages), *self._counters)
+                # The rest goes all the same, marked void.
+                except Exception as error:  # noqa: BLE001
+                    sent.error = named_error(error, self._rank)
+                    self._stamp.void()
             for placed, message in zip(turn.buckets, turn.messages, strict=True):
                 self._stamp.put(placed, message, self._counters[0])
                 sent.bytes += message.numel()
@@ -121,15 +139,9 @@ class GroupSender:
         for ticket, peers in tickets[-AHEAD:]:
             self._group.wait(ticket, peers, "take a bucket")
 
-    def _prepare(self, storages: Storages) -> None:
-        """Build the tables, unless the weights still lie where they lay."""
-        pointers = {name: t.data_ptr() for name, t in storages.items()}
-        if pointers == self._pointers:
-            return
-        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in storages.items()}
-        amax = self._share.exchange.amax
-        for turn in self._turns:
-            turn.table = pack_table(
-                turn.buckets, lambda name: (pointers[name], dtypes[name]), self._zeros, amax
-            )
-        self._pointers = pointers
+    def _table(self, turn: Turn, source: Callable[[str], tuple[int, str]]) -> Table:
+        return pack_table(turn.buckets, source, self._zeros, self._share.exchange.amax)
+
+
+def _turns(share: Share, members: Mapping[int, int], bucket_bytes: int) -> list[list[Bucket]]:
+    return in_rounds(own_buckets(share, members, bucket_bytes), share.held.ranks, members)

@@ -24,7 +24,6 @@ __all__ = [
     "check_transport",
     "choose_transport",
     "forward_bytes",
-    "message_bytes",
     "not_linked",
     "open_senders",
 ]
@@ -91,18 +90,6 @@ def not_linked(seats: Sequence[Seat], places: Mapping[int, Mapping[str, Any]]) -
     if shared:
         return f"NCCL takes one rank per GPU, and {count[shared[0]]} share {shared[0]}"
     return ""
-
-
-def message_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:
-    """Return the payload of one message.
-
-    A turn of `nccl` has one for every peer in one buffer: they share a bucket's bytes, at either end.
-    """
-    if kind != "nccl":
-        return bucket_bytes
-    routes = {(c.source_rank, c.destination_rank) for c in plan.copies if c.via is None}
-    peers = Counter(("from", a) for a, _ in routes) + Counter(("to", b) for _, b in routes)
-    return bucket_bytes // max(peers.values(), default=1)
 
 
 def forward_bytes(kind: str, plan: Plan, bucket_bytes: int) -> int:

@@ -1,7 +1,6 @@
 """Buckets that travel together: their places in two buffers, and their headers, written on the GPU.
 
-The k-th bucket of every route belongs to turn k, and every member takes its turns in order, so no two
-members can wait for each other.
+Every member takes its turns in an order that all members keep, so no two can wait for each other.
 """
 
 from __future__ import annotations
@@ -12,16 +11,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.plan import in_turns
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
 from fp8sync.wire.tables import PlacedBucket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     from fp8sync.plan import Bucket
     from fp8sync_kernels import Table
 
-__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "lay_out", "make_buffers"]
+__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "in_rounds", "lay_out", "make_buffers"]
 
 BUFFERS = 2
 AHEAD = 4
@@ -38,6 +38,28 @@ class Turn:
     buckets: list[PlacedBucket]
     messages: list[torch.Tensor]
     table: Table | None = None
+
+
+def in_rounds(
+    buckets: Iterable[Bucket], trainers: Iterable[int], workers: Iterable[int]
+) -> list[list[Bucket]]:
+    """Return the turns of a trainer rank, or of a worker: one bucket in each.
+
+    The k-th bucket from trainer rank t to worker w belongs to round k·n + (w - t) mod n, with n the larger
+    number of ranks. In a round nobody has more than one peer, so its message is as large as the buffer, and
+    no link is shared; a few large messages are faster than many at once.
+
+    Args:
+        buckets: of this member.
+        trainers: ranks of all trainer members.
+        workers: ranks of all workers.
+    """
+    count = 1 + max(*trainers, *workers)
+    return [
+        [bucket]
+        for turn in in_turns(buckets)
+        for bucket in sorted(turn, key=lambda b: (b.destination_rank - b.source_rank) % count)
+    ]
 
 
 def make_buffers(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[torch.Tensor]:
@@ -86,8 +108,12 @@ class Stamp:
         self._rows[:, _FLAGS] &= ~ABORT
         self._rows[:, _VERSION] = version
         if void:
-            self._rows[:, _FLAGS] |= ABORT
+            self.void()
         self._next = 0
+
+    def void(self) -> None:
+        """Mark all messages that are still to be stamped."""
+        self._rows[:, _FLAGS] |= ABORT
 
     def put(self, placed: PlacedBucket, message: torch.Tensor, digests: torch.Tensor) -> None:
         """Write the next header; the digests of the bucket's slots add up to its payload's."""

@@ -1,34 +1,37 @@
 """One trainer rank's share of a refit, written straight into the engine's staging memory.
 
-A few launches per engine worker quantize, cast and copy everything to where it belongs, count NaN and
-Inf, and digest what they wrote. No send buffer, no copy on the engine's GPU, no host work per tensor.
+A few launches quantize, cast and copy everything to where it belongs, count NaN and Inf, and digest what
+they wrote. No send buffer, no copy on the engine's GPU, no host work per tensor.
 """
 
 from __future__ import annotations
 
 import base64
 import time
+from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import in_parts
+from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, Written, named_error
 from fp8sync.transport.memory import ExportedMemory, MappedMemory
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
 from fp8sync.wire.tables import write_table
-from fp8sync_kernels import Table, run_table
+from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from fp8sync.plan import Copy
     from fp8sync.sending.share import Share
     from fp8sync.transport import Choice
     from fp8sync.wire.payload import Storages
+    from fp8sync_kernels import Table
 
 __all__ = ["PARTS", "StagingPlace", "Writer"]
 
@@ -41,22 +44,20 @@ class StagingPlace:
     offsets: Mapping[str, int]
 
 
-PARTS = 8
-"""A share is written in so many launches per worker, so that the worker verifies one part while the next
-is written: what is not hidden is the last part, which a GPU reads ten times faster than it arrives."""
+PARTS = 16
+"""A share is written in so many launches, so that workers verify one part while the next is written: what is
+not hidden is the last part, which a GPU reads ten times faster than it arrives."""
 
 
 @dataclass
-class _Target:
-    """One worker's share: its parts, their tables, and counters that lie where the host can read."""
+class _Part:
+    """One launch, and its counters where the host can read them; slot i is the i-th copy."""
 
-    rank: int
-    parts: list[tuple[Copy, ...]]
-    mapped: MappedMemory
-    offsets: Mapping[str, int]
-    counters: list[torch.Tensor]
-    seen: list[torch.Tensor]
-    tables: list[Table | None]
+    copies: tuple[Copy, ...]
+    slots: dict[int, slice]
+    table: LiveTable
+    counters: torch.Tensor
+    seen: torch.Tensor
 
 
 class Writer:
@@ -74,26 +75,29 @@ class Writer:
         self._share, self._rank = share, share.rank
         storages = share.source.storages()
         self._device = next(iter(storages.values())).device
-        self._pointers: dict[str, int] = {}
+        self._places = places
+        self._mapped = {r: MappedMemory(p.memory, self._device) for r, p in places.items()}
+        # One worker after the other, each rank beginning with another: so no two are at one worker while a
+        # third worker's link is idle. Ranks that change worker often would meet at every change.
+        first = share.rank % max(len(places), 1)
+        order = [*places][first:] + [*places][:first]
+        own = [c for r in order for c in share.plan.to_rank(r) if c.source_rank == share.rank]
+        self._parts = [self._part(copies) for copies in in_parts(own, PARTS)]
+        self._bytes = sum(c.weight_bytes + c.scale_bytes for c in own)
+        for part in self._parts:
+            part.table.at(storages)
+
+    def _part(self, copies: tuple[Copy, ...]) -> _Part:
         on_gpu = self._device.type == "cuda"
-        self._targets, self._bytes = [], 0
-        # Every rank begins with another worker: no two write to one at the same time for long.
-        order = list(places)
-        first = share.rank % max(len(order), 1)
-        for engine_rank in order[first:] + order[:first]:
-            place = places[engine_rank]
-            copies = [c for c in share.plan.to_rank(engine_rank) if c.source_rank == share.rank]
-            parts = in_parts(copies, PARTS)
-            counters = [
-                torch.zeros(2, len(p), dtype=torch.int64, device=self._device) for p in parts
-            ]
-            seen = [torch.zeros(2, len(p), dtype=torch.int64, pin_memory=on_gpu) for p in parts]
-            mapped = MappedMemory(place.memory, self._device)
-            self._targets.append(
-                _Target(engine_rank, parts, mapped, place.offsets, counters, seen, [None] * PARTS)
-            )
-            self._bytes += sum(c.weight_bytes + c.scale_bytes for c in copies)
-        self._prepare(storages)
+        ranks = [copy.destination_rank for copy in copies]
+        slots = {r: slice(ranks.index(r), ranks.index(r) + n) for r, n in Counter(ranks).items()}
+        return _Part(
+            copies,
+            slots,
+            LiveTable(copies, partial(self._table, copies)),
+            torch.zeros(2, len(copies), dtype=torch.int64, device=self._device),
+            torch.zeros(2, len(copies), dtype=torch.int64, pin_memory=on_gpu),
+        )
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
@@ -110,69 +114,50 @@ class Writer:
         began = time.perf_counter()
         number = 0
         try:
-            self._prepare(self._share.read())
-            written = [self._launch(part) for part in range(PARTS)]
-            for event in written:
+            storages = self._share.read()
+            written = [self._launch(part, storages) for part in self._parts]
+            for part, event in zip(self._parts, written, strict=True):
                 if event is not None:
                     with waiting():
                         event.synchronize()
-                told(self._digests(number))
+                told(self._digests(part))
                 number += 1
-            for target in self._targets:
-                for copies, seen in zip(target.parts, target.seen, strict=True):
-                    for slot in seen[1].nonzero().flatten().tolist():
-                        sent.parts.append(PartReport(copies[slot].tensor, int(seen[1, slot])))
+            for part in self._parts:
+                for slot in part.seen[1].nonzero().flatten().tolist():
+                    sent.parts.append(PartReport(part.copies[slot].tensor, int(part.seen[1, slot])))
             sent.bytes = self._bytes
         # Whatever stops writing, the workers that wait have to hear of it.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
-            for _ in range(number, PARTS):
+            for _ in range(number, len(self._parts)):
                 told(None)
         sent.quantize_s = time.perf_counter() - began
         return sent
 
-    def _launch(self, part: int) -> torch.cuda.Event | None:
-        """Enqueue a part to every worker; the event follows its counters to the host."""
-        for target in self._targets:
-            table, counters = target.tables[part], target.counters[part]
-            if table is not None:
-                counters.zero_()
-                with device_work(self._device):
-                    run_table(table, *counters)
-                target.seen[part].copy_(counters, non_blocking=True)
+    def _launch(self, part: _Part, storages: Storages) -> torch.cuda.Event | None:
+        """Enqueue a part; the event follows its counters to the host."""
+        table = part.table.at(storages)
+        part.counters.zero_()
+        with device_work(self._device):
+            run_table(table, *part.counters)
+        part.seen.copy_(part.counters, non_blocking=True)
         if self._device.type != "cuda":
             return None
         return torch.cuda.current_stream(self._device).record_event()
 
-    def _digests(self, part: int) -> Written:
-        return {
-            target.rank: base64.b64encode(target.seen[part][0].numpy().tobytes()).decode()
-            for target in self._targets
-        }
-
     def close(self) -> None:
         """Unmap the workers' memory."""
-        for target in self._targets:
-            target.mapped.close()
-        self._targets = []
+        for mapped in self._mapped.values():
+            mapped.close()
+        self._mapped, self._parts = {}, []
 
-    def _prepare(self, storages: Storages) -> None:
-        """Build the tables, unless the weights still lie where they lay."""
-        pointers = {name: t.data_ptr() for name, t in storages.items()}
-        if pointers == self._pointers:
-            return
-        devices = {t.device for t in storages.values()}
-        if len(devices) != 1:
-            raise Fp8SyncError(f"expected weights on one device, found {sorted(map(str, devices))}")
-        dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in storages.items()}
-        for target in self._targets:
-            for number, copies in enumerate(target.parts):
-                if copies:
-                    target.tables[number] = write_table(
-                        copies,
-                        lambda name: (pointers[name], dtypes[name]),
-                        lambda name, t=target: t.mapped.address + t.offsets[name],  # type: ignore[misc]
-                        self._device,
-                        self._share.exchange.amax,
-                    )
-        self._pointers = pointers
+    def _table(self, copies: tuple[Copy, ...], source: Callable[[str], tuple[int, str]]) -> Table:
+        amax = self._share.exchange.amax
+        return write_table(copies, source, self._locate, self._device, amax)
+
+    def _locate(self, engine_rank: int, storage: str) -> int:
+        return self._mapped[engine_rank].address + self._places[engine_rank].offsets[storage]
+
+    def _digests(self, part: _Part) -> Written:
+        found = {rank: part.seen[0, slots].numpy().tobytes() for rank, slots in part.slots.items()}
+        return {r: base64.b64encode(found.get(r, b"")).decode() for r in self._places}

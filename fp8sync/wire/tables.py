@@ -7,6 +7,7 @@ the same bytes as its part in a bucket. Slot i of a table is the i-th copy.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,7 @@ def unwritable(copies: Sequence[Copy]) -> str:
 def write_table(
     copies: Sequence[Copy],
     source: Callable[[str], tuple[int, str]],
-    destination: Callable[[str], int],
+    destination: Callable[[int, str], int],
     device: torch.device,
     amax: Amax | None = None,
 ) -> Table:
@@ -65,7 +66,7 @@ def write_table(
     Args:
         copies: of one source rank; slot i is copies[i].
         source: address and dtype of a source storage.
-        destination: address of a destination storage, as `device` sees it.
+        destination: address of an engine rank's storage, as `device` sees it.
         device: that launches.
         amax: of blocks that are cut, on that device; read at each launch.
 
@@ -75,7 +76,8 @@ def write_table(
     _require_writable(copies)
     jobs: list[Job] = []
     for slot, copy in enumerate(copies):
-        jobs += _written(copy, Part(slot), source, destination, amax or {})
+        there = partial(destination, copy.destination_rank)
+        jobs += _written(copy, Part(slot), source, there, amax or {})
     return build_table(jobs, device)
 
 

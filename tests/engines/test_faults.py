@@ -174,7 +174,7 @@ def test_trainer_lost_before_the_decision(
 ) -> None:
     """Every worker has prepared and voted; the trainer hangs up instead of deciding."""
     conductor: Any = link._conductor
-    spread = conductor._spread
+    spread = conductor._peers.spread
 
     def hang_up(role: str, message: dict[str, Any]) -> None:
         if message["type"] == "decision":
@@ -182,7 +182,7 @@ def test_trainer_lost_before_the_decision(
             raise fp8sync.EngineLost("hung up")
         spread(role, message)
 
-    monkeypatch.setattr(conductor, "_spread", hang_up)
+    monkeypatch.setattr(conductor._peers, "spread", hang_up)
     with pytest.raises(fp8sync.EngineLost, match="hung up"):
         link.refit()
 

@@ -78,14 +78,14 @@ def test_two_engines_of_one_node_are_fed_once(
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
     conductor = link._conductor
-    spread = conductor._spread
+    spread = conductor._peers.spread
 
     def kill(role: str, message: dict[str, Any]) -> None:
         if message["type"] == "forward":
             os.kill(process_of(engines[1]), signal.SIGKILL)
         spread(role, message)
 
-    monkeypatch.setattr(conductor, "_spread", kill)
+    monkeypatch.setattr(conductor._peers, "spread", kill)
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match=r"engine rank 1.* is gone|engine 1 of the list"):
         link.refit()

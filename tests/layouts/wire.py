@@ -16,7 +16,7 @@ import torch
 import torch.distributed
 
 from fp8sync.manifest import Manifest, Placement
-from fp8sync.plan import MISC, Plan, fill_buckets, in_parts
+from fp8sync.plan import MISC, Plan, fill_buckets
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
@@ -169,15 +169,13 @@ def write_out(plan: Plan, source: Ranks, destination: Ranks) -> list[str]:
 
     faults = []
     for rank, told in on_every_rank(plan, source, write).items():
-        for number, (to, digests) in (
-            (n, item) for n, one in enumerate(told) for item in one.items()
-        ):
-            copies = in_parts([c for c in plan.to_rank(to) if c.source_rank == rank], PARTS)[number]
+        for to in destination:
+            copies = [c for c in plan.to_rank(to) if c.source_rank == rank]
             base, offsets = arenas[to].data_ptr(), places[to].offsets
             table = check_table(copies, lambda n, b=base, o=offsets: b + o[n], torch.device("cpu"))
             found = torch.zeros(len(copies), dtype=torch.int64)
             run_table(table, found, None)
-            if found.numpy().tobytes() != base64.b64decode(digests):
+            if found.numpy().tobytes() != b"".join(base64.b64decode(part[to]) for part in told):
                 faults.append(f"trainer rank {rank} to engine rank {to}")
     for rank, held in destination.items():
         for name, tensor in held.items():

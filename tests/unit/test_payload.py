@@ -218,7 +218,7 @@ def test_pairs_that_pass_through_are_counted() -> None:
     payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
     placed = PlacedBucket(bucket, payload.data_ptr(), slice(0, 1))
     for table in (
-        write_table(plan.copies, where, lambda name: written[name].data_ptr(), CPU),
+        write_table(plan.copies, where, lambda _, name: written[name].data_ptr(), CPU),
         pack_table([placed], where, torch.zeros(16, dtype=torch.uint8), {}),
     ):
         nonfinite = torch.zeros(table.slots, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Buckets that arrive turn by turn, from all trainer ranks at once, on the engine's GPU.
+"""Buckets that arrive turn by turn, from one trainer rank after the other, on the engine's GPU.
 
 In a thread and on a stream of its own. While one turn arrives, one launch unpacks the last into staging
 memory and digests it. Headers and digests are compared at the end: staged bytes are not live ones.
@@ -15,7 +15,7 @@ from fp8sync.engines.vllm.relay import Relay, check_headers
 from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.plan.forward import handed_on, neighbours
-from fp8sync.sending.turns import AHEAD, lay_out, make_buffers
+from fp8sync.sending.turns import AHEAD, in_rounds, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unpack_table
@@ -57,7 +57,7 @@ class GroupReceiver:
     ) -> None:
         self._rank, self._device, self._group = intake.rank, intake.device, group
         plan = intake.plan
-        fed, forwarded = _turns(intake, bucket_bytes, forward_bytes)
+        fed, forwarded = _turns(intake, members, bucket_bytes, forward_bytes)
         both = [*fed, *forwarded]
         turns = lay_out(both, buffers or make_buffers(both, self._device))
         self._turns = turns[: len(fed)]
@@ -74,10 +74,10 @@ class GroupReceiver:
         """Join the communicator of an invitation, and open a way for each portion of a version."""
         first = intakes[0]
         group = NcclGroup.join(choice, first.device, first.channel.timeout_s)
-        sizes = choice["bucket_bytes"], choice["forward_bytes"]
-        turns = [turn for i in intakes for both in _turns(i, *sizes) for turn in both]
-        about = group, dict(choice["members"]), *sizes, make_buffers(turns, first.device)
-        return [cls(intake, *about) for intake in intakes]
+        about = dict(choice["members"]), choice["bucket_bytes"], choice["forward_bytes"]
+        turns = [turn for i in intakes for both in _turns(i, *about) for turn in both]
+        buffers = make_buffers(turns, first.device)
+        return [cls(intake, group, *about, buffers) for intake in intakes]
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""
@@ -142,11 +142,12 @@ class GroupReceiver:
 
 
 def _turns(
-    intake: Intake, bucket_bytes: int, forward_bytes: int
+    intake: Intake, members: Mapping[int, int], bucket_bytes: int, forward_bytes: int
 ) -> tuple[list[list[Bucket]], list[list[Bucket]]]:
     """Return the turns with trainer ranks, and those with other workers."""
     plan, rank = intake.plan, intake.rank
     forwarded: list[Bucket] = []
     for route in neighbours(plan, rank):
         forwarded += fill_buckets(handed_on(plan, *route), forward_bytes)
-    return in_turns(fill_buckets(plan.fed(rank), bucket_bytes)), in_turns(forwarded)
+    fed = fill_buckets(plan.fed(rank), bucket_bytes)
+    return in_rounds(fed, intake.held.ranks, members), in_turns(forwarded)

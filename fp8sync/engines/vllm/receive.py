@@ -46,18 +46,20 @@ class StagingReceiver:
     def receive(self, version: int, staged: Storages) -> None:  # noqa: ARG002  (see Receiver)
         """Wait for the word that a part is written, and compare digests while the next is."""
         failure: Fp8SyncError | None = None
-        for part in range(PARTS):
+        self._expected.begin()
+        for _ in range(PARTS):
             written = self._channel.receive("written")["digests"]
             if written is None:
                 failure = failure or Fp8SyncError("a trainer rank stopped writing")
             if failure is None:
                 try:
                     with torch.cuda.stream(self._stream):
-                        self._expected.verify(part, written)
+                        self._expected.verify(written)
                 except CorruptBucket as error:  # what is still said has to be heard
                     failure = error
         if failure is not None:
             raise failure
+        self._expected.end()
 
 
 _WAYS: dict[str, Callable[[Choice, Sequence[Intake]], Sequence[Receiver]]] = {

@@ -8,6 +8,7 @@ they processed.
 from __future__ import annotations
 
 import base64
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,8 +16,7 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
-from fp8sync.plan import DEFAULT_BUCKET_BYTES, in_parts
-from fp8sync.sending.writer import PARTS
+from fp8sync.plan import DEFAULT_BUCKET_BYTES
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
 from fp8sync.wire.tables import check_table
 from fp8sync_kernels import Table, run_table
@@ -140,32 +140,67 @@ class Expected:
         locate: Callable[[str], int],
         device: torch.device,
     ) -> None:
-        self._rank, self._device = rank, device
-        self._checks: list[list[tuple[int, Sequence[Copy], Table]]] = [[] for _ in range(PARTS)]
-        for source_rank in sorted({c.source_rank for c in copies}):
-            own = [c for c in copies if c.source_rank == source_rank]
-            for checks, part in zip(self._checks, in_parts(own, PARTS), strict=True):
-                checks.append((source_rank, part, check_table(part, locate, device)))
+        self._rank, self._locate, self._device = rank, locate, device
+        self._runs: dict[int, list[Copy]] = defaultdict(list)
+        for copy in copies:
+            self._runs[copy.source_rank].append(copy)
+        self._tables: dict[tuple[int, int, int], Table] = {}
+        self.begin()
 
-    def verify(self, part: int, written: Sequence[str]) -> None:
-        """Compare the digests of a part, by source rank, with those of the bytes that are here.
+    def begin(self) -> None:
+        """Expect a version from its first byte on."""
+        self._verified = dict.fromkeys(self._runs, 0)
+
+    def verify(self, written: Sequence[str]) -> None:
+        """Compare digests, for each source rank of its next copies, with those of the bytes that are here.
 
         Raises:
             CorruptBucket: naming every tensor that differs.
         """
-        faults = []
-        for source_rank, copies, table in self._checks[part]:
-            found = torch.zeros(len(copies), dtype=torch.int64, device=self._device)
-            run_table(table, found, None)
-            sent = np.frombuffer(base64.b64decode(written[source_rank]), dtype="<i8")
-            here = found.cpu().numpy()
-            faults += [
-                f"{copies[i].tensor}: engine rank {self._rank} expected digest {sent[i]:#x} from "
-                f"trainer rank {source_rank}, found {here[i]:#x}"
-                for i in np.flatnonzero(sent != here)
-            ]
+        copies: list[Copy] = []
+        sent: list[int] = []
+        found: list[torch.Tensor] = []
+        for source_rank, run in self._runs.items():
+            digests = np.frombuffer(base64.b64decode(written[source_rank]), dtype="<i8").tolist()
+            first = self._verified[source_rank]
+            own = run[first : first + len(digests)]
+            self._verified[source_rank] = first + len(digests)
+            if own:
+                copies, sent = copies + own, sent + digests[: len(own)]
+                found.append(self._digests(source_rank, first, own))
+        here = torch.cat(found).tolist() if found else []
+        faults = [
+            f"{copy.tensor}: engine rank {self._rank} expected digest {theirs:#x} from "
+            f"trainer rank {copy.source_rank}, found {ours:#x}"
+            for copy, theirs, ours in zip(copies, sent, here, strict=True)
+            if theirs != ours
+        ]
         if faults:
             raise CorruptBucket("staged bytes are not the bytes that were written", faults)
+
+    def end(self) -> None:
+        """Check that each source rank has told of all its copies, and of no more.
+
+        Raises:
+            CorruptBucket: naming the ranks that have not.
+        """
+        faults = [
+            f"engine rank {self._rank} expected {len(run)} digests from trainer rank {source_rank}, "
+            f"found {self._verified[source_rank]}"
+            for source_rank, run in self._runs.items()
+            if self._verified[source_rank] != len(run)
+        ]
+        if faults:
+            raise CorruptBucket("not all that was written is verified", faults)
+
+    def _digests(self, source_rank: int, first: int, copies: Sequence[Copy]) -> torch.Tensor:
+        """Digest what a source rank's copies from its `first` on have left here."""
+        key = source_rank, first, len(copies)
+        if key not in self._tables:
+            self._tables[key] = check_table(copies, self._locate, self._device)
+        found = torch.zeros(len(copies), dtype=torch.int64, device=self._device)
+        run_table(self._tables[key], found, None)
+        return found
 
 
 def _aligned(nbytes: int) -> int:

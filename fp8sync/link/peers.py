@@ -1,0 +1,111 @@
+"""Trainer rank 0's channels to everyone else: engine workers, and the trainer's other ranks.
+
+Every wait is bounded by the link's timeout; every error names the peer.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fp8sync.errors import Fp8SyncError, from_wire
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fp8sync.control import Channel, Listener, Message
+
+__all__ = ["Peers"]
+
+
+class Peers:
+    """Everyone who joins a link.
+
+    Args:
+        trainers: ranks of the trainer, rank 0 included.
+        engines: workers of each engine; engine ranks are numbered through.
+        timeout_s: limit of every wait.
+    """
+
+    def __init__(self, trainers: int, engines: Sequence[int], timeout_s: float) -> None:
+        self._expected = {("trainer", rank) for rank in range(1, trainers)}
+        self._expected |= {("engine", rank) for rank in range(sum(engines))}
+        self._engine_of = [number for number, workers in enumerate(engines) for _ in range(workers)]
+        self._timeout_s = timeout_s
+        self.channels: dict[tuple[str, int], Channel] = {}
+        self.left_open = False
+        """Whether an engine's update was left open by a trainer that is gone."""
+
+    @property
+    def all(self) -> list[Channel]:
+        """Everyone's channel."""
+        return list(self.channels.values())
+
+    def each(self, role: str) -> list[Channel]:
+        """Return the channels of workers (`engine`), or of the trainer's other ranks, in order."""
+        return [channel for (r, _), channel in sorted(self.channels.items()) if r == role]
+
+    def accept(self, listener: Listener) -> None:
+        """Wait until everyone has joined.
+
+        Raises:
+            Fp8SyncError: somebody joins twice, or is not expected.
+            TransferTimeout: somebody does not come.
+        """
+        for number in range(len(self._expected)):
+            channel = listener.accept(f"peer {number + 1} of {len(self._expected)}")
+            joined = channel.receive("join")
+            role, rank = str(joined["role"]), int(joined["rank"])
+            channel.peer = f"{role} rank {rank}"
+            if (role, rank) not in self._expected or (role, rank) in self.channels:
+                raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
+            if role == "engine":
+                several = self._engine_of[-1] > 0
+                channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
+                self.left_open |= bool(joined["updating"])
+            self.channels[role, rank] = channel
+
+    def tell(self, role: str, message: Message) -> None:
+        """Tell everyone of a role.
+
+        Raises:
+            EngineLost: somebody is gone.
+        """
+        for channel in self.each(role):
+            channel.send(message)
+
+    def spread(self, role: str, message: Message) -> None:
+        """Tell everyone who can be reached; who cannot is noticed when it does not answer."""
+        for channel in self.each(role):
+            channel.try_send(message)
+
+    def hear(
+        self, role: str, kind: str, timeout_s: float | None = None
+    ) -> tuple[list[Message], list[Fp8SyncError]]:
+        """Take a message of everyone who can be heard; who cannot is hung up on."""
+        said: list[Message] = []
+        lost: list[Fp8SyncError] = []
+        for channel in self.each(role):
+            try:
+                said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
+            except Fp8SyncError as error:  # noqa: PERF203  (all are heard)
+                channel.close()
+                lost.append(error)
+        return said, lost
+
+    def votes(self, patience: int = 1) -> list[Fp8SyncError]:
+        """Return the errors of workers that are lost, then those that workers report.
+
+        Args:
+            patience: timeouts until a vote, where a worker may have waited for another one before.
+        """
+        votes, faults = self.hear("engine", "vote", patience * self._timeout_s)
+        for vote in votes:
+            if vote["error"] is not None:
+                error = from_wire(vote["error"])
+                faults.append(type(error)(f"{vote['peer']}: {error.summary}", error.violations))
+        return faults
+
+    def close(self) -> None:
+        """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
+        for channel in self.all:
+            channel.close()

@@ -1,0 +1,50 @@
+"""A descriptor table over live weights: built anew only when one of the storages that it reads has moved.
+
+Each launch looks at its own storages just before it, so that the GPU works while the next launch's are looked
+at: a trainer may have as many storages as tensors.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from fp8sync.plan import Copy
+    from fp8sync.wire.payload import Storages
+    from fp8sync_kernels import Table
+
+    Build = Callable[[Callable[[str], tuple[int, str]]], Table]
+
+__all__ = ["LiveTable"]
+
+
+class LiveTable:
+    """The table of one launch.
+
+    Args:
+        copies: that it reads for.
+        build: returns the table, given what finds address and dtype of a storage.
+    """
+
+    def __init__(self, copies: Iterable[Copy], build: Build) -> None:
+        places = (at for c in copies for at in (c.source_at, c.source_scale_at) if at is not None)
+        self._names = list(dict.fromkeys(at.storage for at in places))
+        self._build = build
+        self._pointers: list[int] = []
+        self._table: Table | None = None
+
+    def at(self, storages: Storages) -> Table:
+        """Return the table for the storages as they lie now.
+
+        Raises:
+            UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
+        """
+        pointers = [storages[name].data_ptr() for name in self._names]
+        if self._table is None or pointers != self._pointers:
+            dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
+            found = dict(zip(self._names, zip(pointers, dtypes, strict=True), strict=True))
+            self._table = self._build(found.__getitem__)
+            self._pointers = pointers
+        return self._table
