@@ -14,6 +14,7 @@ from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.outgoing import open_senders
 from fp8sync.sending.share import Outgoing, Share, named_error
 from fp8sync.trainers import join_team
+from fp8sync.transport.memory import reader_of
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Member:
     @property
     def seat(self) -> Seat:
         """Where this rank's weights are."""
-        return Seat.at(next(iter(self.source.storages().values())).device)
+        return Seat.at(reader_of(self.source.storages()))
 
     def make_plan(self, held: Manifest, wanted: Manifest, recipe: Recipe) -> Plan:
         """Plan between all trainer ranks and all engine workers."""
@@ -94,7 +95,10 @@ class Member:
             host: from where the trainer's ranks are reached.
         """
         self._bucket_bytes = bucket_bytes
-        device = next(iter(self.source.storages().values())).device
+        storages = self.source.storages()
+        # In buckets over gloo they are quantized where they lie.
+        one_by_one = choice["kind"] in {"gloo", "golden"}
+        device = next(iter(storages.values())).device if one_by_one else reader_of(storages)
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = self._exchange = open_exchange(self.plan.amax, self.rank, device, join)
         plans = in_portions(self.plan, dict(choice["portions"]))

@@ -18,6 +18,7 @@ from fp8sync.errors import UnsupportedLayout
 from fp8sync.plan.boxes import misaligned_dim, touched_blocks
 from fp8sync.sending.share import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
+from fp8sync.transport.memory import reader_of
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
 from fp8sync.wire.payload import PartReport, Storages, view
@@ -128,8 +129,8 @@ class GoldenSender:
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GoldenSender]:
         """Join the group of an invitation; a version has one portion."""
         (share,) = shares
-        source_device = next(iter(share.source.storages().values())).device
-        group, device = join_group(choice, source_device, share.timeout_s)
+        reader = reader_of(share.source.storages())
+        group, device = join_group(choice, reader, share.timeout_s)
         workers = [number for _, number in choice["members"]]
         return [cls(share, group, device, workers)]
 

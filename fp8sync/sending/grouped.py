@@ -15,6 +15,7 @@ import torch
 from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, named_error, own_buckets
 from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, in_rounds, lay_out, make_buffers
+from fp8sync.transport.memory import reader_of
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
 from fp8sync.wire.payload import PartReport
@@ -56,7 +57,7 @@ class GroupSender:
     ) -> None:
         self._share, self._rank = share, share.rank
         self._group, self._members = group, members
-        self._device = next(iter(share.source.storages().values())).device
+        self._device = reader_of(share.source.storages())
         turns = _turns(share, members, bucket_bytes)
         self._turns = lay_out(turns, buffers or make_buffers(turns, self._device))
         placed = [p for turn in self._turns for p in turn.buckets]
@@ -70,6 +71,7 @@ class GroupSender:
             LiveTable(
                 (part.copy for placed in turn.buckets for part in placed.bucket.parts),
                 partial(self._table, turn),
+                self._device,
             )
             for turn in self._turns
         ]
@@ -80,7 +82,7 @@ class GroupSender:
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GroupSender]:
         """Join the communicator of an invitation, and open a way for each portion of a version."""
-        device = next(iter(shares[0].source.storages().values())).device
+        device = reader_of(shares[0].source.storages())
         group = NcclGroup.join(choice, device, shares[0].timeout_s)
         members, size = dict(choice["members"]), choice["bucket_bytes"]
         turns = [turn for share in shares for turn in _turns(share, members, size)]

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fp8sync.errors import Fp8SyncError
+from fp8sync.transport.memory import reader_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import torch
 
     from fp8sync.plan import Copy
     from fp8sync.wire.payload import Storages
@@ -26,12 +31,13 @@ class LiveTable:
     Args:
         copies: that it reads for.
         build: returns the table, given what finds address and dtype of a storage.
+        device: that launches, and can read the storages (`reader_of`).
     """
 
-    def __init__(self, copies: Iterable[Copy], build: Build) -> None:
+    def __init__(self, copies: Iterable[Copy], build: Build, device: torch.device) -> None:
         places = (at for c in copies for at in (c.source_at, c.source_scale_at) if at is not None)
         self._names = list(dict.fromkeys(at.storage for at in places))
-        self._build = build
+        self._build, self._device = build, device
         self._pointers: list[int] = []
         self._table: Table | None = None
 
@@ -40,9 +46,17 @@ class LiveTable:
 
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
+            Fp8SyncError: they lie where they cannot be read from.
         """
         pointers = [storages[name].data_ptr() for name in self._names]
         if self._table is None or pointers != self._pointers:
+            for name in self._names:
+                found_on = reader_of({name: storages[name]})
+                if found_on != self._device and storages[name].numel():
+                    raise Fp8SyncError(
+                        f"{name}: expected weights that {self._device} reads, as when the link was made, "
+                        f"found them on {storages[name].device}"
+                    )
             dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
             found = dict(zip(self._names, zip(pointers, dtypes, strict=True), strict=True))
             self._table = self._build(found.__getitem__)

@@ -18,7 +18,7 @@ import torch
 from fp8sync.plan import in_parts
 from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, Written, named_error
-from fp8sync.transport.memory import ExportedMemory, MappedMemory
+from fp8sync.transport.memory import ExportedMemory, MappedMemory, reader_of
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
 from fp8sync.wire.tables import write_table
@@ -74,7 +74,7 @@ class Writer:
     def __init__(self, share: Share, places: Mapping[int, StagingPlace]) -> None:
         self._share, self._rank = share, share.rank
         storages = share.source.storages()
-        self._device = next(iter(storages.values())).device
+        self._device = reader_of(storages)
         self._places = places
         self._mapped = {r: MappedMemory(p.memory, self._device) for r, p in places.items()}
         # One worker after the other, each rank beginning with another: so no two are at one worker while a
@@ -94,7 +94,7 @@ class Writer:
         return _Part(
             copies,
             slots,
-            LiveTable(copies, partial(self._table, copies)),
+            LiveTable(copies, partial(self._table, copies), self._device),
             torch.zeros(2, len(copies), dtype=torch.int64, device=self._device),
             torch.zeros(2, len(copies), dtype=torch.int64, pin_memory=on_gpu),
         )

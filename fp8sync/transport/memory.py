@@ -13,13 +13,24 @@ import socket
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8sync.errors import Fp8SyncError
 
-__all__ = ["ExportedMemory", "MappedMemory", "allocate", "export_memory", "gpu_id", "host_id"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = [
+    "ExportedMemory",
+    "MappedMemory",
+    "allocate",
+    "export_memory",
+    "gpu_id",
+    "host_id",
+    "reader_of",
+]
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
@@ -35,6 +46,20 @@ def host_id() -> str:
 def gpu_id(device: torch.device) -> str:
     """Return the identity of a GPU, the same in every process; an empty string for a processor."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
+
+
+def reader_of(storages: Mapping[str, torch.Tensor]) -> torch.device:
+    """Return the device whose kernels read a rank's storages: theirs, as they are all on one.
+
+    Pinned memory of the host has the same address on a GPU, whose kernels read it as it passes; so it is
+    this process's GPU that quantizes parameters that were offloaded there.
+    """
+    tensors = [tensor for tensor in storages.values() if tensor.numel()]
+    device = next(iter(tensors or storages.values())).device
+    on_host = device.type == "cpu" and torch.cuda.is_available()
+    if on_host and all(tensor.is_pinned() for tensor in tensors):
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 @dataclass(frozen=True)

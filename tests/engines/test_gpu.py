@@ -68,6 +68,26 @@ def test_cuda_graphs(kind: str, tmp_path: Path) -> None:
     world.forget_engines()
 
 
+@pytest.mark.parametrize("transport", ["ipc", "gloo"])
+def test_parameters_offloaded_to_the_host(transport: str, tmp_path: Path) -> None:
+    """Pinned ones are read by the GPU's kernels, over the bus."""
+    model = world.tiny_model("moe", 1)
+    expected = fresh(world.write_checkpoint(model, tmp_path / "0", "pow2"))
+    for parameter in model.parameters():
+        parameter.data = parameter.data.cpu()
+        if transport == "ipc":
+            parameter.data = parameter.data.pin_memory()
+    llm = world.start_engine(world.write_config(model, tmp_path / "config"), load_format="dummy")
+    with fp8sync.connect(model, llm, "blockwise-pow2") as link:
+        assert link.transport.startswith(f"{transport}: ")
+        link.refit()
+        assert link.audit().equal
+    assert (world.logprobs(llm) - expected[0]).abs().max().item() == 0.0
+    assert world.generate(llm) == expected[1]
+    del llm
+    world.forget_engines()
+
+
 def test_refit_between_the_wakes(tmp_path: Path) -> None:
     """Asleep at either level, weights awake, refit, KV cache awake: equal to a fresh engine."""
     models = [world.tiny_model("dense", seed) for seed in (1, 2)]
