@@ -23,7 +23,7 @@ from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests.layouts import wire
 from tests.megatron import cpu, pairs
-from tests.megatron.transfer import SCALES, assemble, carry_out, destination, transfer
+from tests.megatron.transfer import SCALES, assemble, carry_out, destination, invite, transfer
 from tests.megatron.watch import Watch
 
 if TYPE_CHECKING:
@@ -95,10 +95,10 @@ def staged(checkpoint: Path, bridge: Any, chunks: list) -> list[str]:
         plan = build_plan(merged, wanted)
         expected = wire.storages(wanted, wire.quantized(wanted, whole))
         staging = wire.storages(wanted, None)
+        invited = invite(list(wanted.ranks))
         with Watch(p for chunk in chunks for p in chunk.parameters()) as watch:
-            for rank in wanted.ranks:
-                carry_out(plan, rank, source.storages(), staging[rank])
-        faults += [name for name in watch.names if name not in {"c10d.send", "c10d.recv_"}]
+            carry_out(invited, plan, merged, source.storages(), staging)
+        faults += watch.names  # the link's own group sends and receives, and knows no gather
         if dist.get_rank() == 0:
             faults += [
                 f"{layout}: engine rank {rank}, {name} differs"

@@ -1,25 +1,37 @@
-"""Moves what the boxes say into whole tensors on rank 0, through the real plan, buckets and payload."""
+"""Moves what the boxes say to rank 0, through the real plan, senders, gloo group and receivers."""
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
+from fp8sync.engines.vllm.buckets import BucketReceiver
+from fp8sync.engines.vllm.intake import Intake
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
-from fp8sync.plan import MISC, build_plan, fill_buckets
+from fp8sync.plan import MISC, build_plan
 from fp8sync.plan.boxes import block_shape
 from fp8sync.recipe import BLOCK, Encoding, Formula
-from fp8sync.wire.payload import pack, unpack, view
+from fp8sync.sending.exchange import open_exchange
+from fp8sync.sending.sender import Sender
+from fp8sync.sending.share import Share
+from fp8sync.transport import Invitation
+from fp8sync.wire.payload import view
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from fp8sync.plan import Plan
+    from fp8sync.transport import Choice
     from fp8sync.wire.payload import Storages
 
 SCALES = ".scale_inv"
+WAIT_S = 60.0
+CPU = torch.device("cpu")
+_held: list[Invitation] = []
 
 
 def destination(source: Manifest, formulas: Mapping[str, Formula]) -> Manifest:
@@ -47,23 +59,60 @@ def transfer(source: Manifest, wanted: Manifest, live: Storages) -> dict[str, to
         misc = [i for i in plan.tensors.values() if i.misc]
         staging = _staging(wanted)
         staging |= {MISC + i.name: torch.zeros(i.shape, dtype=_dtype(i)) for i in misc}
-    carry_out(plan, 0, live, staging)
+    carry_out(invite([0]), plan, source, live, {0: staging})
     return staging
 
 
-def carry_out(plan: Plan, engine_rank: int, live: Storages, staging: Storages) -> None:
-    """Bring what one engine rank is sent into `staging`, which is on rank 0."""
+def invite(workers: Sequence[int]) -> dict[tuple[str, int], Choice]:
+    """Let rank 0 invite all trainer ranks and the workers, which are threads of its own, to a gloo group."""
+    told: list[Any] = [None]
+    if dist.get_rank() == 0:
+        members = [("trainer", rank) for rank in range(dist.get_world_size())]
+        members += [("engine", rank) for rank in workers]
+        peers = {member: f"{member[0]} rank {member[1]}" for member in members[1:]}
+        sizes = {"bucket_bytes": 1 << 20, "forward_bytes": 0}
+        way = Invitation("gloo", "127.0.0.1", WAIT_S, peers, {}, sizes, "gloo")
+        _held.append(way)  # its store is where they meet
+        told = [{member: way.to(*member) for member in members}]
+    dist.broadcast_object_list(told)
+    return told[0]
+
+
+def carry_out(
+    invited: dict[tuple[str, int], Choice],
+    plan: Plan,
+    held: Manifest,
+    live: Storages,
+    staged: Mapping[int, Storages],
+) -> None:
+    """Send and receive a version as a refit by `gloo` does.
+
+    Args:
+        invited: what every member was told.
+        plan: what to bring where.
+        held: the boxes of all trainer ranks.
+        live: this trainer rank's weights.
+        staged: staging memory of each worker.
+    """
     rank = dist.get_rank()
-    for bucket in fill_buckets(plan.to_rank(engine_rank), 1 << 20):
-        payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
-        if rank == bucket.source_rank:
-            pack(bucket, live, payload)
-            if rank:
-                dist.send(payload, 0)
-        if rank == 0:
-            if bucket.source_rank:
-                dist.recv(payload, bucket.source_rank)
-            unpack(bucket, payload, staging)
+    source: Any = SimpleNamespace(storages=lambda: live)
+    channel: Any = SimpleNamespace(timeout_s=WAIT_S)
+    exchange = open_exchange((), rank, CPU, lambda _: None)
+    share = Share(source, rank, held, plan, WAIT_S, exchange)
+
+    def take(worker: int) -> None:
+        intake = Intake(channel, None, held, held, plan, worker, CPU)  # type: ignore[arg-type]
+        (receiver,) = BucketReceiver.open(invited["engine", worker], [intake])
+        receiver.receive(1, staged[worker])
+
+    with ThreadPoolExecutor(len(staged)) as pool:
+        taking = [pool.submit(take, worker) for worker in staged] if rank == 0 else []
+        (sender,) = Sender.open(invited["trainer", rank], [share])
+        sent = sender.send(1, lambda _: None)
+        for worker in taking:
+            worker.result(WAIT_S)
+    if sent.error is not None:
+        raise sent.error
 
 
 def assemble(source: Manifest, live: Storages) -> dict[str, torch.Tensor]:
