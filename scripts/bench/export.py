@@ -3,13 +3,15 @@
     python -m scripts.bench.export [--layers 48] [--recipe blockwise-pow2] [--device cuda:0] FOLDER
 
 Random BF16 weights; FOLDER needs 31 GB for all layers in FP8, and is left as it is. Host memory is the
-growth of anonymous resident pages, device memory what torch had allocated beside the weights.
+growth of anonymous resident pages, device memory what torch had allocated beside the weights. Fails if either
+is more than the 40 bands that `export_checkpoint` promises.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import threading
 import time
 from pathlib import Path
@@ -17,7 +19,10 @@ from pathlib import Path
 import torch
 
 from fp8sync.export import export_checkpoint
+from fp8sync.export.directory import DEFAULT_BAND_BYTES
 from scripts.bench.qwen30b import RandomQwen
+
+LIMIT = 40 * DEFAULT_BAND_BYTES
 
 
 def main() -> None:
@@ -58,6 +63,8 @@ def main() -> None:
         "weights_bytes": sum(t.nbytes for t in source.storages().values()),
     }
     print(json.dumps(found))
+    if max(found["host_peak_bytes"], found["device_peak_bytes"]) > LIMIT:
+        sys.exit(f"more than {LIMIT} bytes")
 
 
 def anonymous_bytes() -> int:

@@ -4,9 +4,10 @@
     torchrun --nproc_per_node=4 -m scripts.megatron.fp8_parameters --engine-tp 2 --dp 2 [...]
 
 Needs Hopper GPUs, Transformer Engine, Megatron-Bridge and vLLM: the first GPUs for the engine, then one
-for each trainer rank, from the first again where there are no more. Trainer: blockwise FP8 parameters,
-Adam in the distributed optimizer with FP32 masters; with `--dp`, which leaves the all-gather of parameters
-to the next forward; as many tensor (and expert) parallel ranks as remain. Engine: dummy weights. After each
+for each trainer rank, from the first again where there are no more. Trainer: blockwise FP8 parameters (with
+NVTE_FP8_BLOCK_SCALING_FP32_SCALES=1 by `fp32`), with `--mixed` but for the first and the last layer; Adam in
+the distributed optimizer with FP32 masters; with `--dp`, which leaves the all-gather of parameters to the next
+forward; as many tensor (and expert) parallel ranks as `--dp` and `--pp` leave. Engine: dummy weights. After each
 step: `refit`, log-probabilities; `export_checkpoint` of the same step, and the log-probabilities of a vLLM
 that loads it in a process of its own. Then a NaN among the codes, which has to be refused, and a refit
 from the masters.
@@ -15,6 +16,7 @@ from the masters.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -36,7 +38,7 @@ from tests.engines import world
 from tests.engines.two_ranks import without_torchrun
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 LENGTH, BATCH = 128, 4
 
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--engine-tp", type=int, default=1)
     parser.add_argument("--dp", type=int, default=1, help="data-parallel size of the trainer")
+    parser.add_argument("--pp", type=int, default=1, help="its pipeline-parallel size")
+    parser.add_argument("--mixed", action="store_true", help="first and last layer in BF16")
     options = parser.parse_args()
     rank = int(os.environ.get("RANK", "0"))
     torch.cuda.set_device((options.engine_tp + rank) % torch.cuda.device_count())
@@ -57,7 +61,7 @@ def main() -> None:
     refitted: dict[Path, torch.Tensor] = {}
     bad = 0
     for kind in options.kinds.split(","):
-        found, served = run(kind, options.steps, folder / kind, options.engine_tp, options.dp)
+        found, served = run(kind, folder / kind, options)
         refitted |= found
         bad += served
     if rank == 0:
@@ -73,17 +77,31 @@ def join(rank: int) -> None:
     dist.init_process_group("nccl", rank=rank, world_size=size, store=store)
 
 
-def start_engine(kind: str, folder: Path, tp: int) -> Any:
+def start_engine(kind: str, folder: Path, options: argparse.Namespace) -> Any:
     """Write the model that the trainer begins with, and start an engine on dummy weights."""
-    hf = world.tiny_model(kind, 1, intermediate_size=512, **wider(kind))
+    layers = 4 if options.mixed else 2
+    hf = world.tiny_model(kind, 1, intermediate_size=512, num_hidden_layers=layers, **wider(kind))
     hf.save_pretrained(folder / "hf")
-    config = world.write_config(hf, folder / "engine")
-    options = {"load_format": "dummy", "multiprocess": True, "tensor_parallel_size": tp}
-    return without_torchrun(lambda: world.start_engine(config, **options))
+    engine = world.write_config(hf, folder / "engine")
+    if options.mixed:
+        config = json.loads((engine / "config.json").read_text())
+        plain = ("model.layers.0.", f"model.layers.{layers - 1}.")
+        config["quantization_config"]["modules_to_not_convert"] += [
+            name.removesuffix(".weight")
+            for name, weight in world.hf_tensors(hf)
+            if name.startswith(plain) and weight.dim() == 2
+        ]
+        (engine / "config.json").write_text(json.dumps(config))
+    asked = {
+        "load_format": "dummy",
+        "multiprocess": True,
+        "tensor_parallel_size": options.engine_tp,
+    }
+    return without_torchrun(lambda: world.start_engine(engine, **asked))
 
 
 def run(
-    kind: str, steps: int, folder: Path, engine_tp: int, dp: int
+    kind: str, folder: Path, options: argparse.Namespace
 ) -> tuple[dict[Path, torch.Tensor], bool]:
     """Train, refit and export.
 
@@ -91,9 +109,10 @@ def run(
         On rank 0, the live engine's log-probabilities by exported directory, and whether a NaN got through.
     """
     leads = dist.get_rank() == 0
-    llm = start_engine(kind, folder, engine_tp) if leads else None
+    steps = options.steps
+    llm = start_engine(kind, folder, options) if leads else None
     dist.barrier()
-    bridge, chunks, optimizer = build(folder / "hf", kind, dp)
+    bridge, chunks, optimizer = build(folder / "hf", kind, options)
     source = MegatronSource(chunks, bridge)
     held = source.manifest().tensors.values()  # of this rank
     pairs = sum(info.encoding is Encoding.BLOCKWISE for info in held)
@@ -125,10 +144,13 @@ def run(
         )
     served = serves_nan(kind, link, chunks, llm)
     link.close()
-    masters = from_masters(MegatronSource(chunks, bridge, master=True), llm, folder)
-    if leads:
+    formula = formula_of(next(fp8_pairs(chunks)))
+    source = MegatronSource(chunks, bridge, master=True)
+    masters = {} if options.mixed else from_masters(source, formula, llm, folder)
+    if leads and masters:
         moved = max_difference(masters.get(folder / "masters"), found[folder / f"step{steps}"])
         print(f"{kind}: refitted from the FP32 masters: moved by {moved}", flush=True)
+    if leads:
         world.stop_engine(llm)
     return found | masters, served
 
@@ -166,9 +188,16 @@ def fp8_pairs(chunks: list) -> Iterator[dict[str, Any]]:
                 yield parameter.get_metadata()
 
 
-def from_masters(source: MegatronSource, llm: Any, folder: Path) -> dict[Path, torch.Tensor]:
+def formula_of(pair: dict[str, Any]) -> str:
+    """The name of the formula of a pair's scales."""
+    return "pow2" if pair["quantizer"].force_pow_2_scales else "fp32"
+
+
+def from_masters(
+    source: MegatronSource, formula: str, llm: Any, folder: Path
+) -> dict[Path, torch.Tensor]:
     """Refit and export the masters as we quantize them; Transformer Engine rounds them to BF16 first."""
-    recipe, told = "blockwise-pow2", {"config": folder / "hf", "progress": False}
+    recipe, told = f"blockwise-{formula}", {"config": folder / "hf", "progress": False}
     try:
         link = fp8sync.connect(source, llm, recipe)
         link.refit()
@@ -185,16 +214,18 @@ def wider(kind: str) -> dict[str, int]:
     return {"moe_intermediate_size": 256} if kind == "moe" else {}
 
 
-def build(checkpoint: Path, kind: str, dp: int) -> tuple[Any, list, Any]:
+def build(checkpoint: Path, kind: str, options: argparse.Namespace) -> tuple[Any, list, Any]:
     """The bridge, the chunks in DDP with FP8 parameters, and the distributed optimizer."""
     from megatron.bridge import AutoBridge
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
-    ranks = dist.get_world_size() // dp
+    dp = options.dp
+    ranks = dist.get_world_size() // dp // options.pp
     axes = {
         "tensor_model_parallel_size": ranks,
+        "pipeline_model_parallel_size": options.pp,
         "expert_model_parallel_size": ranks if kind == "moe" else 1,
         "expert_tensor_parallel_size": 1,
     }
@@ -208,6 +239,7 @@ def build(checkpoint: Path, kind: str, dp: int) -> tuple[Any, list, Any]:
         "fp8": "e4m3",
         "fp8_recipe": "blockwise",
         "fp8_param": True,
+        "first_last_layers_bf16": options.mixed,
         "bf16": True,
         "params_dtype": torch.bfloat16,
         "pipeline_dtype": torch.bfloat16,
@@ -238,25 +270,39 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
     """One step on random tokens, the same on all ranks but the data-parallel ones."""
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.pipeline_parallel import get_forward_backward_func
 
     own = parallel_state.get_data_parallel_rank()
     generator = torch.Generator().manual_seed(1000 * own + seed)
     tokens = torch.randint(256, (BATCH, LENGTH + 1), generator=generator).cuda()
-    positions = torch.arange(LENGTH, device="cuda").expand(BATCH, LENGTH)
-    (chunk,) = chunks
-    chunk.train()
-    chunk.zero_grad_buffer()
+    positions = torch.arange(LENGTH, device=tokens.device).expand(BATCH, LENGTH)
+
+    def step(_: Any, chunk: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        losses = chunk(inputs, positions, None, labels=labels)
+        return losses, lambda found: (found.mean(), {"loss": found.detach().mean()})
+
+    for chunk in chunks:
+        chunk.train()
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss = chunk(tokens[:, :-1].contiguous(), positions, None, labels=tokens[:, 1:].contiguous())
-    loss.mean().backward()
+    told = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[None] * len(chunks),
+        model=chunks,
+        num_microbatches=1,
+        seq_length=LENGTH,
+        micro_batch_size=BATCH,
+        forward_only=False,
+    )
     finalize_model_grads(chunks)
     updated, norm, _ = optimizer.step()
     assert updated, f"no step was made, gradient norm {norm}"
-    return loss.mean().item()
+    return told[0]["loss"].item() if told else float("nan")  # the last stage has it
 
 
 def of_masters(chunks: list) -> str:
-    """How many of the FP8 parameters are their masters, rounded to BF16 and quantized by `pow2`.
+    """How many of the FP8 parameters are their masters, rounded to BF16 and quantized by their formula.
 
     Only those of which this rank has the whole master.
     """
@@ -268,11 +314,11 @@ def of_masters(chunks: list) -> str:
             if not whole or not hasattr(parameter, "get_metadata"):
                 continue
             count += 1
-            codes = parameter.get_metadata()["rowwise_data"]
+            pair = parameter.get_metadata()
             rounded = master.detach().view(parameter.shape).bfloat16()
-            expected = quantize_blockwise(rounded, "pow2").weight
-            same += torch.equal(expected.view(torch.uint8), codes)
-    return f"{same} of {count} FP8 parameters are their masters, rounded to BF16, by pow2"
+            expected = quantize_blockwise(rounded, formula_of(pair)).weight
+            same += torch.equal(expected.view(torch.uint8), pair["rowwise_data"])
+    return f"{same} of {count} FP8 parameters are their masters, rounded to BF16"
 
 
 def compare(refitted: dict[Path, torch.Tensor], engine_tp: int) -> int:

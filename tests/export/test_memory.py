@@ -12,6 +12,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from fp8sync.export.directory import DEFAULT_BAND_BYTES
+from scripts.bench import export
+
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, COLS = 16_384, 4_096
 BAND = 1 << 20
@@ -55,3 +58,7 @@ def test_memory_is_a_few_bands(recipe: str, kind: str, tmp_path: Path) -> None:
     measured = json.loads(ran.stdout)
     assert measured["bytes"] >= ROWS * COLS
     assert 0 < measured["peak_bytes"] < BANDS * BAND < weight.nbytes / 2
+
+
+def test_the_bench_holds_full_size_to_the_same_bands() -> None:
+    assert export.LIMIT == BANDS * DEFAULT_BAND_BYTES
