@@ -73,7 +73,8 @@ def compile_options(paths: int) -> dict[str, int]:
 
     What decides is how many blocks a multiprocessor has in flight, without spilling: five of 16-bit
     sources, three of fp32. Of many sizes tried, these were the fastest on an H200. The code for sources
-    of several dtypes needs a few registers more, and has one block fewer.
+    of several dtypes needs a few registers more, and has one block fewer. Codes are but read: there the
+    instructions decide, and two warps need fewer for a block than four.
     """
     wide = paths & (Path.WIDE_BF16 | Path.WIDE_FP16 | Path.WIDE_FP32)
     several = wide & (wide - 1)
@@ -81,7 +82,9 @@ def compile_options(paths: int) -> dict[str, int]:
         return {"num_warps": 4, "maxnreg": 248 if several else 168}
     if wide:
         return {"num_warps": 4, "maxnreg": 128 if several else 96}
-    return {"num_warps": 4 if paths & Path.WIDE_CODES else 8}
+    if paths & Path.WIDE_CODES:
+        return {"num_warps": 2, "maxnreg": 128}
+    return {"num_warps": 8}
 
 
 def launch_kernel(

@@ -81,10 +81,10 @@ def _run_block(
     codes: tl.constexpr = (_CODES & PATHS) != 0
     only: tl.constexpr = _PATH_BITS & PATHS
     alone: tl.constexpr = only % _COPY_16 == 0
-    local = block - tl.load(desc + FIRST_BLOCK).to(tl.int32)
-    across = tl.load(desc + BLOCK_COLS).to(tl.int32)
-    i = local // across
-    j = local % across
+    local = (block - tl.load(desc + FIRST_BLOCK).to(tl.int32)).to(tl.uint32)
+    across = tl.load(desc + BLOCK_COLS).to(tl.uint32)
+    i = (local // across).to(tl.int32)
+    j = (local % across).to(tl.int32)
     if _WIDE_BF16 & PATHS:
         if only == _WIDE_BF16 or path == _WIDE_BF16:
             quantize_block(

@@ -36,7 +36,7 @@ def canonical_block(
     offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
     scale_inv = tl.load(tl.load(desc + SCALE_INV).to(tl.pointer_type(tl.float32)) + offset)
     if WIDE:
-        codes = load_tile(desc, block_row, block_col, tl.uint8, CUT)
+        codes = load_tile(desc, block_row, block_col, tl.uint8, CUT, True)
         prefetch_rows(later)
         largest_bits = tile_amax_bits(codes, tl.uint8)
     else:

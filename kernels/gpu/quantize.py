@@ -67,7 +67,7 @@ def quantize_block(
     if not DIVIDES:
         stored &= tl.load(desc + DESTINATION) != 0
     if WIDE:
-        tile = load_tile(desc, block_row, block_col, DTYPE, CUT)
+        tile = load_tile(desc, block_row, block_col, DTYPE, CUT, False)
         prefetch_rows(later)
         own_amax_bits = tile_amax_bits(tile, DTYPE)
     else:

@@ -36,11 +36,13 @@ def load_tile(
     block_col: tl.tensor,
     DTYPE: tl.constexpr,
     CUT: tl.constexpr,
+    LAST: tl.constexpr,
 ) -> tl.tensor:
     """The elements' bits as uint32 [128, 32], [128, 32, 2] or [128, 32, 2, 2] by the size of DTYPE.
 
     A thread has 16 codes to write, so it reads 16 elements of a row: one, two or four chunks of
-    16 bytes. The trailing dims count chunks. 0 outside the rectangle.
+    16 bytes. The trailing dims count chunks. 0 outside the rectangle. LAST: what was loaded before is
+    also asked for before; else the compiler may want it only once the tile is there.
     """
     CHUNKS: tl.constexpr = DTYPE.primitive_bitwidth // 8
     first_row, first_col = _first(desc, block_row, block_col, CUT)
@@ -53,6 +55,8 @@ def load_tile(
     inside = None
     if CUT:
         inside = _inside(desc, first_row, first_col)
+    if LAST:
+        tl.debug_barrier()
     tile = _load(pointers, inside)
     if CHUNKS > 1:
         tile = tl.join(tile, _load(pointers + 4, inside))
@@ -131,10 +135,11 @@ def tile_amax_bits(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
         bits = tl.max((words & MAGNITUDE_MASK).to(tl.int32))
     else:
         if DTYPE.primitive_bitwidth == 16:
-            pairs = words & 0x7FFF7FFF
+            own = _largest_held(words & 0x7FFF7FFF, 8)
         else:
-            pairs = tl.join(words & 0x7F7F7F7F, (words << 8) & 0x7F7F7F7F)
-        largest = _largest_half(pairs)
+            upper = _largest_held(words & 0x7F007F00, 16)
+            own = _larger_halves(upper, _largest_held(words & 0x007F007F, 16) << 8)
+        largest = tl.max(tl.maximum(own & 0xFFFF, own >> 16).to(tl.int32))
         if DTYPE.primitive_bitwidth == 16:
             widened = largest.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
         else:
@@ -144,24 +149,30 @@ def tile_amax_bits(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
 
 
 @triton.jit
-def _largest_half(pairs: tl.tensor) -> tl.tensor:
-    """The largest of all upper and lower halves of uint32 [128, 32] or [128, 32, 2], int32."""
-    if INTERPRETED:
-        own = pairs
-    else:  # first what a thread of four warps holds itself, then one pair of each thread
+def _largest_held(pairs: tl.tensor, LINES: tl.constexpr) -> tl.tensor:
+    """The largest upper and lower halves that a thread holds of uint32 [128, 32] or [128, 32, 2].
+
+    LINES: rows in which it holds four words or, of 16-bit elements, eight. What others hold stays apart.
+    """
+    if not INTERPRETED:
         if len(pairs.shape) == 3:
             pairs = tl.reduce(pairs, 2, _larger_halves)
-        held = tl.reduce(tl.reshape(pairs, [8, BLOCK // 8, 8, 4]), 0, _larger_halves)
-        own = tl.reduce(held, 2, _larger_halves)
-    return tl.max(tl.maximum(own & 0xFFFF, own >> 16).to(tl.int32))
+        held = tl.reduce(tl.reshape(pairs, [LINES, BLOCK // LINES, 8, 4]), 0, _larger_halves)
+        pairs = tl.reduce(held, 2, _larger_halves)
+    return pairs
 
 
 @triton.jit
 def _larger_halves(one: tl.tensor, other: tl.tensor) -> tl.tensor:
     """The larger of each 16 bits of two uint32."""
-    return tl.inline_asm_elementwise(
-        "max.u16x2 $0, $1, $2;", "=r,r,r", [one, other], tl.uint32, is_pure=True, pack=1
-    )
+    if INTERPRETED:
+        high = tl.maximum(one >> 16, other >> 16)
+        larger = (high << 16) | tl.maximum(one & 0xFFFF, other & 0xFFFF)
+    else:
+        larger = tl.inline_asm_elementwise(
+            "max.u16x2 $0, $1, $2;", "=r,r,r", [one, other], tl.uint32, is_pure=True, pack=1
+        )
+    return larger
 
 
 @triton.jit

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 RUNS = 20
 SLOTS = 20_000
+SPIN = 10_000_000
+"""Cycles that the device spins while launches are queued, so that no pace of the host's is timed."""
 
 
 def device_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
@@ -43,6 +45,7 @@ def device_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
     for _ in range(3):
         work()
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+    torch.cuda._sleep(SPIN)
     for start, stop in pairs:
         start.record()
         work()
@@ -61,6 +64,7 @@ def seconds_in_a_row(works: Sequence[Callable[[], object]]) -> float:
     """Time of one of 20 calls on the device, taken by turns, between one pair of events; median of 5."""
     times = []
     for _ in range(5):
+        torch.cuda._sleep(SPIN)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         for _, work in zip(range(RUNS), itertools.cycle(works)):
