@@ -56,7 +56,7 @@ def choose_transport(
         return wanted, "asked for"
     why_not = {
         "ipc": _not_mapped(plan, seats, places),
-        "nccl": not_linked(seats, places) or unwritable(plan.copies),
+        "nccl": not_linked(seats, places) or unwritable(plan.copies, in_buckets=True),
     }
     if wanted in why_not:
         if why_not[wanted]:

@@ -22,7 +22,7 @@ from fp8sync.recipe import BLOCK, Encoding
 from fp8sync_kernels import Job, Matrix, Part, Table, build_table, job
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fp8sync.plan import AmaxGroup, Bucket, Copy
     from fp8sync.plan import Part as BucketPart
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PlacedBucket",
     "check_table",
+    "decoded",
     "matrix",
     "pack_table",
     "unpack_table",
@@ -41,17 +42,29 @@ __all__ = [
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def unwritable(copies: Sequence[Copy]) -> str:
-    """Return why these copies cannot be written one-sided, or an empty string."""
+def unwritable(copies: Iterable[Copy], *, in_buckets: bool = False) -> str:
+    """Return why a launch cannot write these copies, or an empty string.
+
+    Args:
+        copies: any.
+        in_buckets: whether they are packed and unpacked, and not written straight to where they belong.
+    """
     for copy in copies:
-        if copy.encoding is Encoding.BLOCKWISE and copy.scale_at is None:
+        if decoded(copy) and not in_buckets:
             return "the engine dequantizes what it receives"
+        if decoded(copy) and any(copy.origin):
+            return f"the engine dequantizes {copy.tensor}, of which a copy begins inside a block"
         if copy.source_origin:
             return f"{copy.tensor} is an FP8 pair that is dequantized first"
         for at in (copy.source_at, copy.at):
             if copy.shape and copy.shape[-1] > 1 and at.strides[-1] != 1:
                 return f"{copy.tensor} is not stored row by row"
     return ""
+
+
+def decoded(copy: Copy) -> bool:
+    """Whether the engine keeps no scales of a copy, but the values that codes and scales stand for."""
+    return copy.encoding is Encoding.BLOCKWISE and copy.scale_at is None
 
 
 def write_table(
@@ -73,7 +86,7 @@ def write_table(
     Raises:
         UnsupportedLayout: see `unwritable`.
     """
-    _require_writable(copies)
+    _require(unwritable(copies))
     jobs: list[Job] = []
     for slot, copy in enumerate(copies):
         there = partial(destination, copy.destination_rank)
@@ -114,7 +127,8 @@ def pack_table(
     Raises:
         UnsupportedLayout: see `unwritable`.
     """
-    _require_writable([part.copy for placed in buckets for part in placed.bucket.parts])
+    parts = (part for placed in buckets for part in placed.bucket.parts)
+    _require(unwritable((part.copy for part in parts), in_buckets=True))
     jobs: list[Job] = []
     for placed in buckets:
         for part, where in placed.parts():
@@ -130,21 +144,29 @@ def pack_table(
 def unpack_table(
     buckets: Sequence[PlacedBucket], destination: Callable[[str], int], device: torch.device
 ) -> Table:
-    """Copy the parts of buckets to where the engine wants them; digests as for `pack_table`."""
+    """Copy the parts of buckets to where the engine wants them; digests as for `pack_table`.
+
+    Parts that are `decoded` are only digested.
+    """
     jobs: list[Job] = []
     for placed in buckets:
         for part, where in placed.parts():
             copy = part.copy
             at, scale_at = _in_message(part)
-            target = destination(copy.at.storage)
+            target = None if decoded(copy) else destination(copy.at.storage)
             for index, plane in _planes(copy, where):
                 x = matrix(placed.address, at.at(index), copy.shape, copy.dtype)
-                out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
+                out = None
+                if target is not None:
+                    out = matrix(target, copy.at.at(index), copy.shape, copy.dtype)
                 jobs.append(job.copy(x, out, plane))
-            if copy.scale_at is not None and scale_at is not None:
+            if scale_at is None:
+                continue
+            scales = None
+            if copy.scale_at is not None:
                 scales = _scales(copy, destination(copy.scale_at.storage), copy.scale_at)
-                sent = _scales(copy, placed.address, scale_at)
-                jobs.append(job.copy(sent, scales, Part(where.slot, part.scale_offset)))
+            sent = _scales(copy, placed.address, scale_at)
+            jobs.append(job.copy(sent, scales, Part(where.slot, part.scale_offset)))
     return build_table(jobs, device)
 
 
@@ -188,8 +210,7 @@ def check_table(
     return build_table(jobs, device)
 
 
-def _require_writable(copies: Sequence[Copy]) -> None:
-    reason = unwritable(copies)
+def _require(reason: str) -> None:
     if reason:
         raise UnsupportedLayout(f"the grouped kernels cannot write this: {reason}")
 

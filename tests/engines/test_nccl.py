@@ -58,6 +58,24 @@ def test_refits_equal_fresh_loads(kind: str, workers: int, tmp_path: Path) -> No
 
 
 @pytest.mark.multigpu(2)
+def test_an_engine_that_holds_no_fp8(tmp_path: Path) -> None:
+    """Codes travel; the worker decodes them."""
+    (model,) = on(1, [world.tiny_model("dense", 1)])
+    checkpoint = world.write_checkpoint(model, tmp_path / "fresh", "pow2", fp8=False)
+    fresh = world.start_engine(checkpoint, multiprocess=True)
+    expected = world.logprobs(fresh)
+    world.stop_engine(fresh)
+    config = world.write_config(model, tmp_path / "config", fp8=False)
+    llm = world.start_engine(config, load_format="dummy", multiprocess=True)
+    recipe = fp8sync.Recipe(RECIPE, dequantize=True)
+    with fp8sync.connect(model, llm, recipe, transport="nccl") as link:
+        for _ in range(2):
+            link.refit()
+            assert (world.logprobs(llm) - expected).abs().max().item() == 0.0
+    world.stop_engine(llm)
+
+
+@pytest.mark.multigpu(2)
 @pytest.mark.usefixtures("one_thread")
 def test_an_engine_that_generates_meanwhile(tmp_path: Path) -> None:
     old, new = on(1, serving.models())

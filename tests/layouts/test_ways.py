@@ -145,7 +145,9 @@ class Refit:
 def writable(name: str) -> bool:
     case = PAIRS[name]
     source, destination = manifest(case.trainer, case.model), manifest(case.engine, case.model)
-    return not unwritable(build_plan(source, destination, exchange_amax=True).copies)
+    return not unwritable(
+        build_plan(source, destination, exchange_amax=True).copies, in_buckets=True
+    )
 
 
 CASES = [("grouped", name) for name in PAIRS if writable(name)]

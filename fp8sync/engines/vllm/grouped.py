@@ -1,12 +1,14 @@
 """Buckets that arrive turn by turn, from one trainer rank after the other, on the engine's GPU.
 
 In a thread and on a stream of its own. While one turn arrives, one launch unpacks the last into staging
-memory and digests it. Headers and digests are compared at the end: staged bytes are not live ones.
+memory and digests it. Headers and digests are compared at the end: staged bytes are not live ones. Where
+the engine keeps no FP8, codes are digested by the launch, and decoded tensor by tensor.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +20,8 @@ from fp8sync.plan.forward import handed_on, neighbours
 from fp8sync.sending.turns import AHEAD, in_rounds, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import HEADER_BYTES
-from fp8sync.wire.tables import unpack_table
+from fp8sync.wire.payload import unpack
+from fp8sync.wire.tables import decoded, unpack_table
 from fp8sync_kernels import run_table
 
 if TYPE_CHECKING:
@@ -61,6 +64,7 @@ class GroupReceiver:
         both = [*fed, *forwarded]
         turns = lay_out(both, buffers or make_buffers(both, self._device))
         self._turns = turns[: len(fed)]
+        self._decoded = [_decoded(turn) for turn in self._turns]
         self._relay = Relay(intake, group, members, turns[len(fed) :])
         self._plan = bytes.fromhex(plan.digest(self._rank))[:16]
         count = sum(len(turn.buckets) for turn in self._turns)
@@ -84,7 +88,7 @@ class GroupReceiver:
         self._prepare(staged)
         with self._stream():
             self._digests.zero_()
-            self._take()
+            self._take(staged)
             headers, digests = self._headers.cpu(), self._digests.cpu()
         placed = [p for turn in self._turns for p in turn.buckets]
         where = f"engine rank {self._rank}"
@@ -101,7 +105,7 @@ class GroupReceiver:
         """Leave the group; a `receive` under way ends with an error."""
         self._group.close()
 
-    def _take(self) -> None:
+    def _take(self, staged: Storages) -> None:
         tickets = [self._begin(turn) for turn in self._turns[:1]]
         row = 0
         for number, turn in enumerate(self._turns):
@@ -113,6 +117,8 @@ class GroupReceiver:
                 row += 1
             if turn.table is not None:
                 run_table(turn.table, self._digests, None)
+            for bucket, message in self._decoded[number]:
+                unpack(bucket, message[HEADER_BYTES:], staged)
             if number >= AHEAD:
                 self._wait(number - AHEAD, tickets)
         for number in range(max(len(tickets) - AHEAD, 0), len(tickets)):
@@ -139,6 +145,16 @@ class GroupReceiver:
             return nullcontext()
         torch.cuda.set_device(self._device)  # of this thread
         return torch.cuda.stream(torch.cuda.Stream(self._device))
+
+
+def _decoded(turn: Turn) -> list[tuple[Bucket, torch.Tensor]]:
+    """What no table unpacks: parts of buckets, and the buckets' messages."""
+    found = []
+    for placed, message in zip(turn.buckets, turn.messages, strict=True):
+        parts = tuple(part for part in placed.bucket.parts if decoded(part.copy))
+        if parts:
+            found.append((replace(placed.bucket, parts=parts), message))
+    return found
 
 
 def _turns(
