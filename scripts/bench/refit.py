@@ -61,7 +61,6 @@ CASES = {
     "TP2.EP2.ETP1 -> TP2": Case(QWEN, TrainerLayout(tp=2, ep=2, etp=1), EngineLayout(tp=2)),
     "TP2 -> TP2.EP2": Case(QWEN, TrainerLayout(tp=2), EngineLayout(tp=2, expert_parallel=True)),
     "FSDP2 -> TP2": Case(QWEN, TrainerLayout(dp=2, fsdp=2), EngineLayout(tp=2)),
-    "FSDP3 -> 1": Case(QWEN, TrainerLayout(dp=3, fsdp=3), EngineLayout()),  # cuts 128-blocks
     "TP4.EP4.ETP1 -> TP4.EP4": Case(
         QWEN, TrainerLayout(tp=4, ep=4, etp=1), EngineLayout(tp=4, expert_parallel=True)
     ),
@@ -69,6 +68,7 @@ CASES = {
         QWEN, TrainerLayout(tp=2, pp=2, ep=2, etp=1), EngineLayout(tp=4, expert_parallel=True)
     ),
     "llama 1 -> 2": Case(LLAMA, TrainerLayout(), EngineLayout(tp=2)),
+    "llama FSDP3 -> 1": Case(LLAMA, TrainerLayout(dp=3, fsdp=3), EngineLayout()),  # cuts 128-blocks
     "llama TP2 -> TP2": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=2)),
     "llama TP2 -> TP4": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=4)),
     "llama 1 -> 4": Case(LLAMA, TrainerLayout(), EngineLayout(tp=4)),
