@@ -175,4 +175,6 @@ class RandomQwen:
 
     def _random(self, *shape: int) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=torch.bfloat16, device=self.device).normal_(std=0.02)
-        return tensor.cpu().pin_memory() if self._offload else tensor
+        if not self._offload:
+            return tensor
+        return torch.empty(shape, dtype=torch.bfloat16, pin_memory=True).copy_(tensor)

@@ -32,6 +32,7 @@ from scripts.bench import qwen30b
 SEQUENCES = 32
 POSITIONS = 16384
 """Longer than any sequence becomes."""
+_STEADY = 100
 
 
 def main() -> None:
@@ -52,11 +53,14 @@ def main() -> None:
         engine = Busy(Path(name))
         began = time.perf_counter()
         link = fp8sync.connect(source, engine.llm, "blockwise-pow2")
-        print(f"connect: {time.perf_counter() - began:.2f} s; {link.transport}", flush=True)
+        connect_s = time.perf_counter() - began
+        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in link.connect_s.items())
+        print(f"connect: {connect_s:.2f} s, {stages}; {link.transport}", flush=True)
         link.refit("keep")
         engine.begin()
         time.sleep(options.warm_up)
         record = measure(engine, link, options.every, options.pairs)
+        record |= {"connect_s": connect_s, "connect_stages": link.connect_s}
         record["soak"] = soak(engine, link, options.soak) if options.soak else None
         record["requests_lost"] = engine.end()
         link.close()
@@ -146,11 +150,13 @@ class Busy:
         print(f"engine: {time.perf_counter() - began:.0f} s", flush=True)
 
     def begin(self) -> None:
-        """Submit all sequences."""
+        """Submit all sequences; returns once they have come some way, as kernels are compiled first."""
         self._streams = [
             asyncio.run_coroutine_threadsafe(self._stream(index), self._loop)
             for index in range(SEQUENCES)
         ]
+        while len(self._times) < _STEADY:
+            time.sleep(0.1)
 
     def end(self) -> int:
         """Abort all sequences and return how many had ended before."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 import fp8sync
-from fp8sync.verify.engines import without_torchrun
+from fp8sync.engines.vllm.probe import without_torchrun
 from scripts.bench import qwen30b
 
 ENGINE = torch.device("cuda", 0)
@@ -105,9 +105,10 @@ def lead(
         f"wire floor {shard / wire:.4f} s; total / floor = {medians['total'] / (shard / wire):.2f}"
     )
     print(f"goal of the pause: {1.3 * 2 * shard / local + 3e-3:.4f} s")
-    # Of every BF16 element two bytes are read; what is quantized is written as one, and its scales.
-    moved = source.nbytes + rows[0]["bytes"] if options.trainer_gpu == 0 else 0
-    if moved:
+    if options.offload:
+        print(f"read from the host: {source.nbytes / medians['quantize'] / 1e9:.1f} GB/s")
+    elif options.trainer_gpu == 0:
+        moved = source.nbytes + rows[0]["bytes"]
         print(f"quantize: {moved / medians['quantize'] / local:.0%} of the copy bandwidth")
     if native:
         print("vLLM's own NCCL transfer: " + ", ".join(f"{s:.2f} s" for s in native))

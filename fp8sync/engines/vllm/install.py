@@ -94,11 +94,13 @@ class ProcessInstall:
                 self._attention.enter()
                 load_misc(self._model, self._staging, self._layout.quantize)
                 faults = unloaded(self._model, self._layout.open)
+            with default_dtype(self._dtype):
                 for entry in self._modules:
                     at = f"{entry.name}: "
                     process_module(entry.module)
                     entry.after = ModuleState.capture(entry.module)
                 at = ""
+            with self._device, default_dtype(self._dtype):
                 self._attention.process()
             self._attention.restore()
             for entry in self._modules:
@@ -176,8 +178,13 @@ def place(module: torch.nn.Module, local: str, value: torch.Tensor) -> None:
     setattr(module, local, value)
 
 
+@torch.enable_grad()
 def process_module(module: torch.nn.Module) -> None:
-    """Let vLLM process one module's weights, as after a first load."""
+    """Let vLLM process one module's weights, as after a first load.
+
+    In the same modes, too: DeepGEMM's scales go through a function that torch has compiled then, and would
+    compile anew, for seconds, under `no_grad` or a default device.
+    """
     vars(module).pop("_already_called_process_weights_after_loading", None)
     method = getattr(module, "quant_method", None)
     if isinstance(method, QuantizeMethodBase):

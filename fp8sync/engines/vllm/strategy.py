@@ -82,7 +82,7 @@ def _keeps_values(
     state = ModuleState.capture(module)
     try:
         to_load_form(module)
-        with device, default_dtype(dtype):
+        with default_dtype(dtype):
             for local, tensor in given.items():
                 if not getattr(module, local).is_meta:
                     return False
