@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc_per_node=2 -m tests.engines.megatron_trainer URL FOLDER RECIPE LAYOUT...
 
-For each LAYOUT (`tp=2`; with `own=1`, with mappings that are no boxes), loads FOLDER/LAYOUT/hf into a model so divided, refits the server at URL from
-it and audits it, before and after one element of the last rank changes. Writes FOLDER/LAYOUT/RANK.json, with
+For each LAYOUT (`tp=2`; with `own=1`, with mappings that are no boxes; with `master=1`, from FP32 masters), loads
+FOLDER/LAYOUT/hf into a model so divided, refits the server at URL from it and audits it, before and after one element of the last rank changes. Writes FOLDER/LAYOUT/RANK.json, with
 the collectives that ran during a refit, and waits for FOLDER/LAYOUT/seen.
 """
 
@@ -48,24 +48,38 @@ def main(url: str, folder: Path, recipe: fp8sync.Recipe, layouts: list[str]) -> 
         place = folder / layout
         axes = {axis: int(size) for axis, size in (a.split("=") for a in layout.split(","))}
         bridge = AutoBridge.from_hf_pretrained(str(place / "hf"))
-        with mapped_by(own_mappings() if axes.pop("own", 0) else {}):
+        own, master = axes.pop("own", 0), bool(axes.pop("master", 0))
+        with mapped_by(own_mappings() if own else {}):
             chunks = cpu.build_chunks(bridge, axes)
-            fp8sync.refit(chunks, engine, recipe, bridge=bridge)  # makes the link
-        weights = [p for chunk in chunks for p in chunk.parameters()]
+            weights = [p for chunk in chunks for p in chunk.parameters()]
+            if master:
+                chunks, weights = masters_of(chunks)
+            asked = {"bridge": bridge, "master": master}
+            fp8sync.refit(chunks, engine, recipe, **asked)  # makes the link
         with Watch(weights) as watch, counted() as collectives:
-            report = fp8sync.refit(chunks, engine, recipe, bridge=bridge)
+            report = fp8sync.refit(chunks, engine, recipe, **asked)
         told = {"version": report.version, "bytes": report.bytes_sent}
         weights_sent = [fault for fault in watch.faults if fault.startswith("c10d")]
         told |= {"collectives": collectives, "weights_in_collectives": weights_sent}
         fp8sync.close(engine=engine)
-        with fp8sync.connect(MegatronSource(chunks, bridge), engine, recipe) as link:
+        source = MegatronSource(chunks, bridge, master=master)
+        with fp8sync.connect(source, engine, recipe) as link:
             told["audits"] = audits(link, weights, last=rank == dist.get_world_size() - 1)
         (place / f"{rank}.json").write_text(json.dumps(told))
         wait_for(place / "seen")
 
 
+def masters_of(chunks: list[Any]) -> tuple[list[Any], list[torch.Tensor]]:
+    """Give the model an optimizer, and leave the weights in its FP32 masters alone."""
+    chunks, _ = cpu.with_optimizer(chunks, distributed=True)
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    for parameter in parameters:
+        parameter.data.zero_()
+    return chunks, [p.main_param.view(p.shape) for p in parameters]
+
+
 @torch.no_grad()
-def audits(link: Any, weights: list[torch.nn.Parameter], *, last: bool) -> list[Any]:
+def audits(link: Any, weights: list[torch.Tensor], *, last: bool) -> list[Any]:
     """What an audit says, and what it says once an element of the last rank's first matrix has changed."""
     element = next(w for w in weights if w.dim() == 2).data[3, 5]
     kept = element.clone()

@@ -25,7 +25,7 @@ PYTHON = Path(os.environ.get("FP8SYNC_MEGATRON_PYTHON", ROOT / ".venv-megatron/b
 SHAPE = {"intermediate_size": 512}
 TP2 = {"tensor_parallel_size": 2}
 CASES = {  # model, trainer ranks, the engine's options, the trainer's layouts
-    "dense": ("dense", 2, {}, ["tp=2", "pp=2", "tp=2,own=1"]),
+    "dense": ("dense", 2, {}, ["tp=2", "pp=2", "tp=2,own=1", "tp=2,master=1"]),
     "dense into TP2": ("dense", 2, TP2, ["tp=2", "pp=2"]),
     "moe": ("moe", 2, {}, ["ep=2", "tp=2,ep=2"]),
     "moe on four ranks": ("moe", 4, {}, ["tp=2,pp=2,ep=2"]),
