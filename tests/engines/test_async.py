@@ -13,6 +13,7 @@ import fp8sync
 from fp8sync.engines.vllm import compat
 from tests.engines import serving, world
 from tests.engines.test_in_place import meddle_with_portion
+from tests.engines.test_kv_scales import scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -160,6 +161,23 @@ def test_kept_between_two_steps(
     assert mixed
     assert 0 < report.pause_s < report.seconds["total"]
     link.close()
+    engine.close()
+
+
+def test_kept_requests_are_recomputed_under_new_scales(
+    models: list[torch.nn.Module], tmp_path: Path
+) -> None:
+    """What an FP8 cache without prefixes holds was divided by other scales: none of it is read again."""
+    options = {"enable_prefix_caching": False, "kv_cache_dtype": "fp8"}
+    engine = Engine(world.write_config(models[0], tmp_path), **options)
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe, kv_scales=scales(0))
+    old = serving.greedy(engine.greedy)
+    with fp8sync.connect(models[1], engine.llm, recipe, kv_scales=scales(1)) as link:
+        found, _ = engine.loop.run(
+            serving.refit_under_load(engine.stream, lambda: link.refit("keep"))
+        )
+    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
     engine.close()
 
 
