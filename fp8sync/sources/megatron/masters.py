@@ -93,7 +93,9 @@ def _of_expert(master: Master, parameter: Any, expert: int | None) -> Master:
 
 
 def _is_divided(chunk: Any) -> bool:
-    return bool(getattr(getattr(chunk, "ddp_config", None), "use_distributed_optimizer", False))
+    config = getattr(chunk, "ddp_config", None)
+    divided = getattr(config, "use_distributed_optimizer", False)
+    return bool(divided and not getattr(config, "use_megatron_fsdp", False))
 
 
 def _owned(chunk: Any) -> Iterator[tuple[Any, tuple[int, int]]]:
