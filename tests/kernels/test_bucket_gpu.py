@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fp8sync_kernels import quantize_blockwise
 from fp8sync_kernels.formulas import FORMULAS
 from fp8sync_kernels.job import Part, quantize
 from fp8sync_kernels.launch import run_table
+from fp8sync_kernels.ops import quantize_matrix
 from fp8sync_kernels.reference.table import run_table_reference
 from fp8sync_kernels.table import build_table
 from tests.kernels.cases import Arena, check, hard, run
@@ -67,6 +69,17 @@ def test_cuda_graph_replay():
     for ours, before in zip(arena.written, expected, strict=True):
         written = before != 0xA5
         assert torch.equal(ours[written], before[written])
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_the_operator_is_compiled_in_one_piece(formula):
+    """Also of a transposed matrix, whose rows are not adjacent."""
+    x = hard(200, 272)
+    compiled = torch.compile(quantize_matrix, backend="aot_eager", fullgraph=True)
+    for source in (x, x.T):
+        found = compiled(source.cuda(), formula)
+        for ours, expected in zip(found, quantize_blockwise(source, formula), strict=True):
+            assert torch.equal(ours.cpu().float(), expected.float())
 
 
 def test_a_launch_does_not_synchronize():
