@@ -55,9 +55,13 @@ def device_seconds(work: Callable[[], object], runs: int = RUNS) -> float:
 
 
 def free() -> None:
-    """Give back what nobody holds any more: of all experts' weights, a GPU of 80 GB holds one copy."""
+    """Give back what nobody holds any more: of all experts' weights, a GPU of 80 GB holds one copy.
+
+    For some milliseconds afterwards, copies are slower by a tenth or two.
+    """
     gc.collect()
     torch.cuda.empty_cache()
+    time.sleep(1)
 
 
 def seconds_in_a_row(works: Sequence[Callable[[], object]]) -> float:
@@ -188,10 +192,11 @@ def matrices(report: Report) -> None:
                 host = host_seconds(lambda case=case: report.launch(case))
                 report.add("  host time of a launch", us=host * 1e6)
             del case
-            free()
+            gc.collect()
 
 
 def models(report: Report, layers: int) -> None:
+    free()
     case = kernel_cases.llama_31_8b("pow2")
     launches = len(case.tables)
     work = functools.partial(report.launch, case)
