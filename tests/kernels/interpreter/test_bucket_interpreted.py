@@ -107,6 +107,30 @@ def test_any_cast(shape, source, target, factor, gap):
 
 @settings(max_examples=10, deadline=None)
 @given(
+    st.tuples(st.integers(1, 90), st.sampled_from([1, 16, 77, 96])),
+    st.tuples(st.integers(0, 127), st.sampled_from([0, 1, 16, 112, 127])),
+    st.sampled_from(FLOATS),
+    st.sampled_from(FORMULAS),
+    st.sampled_from([0.0, 1e-44, 1e-5, 3.0, 3e38, float("inf"), float("nan")]),
+)
+def test_any_origin(shape, origin, dtype, formula, largest):
+    """Both steps of blocks of which this is a part, with any amax that the others may have found."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(origin))).to(dtype)
+    grid = [-(-(first + extent) // 128) for first, extent in zip(origin, shape, strict=True)]
+
+    def jobs(arena):
+        amax = arena.output(*grid, torch.float32)
+        given = arena.input(torch.full(grid, largest))
+        return [
+            partial_amax(arena.input(x), amax, Part(1), origin=origin),
+            quantized(arena, x, formula, Part(2), amax=given, origin=origin),
+        ]
+
+    check(jobs)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
     st.tuples(st.integers(1, 140), st.sampled_from([1, 16, 77, 128, 144])),
     st.integers(0, 0x7F),
     st.sampled_from([1.0, 2.0**-9, 2.0**-126, 2.0**-140, 2.0**100, 0.37, 0.0, -1.0, float("nan")]),
