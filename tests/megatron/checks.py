@@ -138,7 +138,7 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 
 def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
-    """Shards, or heads, that are not made of whole blocks: compared with the same values in BF16."""
+    """Shards, or heads, that are not made of whole blocks: each named, and compared with its values in BF16."""
     bridge, chunks = load(checkpoint, axes)
     for _, parameter in pairs.linear_weights(chunks):
         q = quantize_blockwise(parameter.detach(), "pow2")
@@ -153,11 +153,16 @@ def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     faults = differences(values, {n: expected[n].float() for n in values})
     cut = {
         "qwen3-narrow": {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"},
-        "qwen3-head64": {"self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj"},
+        "qwen3-head64": {"self_attn.k_proj", "self_attn.v_proj"},
     }[checkpoint.name]
-    found = {".".join(n.split(".")[-3:-1]) for n in values}
-    if dist.get_rank() == 0 and not (found and found <= cut):
-        faults.append(f"expected some of {sorted(cut)} by misc, found {sorted(found)}")
+    named = {f"model.layers.{layer}.{part}.weight" for layer in (0, 1) for part in cut}
+    planned = build_plan(merged, destination(merged, _pairs(merged))).tensors.values()
+    reasons = {info.name: info.misc for info in planned if info.misc}
+    if reasons.keys() != named:
+        faults.append(f"expected {sorted(named)} by misc, found {sorted(reasons)}")
+    if dist.get_rank() == 0 and values.keys() != named:
+        faults.append(f"expected {sorted(named)} to arrive, found {sorted(values)}")
+    faults += [f"{n}: {r}" for n, r in reasons.items() if "the values are quantized anew" not in r]
     return faults
 
 
