@@ -27,6 +27,10 @@ BUFFERS = 2
 AHEAD = 4
 """Turns enqueued before the host waits: a stalled peer must not fill the GPU's launch queue."""
 
+RUN = 8
+"""Messages that a member exchanges with one peer before it turns to the next. At each change it waits for a
+peer that waits for another: dear at every message, and with longer runs a rank may wait long for its first."""
+
 _FLAGS, _VERSION, _DIGEST = 1, 2, 4
 """Where a header has them, in 8-byte words (docs/wire-format.md); flags are the low half of theirs."""
 
@@ -45,9 +49,9 @@ def in_rounds(
 ) -> list[list[Bucket]]:
     """Return the turns of a trainer rank, or of a worker: one bucket in each.
 
-    The k-th bucket from trainer rank t to worker w belongs to round k·n + (w - t) mod n, with n the larger
-    number of ranks. In a round nobody has more than one peer, so its message is as large as the buffer, and
-    no link is shared; a few large messages are faster than many at once.
+    Rounds are the same for all members: with n the larger number of ranks, the k-th bucket from trainer
+    rank t to worker w comes in the order of (k // RUN, (w - t) mod n, k mod RUN). So in a round nobody has
+    more than one peer, a message is as large as the buffer, and no link is shared.
 
     Args:
         buckets: of this member.
@@ -55,11 +59,12 @@ def in_rounds(
         workers: ranks of all workers.
     """
     count = 1 + max(*trainers, *workers)
-    return [
-        [bucket]
-        for turn in in_turns(buckets)
-        for bucket in sorted(turn, key=lambda b: (b.destination_rank - b.source_rank) % count)
-    ]
+    rounds: list[tuple[tuple[int, int, int], Bucket]] = []
+    for k, turn in enumerate(in_turns(buckets)):
+        for bucket in turn:
+            offset = (bucket.destination_rank - bucket.source_rank) % count
+            rounds.append(((k // RUN, offset, k % RUN), bucket))
+    return [[bucket] for _, bucket in sorted(rounds, key=lambda item: item[0])]
 
 
 def make_buffers(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[torch.Tensor]:

@@ -45,8 +45,11 @@ class StagingPlace:
 
 
 PARTS = 16
-"""A share is written in so many launches, so that workers verify one part while the next is written: what is
-not hidden is the last part, which a GPU reads ten times faster than it arrives."""
+"""A share is written in so many parts, a launch each, so that workers verify one while the next is written:
+what is not hidden is the last part, which a GPU reads ten times faster than it arrives."""
+
+LEAST_BYTES = 1 << 29
+"""Parts are not smaller, since 15 µs pass between launches: of a small share the first parts are empty."""
 
 
 @dataclass
@@ -82,8 +85,10 @@ class Writer:
         first = share.rank % max(len(places), 1)
         order = [*places][first:] + [*places][:first]
         own = [c for r in order for c in share.plan.to_rank(r) if c.source_rank == share.rank]
-        self._parts = [self._part(copies) for copies in in_parts(own, PARTS)]
         self._bytes = sum(c.weight_bytes + c.scale_bytes for c in own)
+        count = max(1, min(PARTS, self._bytes // LEAST_BYTES))
+        cut = [()] * (PARTS - count) + in_parts(own, count)
+        self._parts = [self._part(copies) for copies in cut]
         for part in self._parts:
             part.table.at(storages)
 

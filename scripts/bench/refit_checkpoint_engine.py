@@ -62,8 +62,7 @@ def serve(rank: int, name: str, options: argparse.Namespace) -> None:
     worker = context.Process(target=work, args=(rank, name, theirs))
     worker.start()
     stage = _stage(rank, case, {}, device)
-    dealt = (item for number, item in enumerate(stage.pairs()) if number % case.ranks == rank)
-    tensors = {tensor: value.cpu() for tensor, value in dealt}
+    tensors = {tensor: value.cpu() for tensor, value in stage.pairs(rank, case.ranks)}
     server = ParameterServer(auto_pg=False, gpu_count=case.ranks)
     server.init_process_group()
     server.register_checkpoint(NAME, named_tensors=tensors)

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import time
 from collections import defaultdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,9 +66,9 @@ class Stage:
             for box in self.wanted.ranks[rank - trainers]:
                 self.boxes[box.tensor].append(box)
 
-    def pairs(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every tensor as the engine's checkpoint would have it, codes before their scales."""
-        for name, info in self.wanted.tensors.items():
+    def pairs(self, first: int = 0, step: int = 1) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every `step`-th tensor as the engine's checkpoint would have it, codes before their scales."""
+        for name, info in islice(self.wanted.tensors.items(), first, None, step):
             full = refit_world.whole(info, self.device)
             if info.encoding is Encoding.BLOCKWISE and info.formula is not None:
                 q = quantize_blockwise(full, info.formula.value)

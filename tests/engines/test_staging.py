@@ -24,6 +24,12 @@ from tests.layouts.cases import QWEN
 CPU = torch.device("cpu")
 
 
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a large model."""
+    monkeypatch.setattr("fp8sync.sending.writer.LEAST_BYTES", 1)
+
+
 class World:
     """Two trainer ranks that both write to the one worker, and the worker's memory."""
 
@@ -63,6 +69,15 @@ def test_what_was_written_is_verified_and_again_in_the_next_version() -> None:
     assert [len(told) for told in world.written] == [PARTS, PARTS]
     world.verify()
     world.expected.begin()
+    world.verify()
+
+
+def test_a_small_share_is_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8sync.sending.writer.LEAST_BYTES", 1 << 29)
+    world = World()
+    for told in world.written:
+        assert len(told) == PARTS
+        assert [n for n, part in enumerate(told) if part] == [PARTS - 1]
     world.verify()
 
 

@@ -1,4 +1,4 @@
-"""Tiny tensors: threads of their own cost more than they give."""
+"""Tiny tensors: threads of their own cost more than they give, and still they are to go in many parts."""
 
 from __future__ import annotations
 
@@ -17,3 +17,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fp8sync.sending.writer.LEAST_BYTES", 1)

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 
 from fp8sync.plan import Bucket
-from fp8sync.sending.turns import in_rounds
+from fp8sync.sending.turns import RUN, in_rounds
 
 SHAPES = [(1, 1), (1, 4), (2, 2), (2, 4), (4, 2), (3, 5), (4, 4)]
 
@@ -38,7 +38,8 @@ def taken(trainers: int, workers: int, lengths: dict[tuple[int, int], int]) -> d
 @pytest.mark.parametrize("uneven", [False, True])
 def test_members_meet_in_every_round(trainers: int, workers: int, uneven: bool) -> None:
     routes = product(range(trainers), range(workers))
-    lengths = {r: (5 * r[0] + 3 * r[1]) % 4 if uneven else 3 for r in routes}
+    most = 2 * RUN + 3
+    lengths = {r: (5 * r[0] + 3 * r[1]) % most if uneven else most for r in routes}
     left = taken(trainers, workers, lengths)
     rounds = 0
     while any(left.values()):
@@ -49,11 +50,11 @@ def test_members_meet_in_every_round(trainers: int, workers: int, uneven: bool) 
             left[member].pop(0)
         rounds += 1
     if not uneven:
-        assert rounds == 3 * max(trainers, workers)
+        assert rounds == most * max(trainers, workers)
 
 
 def test_buckets_of_a_route_stay_in_order() -> None:
-    buckets = [Bucket(n, 0, w, (), 16) for w in range(3) for n in range(4)]
+    buckets = [Bucket(n, 0, w, (), 16) for w in range(3) for n in range(2 * RUN)]
     seen: Counter[int] = Counter()
     for (bucket,) in in_rounds(buckets, range(2), range(3)):
         assert bucket.index == seen[bucket.destination_rank]
