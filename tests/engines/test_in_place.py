@@ -59,6 +59,7 @@ def test_equals_a_fresh_load(kind: str, tmp_path: Path) -> None:
         recipe = "bf16" if kind == "neox" else world.recipe("blockwise-pow2")
         options = {"bucket_bytes": BUCKET_BYTES, "transport": TRANSPORT, "commit": commit}
         with fp8sync.connect(models[turn], llm, recipe, **options) as link:
+            assert list(link.connect_s) == ["join", "trace", "plan", "open", "ready"]
             portions = link._conductor.portions
             assert (portions > 4) == (commit == "in-place")
             assert link.commit == (

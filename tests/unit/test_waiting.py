@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from fp8sync.waiting import HostTime, waiting
+from fp8sync.waiting import HostTime, Laps, waiting
 
 
 def test_waits_are_left_out_once_however_they_nest() -> None:
@@ -35,3 +35,14 @@ def test_waits_of_other_threads_and_before_do_not_count() -> None:
     other.start()
     other.join()
     assert host.seconds >= 0.05
+
+
+def test_laps_cover_all_time_between_them() -> None:
+    began = time.perf_counter()
+    laps = Laps()
+    time.sleep(0.02)
+    laps.end("first")
+    laps.end("second")
+    assert list(laps.seconds) == ["first", "second"]
+    assert 0.02 <= laps.seconds["first"] <= sum(laps.seconds.values())
+    assert sum(laps.seconds.values()) <= time.perf_counter() - began
