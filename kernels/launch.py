@@ -73,15 +73,15 @@ def compile_options(paths: int) -> dict[str, int]:
 
     What decides is how many blocks a multiprocessor has in flight, without spilling: five of 16-bit
     sources, three of fp32. Of many sizes tried, these were the fastest on an H200. The code for sources
-    of several dtypes needs a few registers more, and has one block fewer. Codes are but read: there the
-    instructions decide, and two warps need fewer for a block than four.
+    of several dtypes needs more registers, and has fewer blocks. Codes are only read: there the number
+    of instructions decides, which for two warps is smaller than for four.
     """
     wide = paths & (Path.WIDE_BF16 | Path.WIDE_FP16 | Path.WIDE_FP32)
     several = wide & (wide - 1)
     if wide & Path.WIDE_FP32:
         return {"num_warps": 4, "maxnreg": 248 if several else 168}
     if wide:
-        return {"num_warps": 4, "maxnreg": 128 if several else 96}
+        return {"num_warps": 4, "maxnreg": 168 if several else 96}
     if paths & Path.WIDE_CODES:
         return {"num_warps": 2, "maxnreg": 128}
     return {"num_warps": 8}

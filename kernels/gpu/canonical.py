@@ -73,5 +73,5 @@ def _doubled(codes: tl.tensor) -> tl.tensor:
     multiples of 2^-9 by c, c + c.
     """
     eight = (((codes & 0x78787878) + 0x78787878) >> 4) & 0x08080808
-    below = codes & 0x07070707 & ~(eight - (eight >> 3))
+    below = codes & ((eight - (eight >> 3)) ^ 0x07070707)
     return codes + eight + below

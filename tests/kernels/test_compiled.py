@@ -40,7 +40,7 @@ TABLES = {
     "copies": KernelPath.COPY_16,
     "copies of codes": KernelPath.COPY_16 | CODES,
 }
-LIMITS = {"fp32": 168, "two": 128, "all": 248, "codes": 128}
+LIMITS = {"fp32": 168, "two": 168, "all": 248, "codes": 128}
 
 
 @pytest.fixture(scope="module", params=[90, 100], ids=["sm_90", "sm_100"])
