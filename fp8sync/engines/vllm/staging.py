@@ -126,6 +126,8 @@ class Staging:
 class Expected:
     """The bytes of one portion, as trainers will write them.
 
+    Writers decide how they cut their shares, so the tables that digest a part are made in the first version.
+
     Args:
         copies: that arrive.
         rank: this worker's.
