@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import as_engine
@@ -152,7 +153,7 @@ atexit.register(close)
 def _name(given: Any) -> _Name:
     if isinstance(given, (list, tuple)):
         return tuple(_name(each) for each in given)
-    return given if isinstance(given, str) else id(given)
+    return str(given) if isinstance(given, (str, Path)) else id(given)
 
 
 def _frozen(given: Any) -> Any:

@@ -37,6 +37,13 @@ example:
 """
 
 
+_EXPORTS = """\
+examples:
+  fp8sync export Qwen3-30B-A3B Qwen3-30B-A3B-FP8 --format fp8
+  fp8sync export run/iter_0000100 step-100 --format bf16 --config Qwen3-30B-A3B
+"""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status.
 
@@ -74,7 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="figures as JSON")
     plan.set_defaults(run=_plan)
     export = commands.add_parser(
-        "export", help="write a checkpoint as a Hugging Face directory, in BF16 or blockwise FP8"
+        "export",
+        help="write a checkpoint as a Hugging Face directory, in BF16 or blockwise FP8",
+        epilog=_EXPORTS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     export.add_argument(
         "source",
@@ -88,14 +98,20 @@ def _parser() -> argparse.ArgumentParser:
         help="a Hugging Face directory with the model's config.json, for a Megatron checkpoint",
     )
     export.add_argument("--format", choices=("bf16", "fp8"), required=True)
-    export.add_argument("--formula", choices=[f.value for f in Formula], help="of FP8 scales")
+    export.add_argument(
+        "--formula",
+        choices=[f.value for f in Formula],
+        help="of FP8 scales; by default that of the source's FP8 pairs, or pow2",
+    )
     export.add_argument(
         "--unquantized",
         action="append",
         metavar="PATTERN",
-        help="modules to leave; repeat for more",
+        help="modules to leave in BF16, such as 'model.layers.0.*'; repeat for more",
     )
-    export.add_argument("--shard-bytes", type=int, default=5_000_000_000)
+    export.add_argument(
+        "--shard-bytes", type=int, default=5_000_000_000, help="largest file (%(default)s)"
+    )
     export.set_defaults(run=_export)
     command.add_parser(commands)
     doctor.add_parser(commands)
@@ -124,6 +140,8 @@ def _export(arguments: argparse.Namespace) -> int:
         holds_distributed_checkpoint,
     )
 
+    if arguments.format == "bf16" and (arguments.formula or arguments.unquantized):
+        raise ValueError("--formula and --unquantized are of --format fp8, not of bf16")
     kind = f"blockwise-{arguments.formula}" if arguments.formula else "blockwise"
     patterns = (*Recipe().unquantized, *(arguments.unquantized or ()))
     recipe = Recipe("bf16" if arguments.format == "bf16" else kind, unquantized=patterns)

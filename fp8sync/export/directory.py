@@ -16,11 +16,13 @@ from fp8sync.export.shards import ShardFiles
 from fp8sync.export.whole import Band, WholeTensors
 from fp8sync.recipe import Recipe
 from fp8sync.sources import as_source
-from fp8sync.sources.checkpoint import INDEX, SCALE_SUFFIX
+from fp8sync.sources.checkpoint import INDEX, SCALE_SUFFIX, CheckpointSource
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from fp8sync.sources import Source
 
 __all__ = ["DEFAULT_SHARD_BYTES", "Exported", "export_checkpoint"]
 
@@ -102,7 +104,7 @@ def export_checkpoint(
     written = plan_formats(whole.tensors, wanted)
     files = ShardFiles(folder, {n: w.entries() for n, w in written.items()}, shard_bytes)
     leads = rank_and_size()[0] == 0
-    agree(lambda: _begin(folder, _config(config, model, source)) if leads else None)
+    agree(lambda: _begin(folder, _config(config, model, source), source) if leads else None)
     try:
         with _bar(files.total_bytes, shown=progress and leads) as advance:
 
@@ -128,11 +130,15 @@ def export_checkpoint(
     return Exported(folder, len(written), quantized, files.total_bytes, len(files.names))
 
 
-def _begin(folder: Path, config: dict[str, Any]) -> None:
+def _begin(folder: Path, config: dict[str, Any], source: Source) -> None:
     if not config:
         raise ValueError(
             "expected a config: a directory with config.json, or a transformers config"
         )
+    if isinstance(source, CheckpointSource):
+        method = (source.config.get("quantization_config") or {}).get("quant_method", "fp8")
+        if method != "fp8":
+            raise ValueError(f"{source.folder}: expected BF16 or blockwise FP8, found {method}")
     folder.mkdir(parents=True, exist_ok=True)
     there = sorted(path.name for path in folder.glob("*.safetensors*"))
     if there:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync.errors import NonFiniteWeight, RecipeMismatch
+from fp8sync.errors import NonFiniteWeight, RecipeMismatch, UnsupportedLayout
 from fp8sync.plan.boxes import block_shape
 from fp8sync.recipe import BLOCK, Encoding, Formula, Recipe
 from fp8sync.sources.checkpoint import SCALE_SUFFIX
@@ -59,12 +59,15 @@ def plan_formats(tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str,
     what the recipe leaves unquantized; by `pow2` unless the recipe names a formula.
 
     Raises:
+        UnsupportedLayout: FP8 codes whose scales the source does not know as such.
         RecipeMismatch: pairs by another formula than the recipe names.
     """
     pairs = {n: i for n, i in tensors.items() if i.encoding is Encoding.BLOCKWISE}
-    found, faults = {}, []
+    found, faults, bare = {}, [], []
     for name, info in tensors.items():
         formula = None
+        if info.encoding is Encoding.PLAIN and info.dtype.startswith("float8"):
+            bare.append(f"{name}: expected scales of its {info.dtype} codes, found none")
         if name in pairs and recipe.quantizes:
             formula = info.formula or Formula.FP32
             if recipe.formula(formula) is not formula:
@@ -75,6 +78,8 @@ def plan_formats(tensors: Mapping[str, TensorInfo], recipe: Recipe) -> dict[str,
             found[name] = Written(info, _plain_dtype(info), rounded=formula)
         else:
             found[name] = Written(info, "float8_e4m3fn", formula)
+    if bare:
+        raise UnsupportedLayout("FP8 codes without scales", bare)
     if faults:
         raise RecipeMismatch(f"recipe {recipe.name!r} would quantize pairs anew", faults)
     return found
@@ -90,7 +95,7 @@ def encode(band: Band, written: Written) -> tuple[torch.Tensor, torch.Tensor | N
     bad = int((~torch.isfinite(weight.float())).sum()) if weight.is_floating_point() else 0
     bad += 0 if scale_inv is None else int((~torch.isfinite(scale_inv)).sum())
     if bad:
-        fault = f"{band.tensor}: expected finite values, found {bad} NaN or Inf"
+        fault = f"{band.held_by}: expected finite values, found {bad} NaN or Inf"
         raise NonFiniteWeight("NaN or Inf in the trainer's weights", [fault])
     formula = written.formula or written.rounded
     if scale_inv is None and formula is not None:

@@ -43,6 +43,13 @@ class Band(NamedTuple):
     first: int
     weight: torch.Tensor
     scale_inv: torch.Tensor | None
+    ranks: tuple[int, ...]
+
+    @property
+    def held_by(self) -> str:
+        """The tensor's name, and the trainer ranks that sent these rows."""
+        ranks = ", ".join(str(rank) for rank in self.ranks)
+        return f"{self.tensor} (trainer rank{'s' if len(self.ranks) > 1 else ''} {ranks})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,8 @@ class WholeTensors:
                 self._carry(bucket, live, made, attempt)
             if self._rank == 0:
                 scale_inv = made.get(rows.storage + _SCALES)
-                band = Band(rows.info.name, rows.first, made[rows.storage], scale_inv)
+                ranks = tuple(sorted({c.source_rank for c in self._copies[rows.storage]}))
+                band = Band(rows.info.name, rows.first, made[rows.storage], scale_inv, ranks)
                 attempt(partial(take, band))
         self._source.release()
         attempt.settle()

@@ -58,8 +58,9 @@ class CheckpointSource:
 
     @property
     def config(self) -> dict[str, Any]:
-        """What `config.json` says."""
-        return json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        """What `config.json` says; nothing, if there is none."""
+        path = self.folder / "config.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Return the mapped tensors by name; pages are read from the files when they are needed."""
@@ -163,7 +164,13 @@ def _files(folder: Path) -> dict[Path, list[str]]:
     index = folder / INDEX
     files: dict[Path, list[str]] = {}
     if index.exists():
-        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        try:
+            told = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UnsupportedLayout(
+                f"{index}: expected JSON with a weight_map: {error!r}"
+            ) from error
+        for name, file in told:
             files.setdefault(folder / file, []).append(name)
     else:
         files = {path: [] for path in sorted(folder.glob("*.safetensors"))}

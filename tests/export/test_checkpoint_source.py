@@ -53,6 +53,12 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "two.safetensors"}}))
     with pytest.raises(UnsupportedLayout, match=r"two\.safetensors cannot be read"):
         CheckpointSource(tmp_path)
+    for broken in ("{}", "{", "[1]", '{"weight_map": 3}'):
+        index.write_text(broken)
+        with pytest.raises(
+            UnsupportedLayout, match=r"index\.json: expected JSON with a weight_map"
+        ):
+            CheckpointSource(tmp_path)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from fp8sync.cli import main
-from fp8sync.errors import Fp8SyncError, NonFiniteWeight, RecipeMismatch
+from fp8sync.errors import Fp8SyncError, NonFiniteWeight, RecipeMismatch, UnsupportedLayout
 from fp8sync.export import export_checkpoint
 from fp8sync.recipe import Recipe
 from fp8sync.sources import CheckpointSource
@@ -130,7 +130,9 @@ def test_nothing_is_left_of_an_export_that_failed(tmp_path: Path) -> None:
     for recipe in ("bf16", "blockwise"):
         with pytest.raises(NonFiniteWeight) as error:
             export_checkpoint(saved, tmp_path / "made", recipe, band_bytes=BAND, progress=False)
-        assert error.value.violations == (f"{name}: expected finite values, found 1 NaN or Inf",)
+        assert error.value.violations == (
+            f"{name} (trainer rank 0): expected finite values, found 1 NaN or Inf",
+        )
         assert not list((tmp_path / "made").iterdir())
 
 
@@ -156,3 +158,37 @@ def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
     copied = {path.name for path in (tmp_path / "made").iterdir()}
     assert copied == {path.name for path in saved.iterdir()}
     assert json.loads((tmp_path / "made/tokenizer.json").read_text()) == {}
+
+
+def test_codes_without_scales_are_not_exported(tmp_path: Path) -> None:
+    """As transformers holds a model that it loads in FP8: the scales would be one more parameter."""
+    model = torch.nn.Linear(128, 256, bias=False)
+    held = quantize_blockwise(model.weight.detach(), "fp32")
+    model.weight = torch.nn.Parameter(held.weight, requires_grad=False)
+    model.weight_scale_inv = torch.nn.Parameter(held.scale_inv)
+    for recipe in ("bf16", "blockwise"):
+        with pytest.raises(UnsupportedLayout) as error:
+            export_checkpoint(model, tmp_path / "made", recipe, config={"model_type": "mine"})
+        fault = "weight: expected scales of its float8_e4m3fn codes, found none"
+        assert error.value.violations == (fault,)
+    assert not (tmp_path / "made").exists()
+
+
+def test_what_is_quantized_otherwise_is_not_exported(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    save_file({"a.qweight": torch.zeros(16, 128, dtype=torch.int32)}, saved / "model.safetensors")
+    told = {"model_type": "mine", "quantization_config": {"quant_method": "gptq"}}
+    (saved / "config.json").write_text(json.dumps(told))
+    with pytest.raises(Fp8SyncError, match="expected BF16 or blockwise FP8, found gptq"):
+        export_checkpoint(saved, tmp_path / "made", progress=False)
+    assert not (tmp_path / "made").exists()
+
+
+def test_options_of_the_command_that_would_do_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["export", str(tmp_path), str(tmp_path / "made"), "--format", "bf16"]
+    for option in (["--formula", "pow2"], ["--unquantized", "lm_head"]):
+        assert main([*asked, *option]) == 1
+        assert "are of --format fp8, not of bf16" in capsys.readouterr().err

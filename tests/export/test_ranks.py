@@ -48,7 +48,6 @@ def test_every_rank_hears_of_a_fault(folder: Path) -> None:
     told = {(folder / f"{rank}.txt").read_text() for rank in range(RANKS)}
     assert len(told) == 1
     assert "NonFiniteWeight" in (text := told.pop())
-    assert (
-        "model.layers.0.self_attn.o_proj.weight: expected finite values, found 1 NaN or Inf" in text
-    )
+    name = "model.layers.0.self_attn.o_proj.weight"
+    assert f"{name} (trainer rank {RANKS - 1}): expected finite values, found 1 NaN or Inf" in text
     assert not list((folder / "bad").iterdir())

@@ -61,6 +61,7 @@ REFUSALS = [
     "check_cut_checkpoint:nemotron-h:tp=2",
     "check_bad_pairs:qwen3:",
     "check_wrong_bridge:llama:",
+    "check_unregistered:llama:",
     "check_missing_rank:qwen3:tp=2,pp=2",
     "check_changed_form:qwen3:tp=2",
 ]

@@ -99,11 +99,26 @@ class DistributedCheckpointSource:
 
     @classmethod
     def of(cls, folder: str | Path, config: str | Path) -> DistributedCheckpointSource:
-        """Read a checkpoint of the model whose `config.json` is in the directory `config`."""
-        from megatron.bridge import AutoBridge
+        """Read a checkpoint of the model whose `config.json` is in the directory `config`.
+
+        Raises:
+            UnsupportedLayout: no Megatron-Bridge, or none of its bridges knows such a model.
+        """
+        try:
+            from megatron.bridge import AutoBridge
+        except ImportError as error:
+            raise UnsupportedLayout(
+                f"reading a distributed checkpoint needs Megatron-Core and Megatron-Bridge: {error}"
+            ) from error
         from transformers import AutoConfig
 
-        return cls(folder, AutoBridge.from_hf_config(AutoConfig.from_pretrained(str(config))))
+        try:
+            bridge = AutoBridge.from_hf_config(AutoConfig.from_pretrained(str(config)))
+        except (ValueError, OSError) as error:
+            raise UnsupportedLayout(
+                f"Megatron-Bridge knows no model of {config}: {error}"
+            ) from error
+        return cls(folder, bridge)
 
     @property
     def config(self) -> Any:
