@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync_kernels.descriptor import Path
+from fp8sync_kernels.descriptor import DIVISION, Path
 
 if TYPE_CHECKING:
     from fp8sync_kernels.table import Table
@@ -83,7 +83,7 @@ def compile_options(paths: int) -> dict[str, int]:
     if wide:
         return {"num_warps": 4, "maxnreg": 168 if several else 96}
     if paths & Path.WIDE_CODES:
-        return {"num_warps": 2, "maxnreg": 128}
+        return {"num_warps": 2 if paths % DIVISION == Path.WIDE_CODES else 4, "maxnreg": 128}
     return {"num_warps": 8}
 
 

@@ -37,10 +37,19 @@ TABLES = {
     "fp32 source": KernelPath.WIDE_FP32,
     "fp32 source cut fp32": KernelPath.WIDE_FP32 | DIVISION | CUT,
     "codes": KernelPath.WIDE_CODES,
+    "codes cut": KernelPath.WIDE_CODES | CUT,
+    "bucket with codes": BUCKET ^ BULK | KernelPath.WIDE_CODES | KernelPath.COPY_1 | CODES | CUT,
     "copies": KernelPath.COPY_16,
     "copies of codes": KernelPath.COPY_16 | CODES,
 }
-LIMITS = {"fp32": 168, "two": 168, "all": 248, "codes": 128}
+LIMITS = {
+    "fp32": 168,
+    "two": 168,
+    "all": 248,
+    "codes": 128,
+    "codes cut": 128,
+    "bucket with codes": 128,
+}
 
 
 @pytest.fixture(scope="module", params=[90, 100], ids=["sm_90", "sm_100"])
@@ -88,7 +97,7 @@ def test_vector_access(compiled):
     for name, kernel in compiled.items():
         ptx = kernel.asm["ptx"]
         assert "ld.global.v4.b32" in ptx, name
-        assert ("st.global.v4.b32" in ptx) == (name != "codes"), name  # it only digests
+        assert ("st.global.v4.b32" in ptx) == (not name.startswith("codes")), name  # only digested
         assert "st.global.v2" not in ptx, name
 
 
