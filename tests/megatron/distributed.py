@@ -81,22 +81,27 @@ def check_cut_checkpoint(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 
 def _save(checkpoint: Path, axes: dict[str, int]) -> Path:
-    """Write the model, divided so, and an optimizer that nobody asks for."""
+    """Write the model, divided so."""
+    _, chunks = load(checkpoint, axes)
+    folder = _fresh(checkpoint.with_name(f"dist-{checkpoint.name}"))
+    save(chunks, folder)
+    return folder
+
+
+def save(chunks: list, folder: Path) -> None:
+    """Let Megatron-Core write this rank's part of a model; all ranks call it."""
     from megatron.core import dist_checkpointing
 
-    _, chunks = load(checkpoint, axes)
     state: dict[str, Any] = {
         f"model{n}" if len(chunks) > 1 else "model": chunk.sharded_state_dict()
         for n, chunk in enumerate(chunks)
     }
-    folder = _fresh(checkpoint.with_name(f"dist-{checkpoint.name}"))
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
     with cpu.said_to_be_cuda():
         dist_checkpointing.save(state, str(folder))
     dist.barrier()
-    return folder
 
 
 def _fresh(folder: Path) -> Path:

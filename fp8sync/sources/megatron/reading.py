@@ -21,7 +21,7 @@ __all__ = ["Described", "describe", "live"]
 
 
 class Described(NamedTuple):
-    """What a parameter adds to the manifest; `faults` name HF tensors whose blocks it cuts."""
+    """What a parameter adds to the manifest."""
 
     infos: list[TensorInfo]
     boxes: list[Box]
