@@ -38,10 +38,12 @@ def one(arena, x, formula, slot=0):
 
 
 def by_magnitude():
-    """Every finite bf16 pattern, sorted, so that the amax of blocks takes many values."""
-    x = all_bf16_patterns()
-    x = torch.where(x.isfinite(), x, torch.zeros_like(x)).flatten()
-    return x[x.float().abs().argsort(stable=True)].view(256, 256)
+    """Every finite bf16 pattern, sorted, in 103 blocks of 5 rows: 2.5 octaves and both signs in each."""
+    x = all_bf16_patterns().flatten()
+    x = torch.where(x.isfinite(), x, torch.zeros_like(x))
+    x = x[x.float().abs().argsort(stable=True)]
+    x = torch.cat([x.new_zeros(103 * 5 * 128 - len(x)), x])
+    return x.view(103, 5, 128).transpose(0, 1).reshape(5, -1)
 
 
 def everything(arena):
@@ -106,9 +108,11 @@ def amaxes(arena, origin):
 
 
 def given(arena, origin, formula):
+    """Given amax, among them 448 * 2^-10, where pow2's scale doubles, and its neighbours."""
     x = hard(150, 160)
     grid = (-(-(origin[0] + 150) // 128), -(-(origin[1] + 160) // 128))
     amax = torch.rand(grid, generator=torch.Generator().manual_seed(1)) * 2
+    amax.view(-1)[:3] = torch.tensor([0.4375 - 2**-25, 0.4375, 0.4375 + 2**-25])
     return [quantized(arena, x, formula, amax=arena.input(amax), origin=origin)]
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8sync_kernels import dequantize_blockwise, digest, quantize_blockwise
+from fp8sync_kernels.reference.blockwise import scales_from_amax
 from fp8sync_kernels.reference.canonical import canonical_pair
 from fp8sync_kernels.reference.digest import digest_rows, key
 from tests.kernels.cases import all_bf16_patterns, hard, with_nonfinite
@@ -99,6 +100,33 @@ def test_scales_by_float64(values, formula):
     assert torch.equal(got.weight.float(), expected)
 
 
+def test_pow2_scales_of_every_bf16_amax():
+    """The least power of two by which amax fits into 448, and no less than that of 1e-4."""
+    amax = positive_bf16_patterns()
+    multiplier, scale_inv = scales_from_amax(amax, "pow2", torch.bfloat16)
+    assert (scale_inv.double().frexp().mantissa == 0.5).all()
+    assert (scale_inv.double() * multiplier == 1).all()
+    wanted = amax.clamp(min=torch.tensor(1e-4).item()).double()
+    assert (wanted <= 448 * scale_inv.double()).all()
+    assert (wanted > 224 * scale_inv.double()).all()
+
+
+def test_fp32_scales_of_every_bf16_amax():
+    """Rounding a float64 quotient of fp32 numbers to fp32 is the correctly rounded quotient."""
+    amax = positive_bf16_patterns()
+    multiplier, scale_inv = scales_from_amax(amax, "fp32", torch.bfloat16)
+    quotient = (torch.tensor(448.0, dtype=torch.float64) / amax.double()).float()
+    expected = quotient.clamp(max=torch.finfo(torch.bfloat16).max)
+    assert torch.equal(multiplier, expected)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    assert torch.equal(scale_inv, (one / expected.double()).float())
+
+
+def positive_bf16_patterns():
+    """float32 ``[32639]``: all finite bf16 above zero."""
+    return torch.arange(1, 0x7F80, dtype=torch.int16).view(torch.bfloat16).float()
+
+
 @pytest.mark.parametrize("formula", ["pow2", "fp32"])
 def test_error_is_bounded(formula):
     x = hard(300, 270)
@@ -179,6 +207,8 @@ def test_wrong_arguments():
 
 
 def test_import_needs_no_triton():
-    code = "import sys, fp8sync_kernels; assert 'triton' not in sys.modules or 'torch' in sys.modules; "
+    """PyTorch may have imported it; what is imported here adds nothing."""
+    code = "import sys, torch; before = 'triton' in sys.modules; import fp8sync_kernels; "
+    code += "assert ('triton' in sys.modules) == before; "
     code += "assert not any(m.startswith('fp8sync_kernels.gpu') for m in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
