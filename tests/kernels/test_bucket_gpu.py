@@ -49,7 +49,7 @@ def test_many_blocks(formula):
 
 
 def test_cuda_graph_replay():
-    """A captured launch reads the memory as it is at replay."""
+    """A captured launch writes everything anew at each replay."""
     device = torch.device("cuda")
     arena = Arena(device)
     table = build_table(everything(arena), device)

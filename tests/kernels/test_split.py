@@ -68,6 +68,14 @@ def test_gate_up():
     assert same(up, pair_of(x[256:]))
 
 
+def test_gate_up_of_a_stack_of_experts():
+    pairs = [pair_of(hard(256, 130, seed=seed)) for seed in range(3)]
+    stack = Pair(*(torch.stack(tensors) for tensors in zip(*pairs, strict=True)))
+    gate, up = map(split_experts, split_gate_up(stack))
+    for pair, *halves in zip(pairs, gate, up, strict=True):
+        assert all(map(same, halves, split_gate_up(pair)))
+
+
 @pytest.mark.parametrize("half", [64, 192])
 def test_gate_up_refuses_what_chunk_would_cut_wrongly(half):
     with pytest.raises(MisalignedCutError, match=f"gate is cut at row {half}"):
