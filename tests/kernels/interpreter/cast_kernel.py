@@ -5,7 +5,7 @@ import triton.language as tl
 
 
 @triton.jit
-def cast_kernel(source, codes, N: tl.constexpr):
+def cast_kernel(source, target, N: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     at = tl.arange(0, N)
-    converted = tl.load(source + at).to(tl.float8e4nv)
-    tl.store(codes + at, converted.to(tl.uint8, bitcast=True))
+    converted = tl.load(source + at).to(DTYPE)
+    tl.store(target + at, converted.to(BITS, bitcast=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,8 +26,17 @@ def test_cast_patch():
     """The conversions that the interpreter gets wrong by itself."""
     x = torch.tensor([1.96875, 1.0625, 464.0, 1e9, float("nan"), -float("nan"), 31.9, 2e-10])
     codes = torch.zeros(8, dtype=torch.uint8)
-    cast_kernel[(1,)](x, codes, 8)
+    cast_kernel[(1,)](x, codes, 8, tl.uint8, tl.float8e4nv)
     assert codes.tolist() == [0x40, 0x38, 0x7E, 0x7E, 0x7F, 0x7F, 0x60, 0x00]
+    x = torch.tensor([1 + 2**-8 + 2**-16, 1 + 2**-8, 1 + 3 * 2**-8, -1e-39])
+    halves = torch.zeros(4, dtype=torch.int16)
+    cast_kernel[(1,)](x, halves, 4, tl.int16, tl.bfloat16)
+    assert halves.tolist() == x.bfloat16().view(torch.int16).tolist()
+    assert halves[:3].tolist() == [0x3F81, 0x3F80, 0x3F82]
+    x = torch.tensor([0x0001, 0x007F], dtype=torch.int16).view(torch.bfloat16)
+    words = torch.zeros(2, dtype=torch.int32)
+    cast_kernel[(1,)](x, words, 2, tl.int32, tl.float32)
+    assert words.tolist() == [0x00010000, 0x007F0000]
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
