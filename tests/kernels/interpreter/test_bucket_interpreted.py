@@ -105,7 +105,7 @@ def test_any_move(shape, start, gap, base, move):
     st.tuples(st.integers(1, 9), st.integers(1, 300)),
     st.sampled_from(FLOATS),
     st.sampled_from(FLOATS),
-    st.sampled_from([1.0, 0.0, -0.0, 1e-44, 1e-7, 7e4, 1e30, float("nan"), -float("inf")]),
+    st.sampled_from([1.0, 0.0, -0.0, 1e-44, 1e-7, 7e4, 1e30, -float("inf")]),
     st.integers(0, 3),
 )
 def test_any_cast(shape, source, target, factor, gap):
@@ -114,6 +114,20 @@ def test_any_cast(shape, source, target, factor, gap):
     x = x.to(source)[:, gap:]
     part = Part(slot=2, base=4 * gap)
     check(lambda arena: [cast(arena.input(x), arena.output(*shape, target), part)])
+
+
+@pytest.mark.parametrize("source", FLOATS)
+@pytest.mark.parametrize("target", FLOATS)
+def test_casts_count_nan(source, target):
+    """Which NaN a NaN becomes is nobody's contract: PyTorch's own depends on the number of elements."""
+    x = torch.ones(5, 300)
+    x[1, 7], x[4, 299], x[2, 0] = torch.nan, -torch.nan, torch.inf
+    x = x.to(source)
+
+    def jobs(arena):
+        return [cast(arena.input(x), arena.output(5, 300, target), Part(slot=2))]
+
+    assert run(jobs, launch_kernel)[2].tolist() == [0, 0, 3, 0, 0, 0, 0, 0]
 
 
 @settings(max_examples=10, deadline=None)
