@@ -28,6 +28,13 @@ def quantize_matrix(
     Args:
         x: bf16, fp16 or fp32 ``[N, K]``.
         formula: ``"pow2"`` or ``"fp32"``.
+
+    Returns:
+        New tensors: float8_e4m3fn ``[N, K]``, float32 ``[ceil(N/128), ceil(K/128)]``, int64 ``[]``.
+
+    Raises:
+        TypeError: `x` is not a 2-D bf16, fp16 or fp32 tensor.
+        ValueError: unknown formula.
     """
     if x.device.type != "cuda":
         weight, scale_inv, nonfinite = quantize_blockwise(x, formula)

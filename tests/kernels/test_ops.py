@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fp8sync_kernels import quantize_blockwise
@@ -21,3 +22,10 @@ def test_operator_is_the_reference_on_cpu():
         quantize_matrix(x, "fp32"), quantize_blockwise(x, "fp32"), strict=True
     ):
         assert torch.equal(ours.float(), expected.float())
+
+
+def test_operator_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="is not one of pow2, fp32"):
+        quantize_matrix(torch.zeros(2, 2), "e8m0")
+    with pytest.raises(TypeError, match="2-D tensor of bfloat16, float16, float32"):
+        quantize_matrix(torch.zeros(2, 2).long(), "pow2")
