@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 
-GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 4],
-    },
-}
-
 
 def fresh(folder: Path, **options: Any) -> tuple[torch.Tensor, list[int]]:
     llm = world.start_engine(folder, **options)
@@ -55,11 +46,11 @@ def test_cuda_graphs(kind: str, tmp_path: Path) -> None:
     """Captured graphs read the refitted weights: the same tokens as a fresh engine decodes."""
     models = [world.tiny_model(kind, seed) for seed in (1, 2)]
     expected = [
-        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **GRAPHS)
+        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **world.GRAPHS)
         for seed, model in enumerate(models)
     ]
     folder = world.write_config(models[0], tmp_path / "config")
-    llm = world.start_engine(folder, load_format="dummy", **GRAPHS)
+    llm = world.start_engine(folder, load_format="dummy", **world.GRAPHS)
     for turn in (0, 1, 0):
         fp8sync.refit(models[turn], llm, "blockwise-pow2")
         assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0

@@ -17,21 +17,13 @@ if TYPE_CHECKING:
 
 IN_PROJ = "model.layers.0.mixer.in_proj.weight"
 """1288 rows: its parts do not end with blocks, so no engine can hold it in blockwise FP8."""
-GRAPHS = {
-    "enforce_eager": False,
-    "compilation_config": {
-        "mode": 0,
-        "cudagraph_mode": "FULL_DECODE_ONLY",
-        "cudagraph_capture_sizes": [1, 4],
-    },
-}
 
 
 def seen(llm: Any) -> torch.Tensor:
     return torch.cat([world.logprobs(llm), world.decoded_logprobs(llm)])
 
 
-@pytest.mark.parametrize("options", [{}, pytest.param(GRAPHS, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("options", [{}, pytest.param(world.GRAPHS, marks=pytest.mark.gpu)])
 def test_equals_a_fresh_load(options: dict[str, Any], tmp_path: Path) -> None:
     # vLLM for the processor has no kernel for experts without a gate.
     sorts = {} if skips.cuda_devices() else {"layers_block_type": ["mamba", "attention", "mlp"]}

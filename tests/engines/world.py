@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 PROMPT = [(i * 37 + 11) % 256 for i in range(48)]
 KINDS = ("dense", "moe", "llama")
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [1, 4],
+    },
+}
+"""Options of an engine that decodes by CUDA graphs."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 FP8 = bool(skips.cuda_devices()) or skips.has_amx()
 """Whether vLLM can hold FP8 weights here; if not, engines are BF16 and the bytes are dequantized."""

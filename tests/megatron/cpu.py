@@ -149,6 +149,24 @@ def with_optimizer(chunks: list, *, distributed: bool, overlap: bool = False) ->
         return wrapped, get_megatron_optimizer(config, wrapped)
 
 
+class Stream:
+    """The one stream of a processor."""
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+
+@contextmanager
+def one_stream() -> Iterator[None]:
+    """Megatron's schedules ask CUDA for streams, which a processor does not have."""
+    with (
+        patch.object(torch.cuda, "Stream", Stream),
+        patch.object(torch.cuda, "current_stream", Stream),
+        patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+    ):
+        yield
+
+
 @contextmanager
 def said_to_be_cuda() -> Iterator[None]:
     """Megatron's optimizers know tensors by the name of a CUDA type, and make scalars on CUDA."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -12,7 +10,6 @@ import torch.distributed as dist
 from fp8sync.sources.megatron import MegatronSource
 from tests.megatron import cpu
 from tests.megatron.checks import differences, gather, load, reference, refused
-from tests.megatron.training import Stream
 from tests.megatron.transfer import assemble
 
 if TYPE_CHECKING:
@@ -78,11 +75,7 @@ def _train(chunks: list[Any], optimizer: Any, step: int) -> None:
     tokens = torch.randint(200, (BATCH, LENGTH + 1), generator=generator)
     places = torch.arange(LENGTH).expand(BATCH, LENGTH)
     (chunk,) = chunks
-    with ExitStack() as patches:
-        patches.enter_context(cpu.said_to_be_cuda())
-        for name in ("Stream", "current_stream"):
-            patches.enter_context(patch.object(torch.cuda, name, Stream))
-        patches.enter_context(patch.object(torch.cuda, "stream", lambda _: nullcontext()))
+    with cpu.said_to_be_cuda(), cpu.one_stream():
         chunk.train()
         chunk.zero_grad_buffer()
         optimizer.zero_grad()

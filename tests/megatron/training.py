@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import runpy
 import sys
-from contextlib import nullcontext
 from functools import partialmethod
 from typing import Any
 from unittest.mock import patch
@@ -29,20 +28,11 @@ def main(module: str) -> None:
     with (
         patch.object(ModelProviderMixin, "provide_distributed_model", provide),
         patch.object(tensor_parallel, "model_parallel_cuda_manual_seed", lambda _: None),
-        patch.object(torch.cuda, "Stream", Stream),
-        patch.object(torch.cuda, "current_stream", Stream),
-        patch.object(torch.cuda, "stream", lambda _: nullcontext()),
+        cpu.one_stream(),
         _settled_providers(),
         cpu.said_to_be_cuda(),
     ):
         runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-class Stream:
-    """A processor has one."""
-
-    def wait_stream(self, _: Any) -> None:
-        pass
 
 
 def _settled_providers() -> Any:
