@@ -53,7 +53,8 @@ def slice_pair(pair: Pair, dim: int, start: int, stop: int, *, what: str = "slic
 
     Raises:
         MisalignedCutError: a cut inside a block.
-        ValueError: the range lies outside the tensor, or another dim.
+        ValueError: the range lies outside the tensor, another dim, or scales that are not one for each
+            block of it (padded ones, say).
 
     Examples:
         >>> pair = Pair(torch.zeros(256, 384), torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
@@ -65,6 +66,11 @@ def slice_pair(pair: Pair, dim: int, start: int, stop: int, *, what: str = "slic
     size = pair.weight.shape[dim]
     if not 0 <= start <= stop <= size:
         raise ValueError(f"{what}: [{start}, {stop}) of a dim of {size}")
+    blocks, found = -(-size // BLOCK), pair.scale_inv.shape[dim]
+    if found != blocks:
+        raise ValueError(
+            f"{what}: expected scale_inv with {blocks} blocks in dim {dim}, found {found}"
+        )
     if start % BLOCK:
         raise MisalignedCutError(_refusal(what, dim, start))
     if stop % BLOCK and stop != size:

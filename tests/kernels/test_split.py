@@ -133,3 +133,10 @@ def test_requantize_of_aligned_pow2_changes_nothing():
     pair = pair_of(hard(256, 256).clamp(-1e3, 1e3))
     result = requantize(pair, torch.arange(128, 256), "pow2")
     assert result.max_error == 0
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_scales_that_do_not_fit(rows):
+    pair = Pair(torch.zeros(512, 128), torch.ones(rows, 1))
+    with pytest.raises(ValueError, match=f"with 4 blocks in dim -2, found {rows}"):
+        slice_pair(pair, -2, 0, 256)
