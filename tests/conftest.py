@@ -26,7 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared: no thread is bo
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-from tests import skips  # noqa: E402  (after the environment)
+from tests import ports, skips  # noqa: E402  (after the environment)
+
+os.environ["VLLM_PORT"] = ports.for_vllm()
 
 LONG = (
     "tests/engines/",

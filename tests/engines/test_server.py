@@ -21,6 +21,7 @@ import torch
 
 import fp8sync
 from fp8sync.engines.vllm import Server
+from tests import ports
 from tests.engines import serving, world
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ class Served:
     def __init__(self, folder: Path, log: Path | None = None, **changes: Any) -> None:
         self._log = log
         self._threads = ThreadPoolExecutor(serving.LANES * len(serving.PROMPTS))
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = probe.getsockname()[1]
+        self.port = ports.free()
         self.url = f"http://127.0.0.1:{self.port}"
         place = {"host": "127.0.0.1", "port": self.port, "served_model_name": "tiny"}
         options = serving.settings(folder, **place, **changes)
@@ -223,10 +223,8 @@ def test_server_elsewhere_needs_an_address(served: Served) -> None:
 
 
 def test_nobody_there() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     with pytest.raises(fp8sync.EngineLost, match="is gone during /get_world_size"):
-        Server(f"http://127.0.0.1:{port}")
+        Server(f"http://127.0.0.1:{ports.free()}")
 
 
 def test_engine_killed_behind_its_server(

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import fp8sync
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
-from tests import skips
+from tests import ports, skips
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping
@@ -185,6 +185,7 @@ def start_engine(
 
     envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
+    os.environ["VLLM_PORT"] = ports.for_vllm()
     return LLM(**settings(folder, load_format=load_format, **options))
 
 

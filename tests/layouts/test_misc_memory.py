@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from tests import ports
 from tests.layouts import misc_ranks
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_no_rank_stands_out() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = ports.free()
     command = [sys.executable, "-m", "tests.layouts.misc_ranks"]
     ranks = [
         subprocess.Popen([*command, str(r), str(port)], cwd=ROOT, stdout=subprocess.PIPE)

@@ -16,6 +16,7 @@ import pytest
 
 from fp8sync.control import Channel, Listener
 from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, TransferTimeout
+from tests import ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -165,8 +166,7 @@ def test_closing_the_listener_wakes_who_waits() -> None:
 
 
 def test_nobody_listens() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = ports.free()
     with pytest.raises(EngineLost, match=f"no trainer link answers at 127.0.0.1:{port}"):
         Channel.connect("127.0.0.1", port, TOKEN, WAIT_S)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import torch
 
 from fp8sync.errors import EngineLost, TransferTimeout
 from fp8sync.transport import GlooGroup, Rendezvous
+from tests import ports
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -137,8 +137,7 @@ def test_a_group_that_stays_incomplete_is_a_timeout() -> None:
 
 
 def test_a_rendezvous_that_is_not_there_is_a_timeout_that_names_it() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as unused:
-        port = unused.getsockname()[1]
+    port = ports.free()
     with pytest.raises(TransferTimeout, match=rf"127\.0\.0\.1:{port} did not answer within 0.4 s"):
         GlooGroup.join(choice(port), 0.4)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests import skips
+from tests import ports, skips
 from tests.engines import world
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
 @contextmanager
 def host(folder: Path) -> Iterator[None]:
     """An engine's host on an address of its own."""
-    with socket.create_server(("127.0.0.3", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(ports.free("127.0.0.3"))
     command = [sys.executable, "-m", "fp8sync.verify.host", str(folder)]
     process = subprocess.Popen([*command, "--address", "127.0.0.3", "--port", port], cwd=ROOT)
     try:
