@@ -310,15 +310,15 @@ class Conductor:
         return [Manifest.from_json(said["manifest"]) for said in found]
 
     def _compare(self, plan: Plan) -> None:
-        """Every peer's digest of its part of the plan must equal ours."""
+        """Every peer's digest of its part of the plan must equal ours, which are made while they make theirs."""
+        own = {
+            rank: plan.digest(rank)
+            for role, rank in sorted(self._peers.channels)
+            if role == "engine"
+        }
         for (role, rank), channel in sorted(self._peers.channels.items()):
-            ranks = (
-                [rank]
-                if role == "engine"
-                else sorted(r for n, r in self._peers.channels if n == "engine")
-            )
+            mine = {str(r): own[r] for r in ([rank] if role == "engine" else own)}
             found = channel.receive("plan")["digests"]
-            mine = {str(r): plan.digest(r) for r in ranks}
             channel.send({"type": "agreed", "digests": mine, "commit": self.commit_kind})
             if found != mine:
                 theirs = channel.receive("digests")["digests"]

@@ -127,6 +127,8 @@ class _Watch(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        if func.is_view:  # of the same storage, so it is known for what it is a view of
+            return func(*args, **kwargs)
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
         target = self._targets.get(_identity(first)) if first is not None else None
         if target is None or first is None:
