@@ -14,7 +14,7 @@ from fp8sync_kernels.gpu.digest import add_digest, digest_scale
 from fp8sync_kernels.gpu.prefetch import prefetch_rows
 from fp8sync_kernels.gpu.scale import INF_BITS, pow2_multiplier, pow2_scale_inv
 from fp8sync_kernels.gpu.sliced import encode_slices, sliced_amax_bits
-from fp8sync_kernels.gpu.tile import BLOCK, digest_codes, load_tile, tile_amax_bits
+from fp8sync_kernels.gpu.tile import BLOCK, digest_codes, load_tile, smaller_halves, tile_amax_bits
 
 
 @triton.jit
@@ -69,9 +69,9 @@ def canonical_block(
 def _doubled(codes: tl.tensor) -> tl.tensor:
     """Twice the value of each of four codes, none of which exceeds 224 in magnitude.
 
-    With c the code without its sign: c + 8, an exponent more, from 8 on; below, where values are
-    multiples of 2^-9 by c, c + c.
+    With c the code without its sign, that is c + min(c, 8): an exponent more from 8 on; below, where
+    values are multiples of 2^-9 by c, c + c.
     """
-    eight = (((codes & 0x78787878) + 0x78787878) >> 4) & 0x08080808
-    below = codes & ((eight - (eight >> 3)) ^ 0x07070707)
-    return codes + eight + below
+    even = smaller_halves(codes & 0x007F007F, 0x00080008)
+    odd = smaller_halves(codes & 0x7F007F00, 0x08000800)
+    return codes + even + odd

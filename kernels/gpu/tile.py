@@ -137,13 +137,13 @@ def tile_amax_bits(words: tl.tensor, DTYPE: tl.constexpr) -> tl.tensor:
         if DTYPE.primitive_bitwidth == 16:
             own = _largest_held(words & 0x7FFF7FFF, 8)
         else:
-            upper = _largest_held(words & 0x7F007F00, 16)
-            own = _larger_halves(upper, _largest_held(words & 0x007F007F, 16) << 8)
+            # Shifted so that a magnitude leads each half; which byte follows it does not matter.
+            own = _larger_halves(_largest_held(words << 1, 16), _largest_held(words << 9, 16))
         largest = tl.max(tl.maximum(own & 0xFFFF, own >> 16).to(tl.int32))
         if DTYPE.primitive_bitwidth == 16:
             widened = largest.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
         else:
-            widened = (largest >> 8).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+            widened = (largest >> 9).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float32)
         bits = widened.to(tl.int32, bitcast=True)
     return tl.minimum(bits, INF_BITS)
 
@@ -173,6 +173,20 @@ def _larger_halves(one: tl.tensor, other: tl.tensor) -> tl.tensor:
             "max.u16x2 $0, $1, $2;", "=r,r,r", [one, other], tl.uint32, is_pure=True, pack=1
         )
     return larger
+
+
+@triton.jit
+def smaller_halves(pairs: tl.tensor, BOUND: tl.constexpr) -> tl.tensor:
+    """The smaller of each 16 bits of uint32 and of a constant."""
+    if INTERPRETED:
+        high = tl.minimum(pairs >> 16, BOUND >> 16)
+        smaller = (high << 16) | tl.minimum(pairs & 0xFFFF, BOUND & 0xFFFF)
+    else:
+        bound = tl.full(pairs.shape, BOUND, tl.uint32)
+        smaller = tl.inline_asm_elementwise(
+            "min.u16x2 $0, $1, $2;", "=r,r,r", [pairs, bound], tl.uint32, is_pure=True, pack=1
+        )
+    return smaller
 
 
 @triton.jit
