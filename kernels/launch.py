@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fp8sync_kernels.descriptor import DIVISION, Path
+from fp8sync_kernels.descriptor import COLUMNS, DIVISION, Path
 
 if TYPE_CHECKING:
     from fp8sync_kernels.table import Table
@@ -68,20 +68,20 @@ def run_table(
         launch_kernel(table, digests, nonfinite, programs=programs)
 
 
-def compile_options(paths: int) -> dict[str, int]:
+def compile_options(paths: int, one_row: bool = False) -> dict[str, int]:
     """Warps and registers for a table's set of paths.
 
     What decides is how many blocks a multiprocessor has in flight, without spilling: five of 16-bit
-    sources, three of fp32. Of many sizes tried, these were the fastest on an H200. The code for sources
-    of several dtypes needs more registers, and has fewer blocks. Codes are only read: there the number
-    of instructions decides, which for two warps is smaller than for four.
+    sources, four where no row is looked up, three of fp32. Of many sizes tried, these were the fastest
+    on an H200. The code for sources of several dtypes needs more registers, and has fewer blocks. Codes
+    are only read: there the number of instructions decides, which for two warps is smaller than for four.
     """
     wide = paths & (Path.WIDE_BF16 | Path.WIDE_FP16 | Path.WIDE_FP32)
     several = wide & (wide - 1)
     if wide & Path.WIDE_FP32:
         return {"num_warps": 4, "maxnreg": 248 if several else 168}
     if wide:
-        return {"num_warps": 4, "maxnreg": 168 if several else 96}
+        return {"num_warps": 4, "maxnreg": 168 if several else 128 if one_row else 96}
     if paths & Path.WIDE_CODES:
         return {"num_warps": 2 if paths % DIVISION == Path.WIDE_CODES else 4, "maxnreg": 128}
     return {"num_warps": 8}
@@ -97,7 +97,8 @@ def launch_kernel(
     """The launch itself, on the current device and stream (or in Triton's interpreter)."""
     loop = programs is not None and programs < table.blocks
     grid = (programs if loop else table.blocks, 1, 1)
-    tensors = (table.rows, table.block_row, digests, nonfinite)
+    one_row = table.rows.numel() == COLUMNS
+    tensors = (table.rows, None if one_row else table.block_row, digests, nonfinite)
     # What Triton specializes on. Its own search for the compiled kernel takes the host longer than
     # everything else together, as it compares every constant that the kernels refer to.
     kinds = tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
@@ -113,7 +114,7 @@ def launch_kernel(
         table.blocks,
         PATHS=table.paths,
         LOOP=loop,
-        **compile_options(table.paths),
+        **compile_options(table.paths, one_row),
     )
     if kernel is not None:  # None: interpreted
         _COMPILED[key] = kernel

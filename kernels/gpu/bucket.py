@@ -52,6 +52,7 @@ def bucket_kernel(
 ) -> None:
     """Run a table: int64 [rows, COLUMNS], int32 [blocks], int64 [slots] twice, or None.
 
+    block_row: None if there is one row: nothing to wait for before its own loads.
     LOOP: programs take more than one block each; otherwise there is one program for each block.
     """
     block = tl.program_id(0)
@@ -73,7 +74,9 @@ def _run_block(
     blocks: tl.tensor,
     PATHS: tl.constexpr,
 ) -> None:
-    desc = table + tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
+    desc = table
+    if block_row is not None:
+        desc += tl.load(block_row + block).to(tl.int64) * ROW_LENGTH
     later = (table, block_row, block, blocks)
     path = tl.load(desc + PATH)
     divides: tl.constexpr = (_DIVISION & PATHS) != 0

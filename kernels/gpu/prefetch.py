@@ -27,7 +27,7 @@ def prefetch_rows(later: tl.tuple) -> None:
     later: table, block_row, this program's block and the number of blocks.
     """
     table, block_row, block, blocks = later
-    if not INTERPRETED:
+    if block_row is not None and not INTERPRETED:
         if block % _LINE == 0:
             first = tl.load(block_row + tl.minimum(block + _AHEAD, blocks - 1))
             last = tl.load(block_row + tl.minimum(block + _AHEAD + _LINE - 1, blocks - 1))
