@@ -1,7 +1,15 @@
 """Pure planning: intersect two manifests, lay the copies out in buckets, explain and forecast them."""
 
 from fp8sync.plan.amax import AmaxGroup, AmaxPart, teams
-from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES, Bucket, Part, fill_buckets, in_parts, in_turns
+from fp8sync.plan.bucket import (
+    DEFAULT_BUCKET_BYTES,
+    Bucket,
+    Part,
+    fill_buckets,
+    in_parts,
+    in_turns,
+    strips,
+)
 from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import LinkPlan, explain
@@ -26,5 +34,6 @@ __all__ = [
     "in_parts",
     "in_portions",
     "in_turns",
+    "strips",
     "teams",
 ]

@@ -7,9 +7,10 @@ blockwise copies its scale_inv as float32; each begins at a multiple of 16 bytes
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from fp8sync.manifest import ITEMSIZE
@@ -29,6 +30,7 @@ __all__ = [
     "fill_buckets",
     "in_parts",
     "in_turns",
+    "strips",
 ]
 
 ALIGN = 16
@@ -68,9 +70,8 @@ class Bucket:
 def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTES) -> list[Bucket]:
     """Lay copies out in buckets of at most `bucket_bytes` payload each, in the plan's order.
 
-    A copy larger than a bucket is cut along its first dim, blockwise ones at multiples of 128 rows
-    of the HF tensor. A bucket holds more than `bucket_bytes` only where one such
-    strip alone does.
+    A copy larger than a bucket is cut into `strips`. A bucket holds more than `bucket_bytes` only where
+    one of them alone does.
     """
     buckets: list[Bucket] = []
     parts: list[Part] = []
@@ -85,7 +86,7 @@ def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTE
             parts.clear()
             used = 0
 
-    for copy in _strips(copies, bucket_bytes):
+    for copy in strips(copies, bucket_bytes):
         size = _size(copy)
         if parts and (used + size > bucket_bytes or not _same_route(parts[0].copy, copy)):
             close()
@@ -99,13 +100,15 @@ def fill_buckets(copies: Sequence[Copy], bucket_bytes: int = DEFAULT_BUCKET_BYTE
     return buckets
 
 
-def in_parts(copies: Sequence[Copy], count: int) -> list[tuple[Copy, ...]]:
-    """Cut a run of copies into `count` runs of about the same number of bytes; some may be empty."""
+def in_parts(copies: Sequence[Copy], sizes: Sequence[int]) -> list[tuple[Copy, ...]]:
+    """Cut a run of copies where its bytes are divided about as `sizes` are; some parts may be empty."""
+    ends = list(accumulate(sizes))
     total = sum(c.weight_bytes + c.scale_bytes for c in copies)
-    parts: list[list[Copy]] = [[] for _ in range(count)]
+    parts: list[list[Copy]] = [[] for _ in sizes]
     before = 0
     for copy in copies:
-        parts[min(before * count // max(total, 1), count - 1)].append(copy)
+        reached = min(before * ends[-1] // max(total, 1), ends[-1] - 1)
+        parts[bisect(ends, reached)].append(copy)
         before += copy.weight_bytes + copy.scale_bytes
     return [tuple(part) for part in parts]
 
@@ -123,15 +126,19 @@ def in_turns(buckets: Iterable[Bucket]) -> list[list[Bucket]]:
     return turns
 
 
-def _strips(copies: Sequence[Copy], bucket_bytes: int) -> Iterator[Copy]:
+def strips(copies: Iterable[Copy], nbytes: int) -> Iterator[Copy]:
+    """Yield copies, those of more than `nbytes` cut along their first dim.
+
+    Blockwise ones are cut at multiples of 128 rows of the HF tensor, and are never narrower.
+    """
     for copy in copies:
-        if _size(copy) <= bucket_bytes or not copy.shape:
+        if _size(copy) <= nbytes or not copy.shape:
             yield copy
             continue
         row_bytes = math.prod(copy.shape[1:]) * ITEMSIZE[copy.dtype]
         blockwise = copy.encoding is Encoding.BLOCKWISE
         unit = BLOCK if blockwise else 1
-        rows = max(unit, bucket_bytes // max(row_bytes, 1) // unit * unit)
+        rows = max(unit, nbytes // max(row_bytes, 1) // unit * unit)
         if blockwise and rows > unit:
             rows -= unit  # leaves room for the scales
         # Strips of a copy that begins inside a block still end where blocks do.

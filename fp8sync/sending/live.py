@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from fp8sync.errors import Fp8SyncError
 from fp8sync.transport.memory import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-
-    import torch
 
     from fp8sync.plan import Copy
     from fp8sync.wire.payload import Storages
@@ -48,7 +48,8 @@ class LiveTable:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
         """
-        pointers = [storages[name].data_ptr() for name in self._names]
+        # No bytecode for each storage: there may be as many as tensors.
+        pointers = list(map(torch.Tensor.data_ptr, map(storages.__getitem__, self._names)))
         if self._table is None or pointers != self._pointers:
             for name in self._names:
                 found_on = reader_of({name: storages[name]})

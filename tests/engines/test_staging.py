@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a large model."""
     monkeypatch.setattr("fp8sync.sending.writer.LEAST_BYTES", 1)
+    monkeypatch.setattr("fp8sync.sending.writer.STRIP_BYTES", 1 << 15)
 
 
 class World:

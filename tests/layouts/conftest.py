@@ -22,3 +22,4 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fp8sync.sending.writer.LEAST_BYTES", 1)
+    monkeypatch.setattr("fp8sync.sending.writer.STRIP_BYTES", 1 << 17)

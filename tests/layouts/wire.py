@@ -21,7 +21,7 @@ from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.share import Share
-from fp8sync.sending.writer import PARTS, StagingPlace, Writer
+from fp8sync.sending.writer import PARTS, StagingPlace, Writer, as_written
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.memory import export_memory
 from fp8sync.wire.payload import pack, unpack, view
@@ -170,7 +170,7 @@ def write_out(plan: Plan, source: Ranks, destination: Ranks) -> list[str]:
     faults = []
     for rank, told in on_every_rank(plan, source, write).items():
         for to in destination:
-            copies = [c for c in plan.to_rank(to) if c.source_rank == rank]
+            copies = [c for c in as_written(plan.to_rank(to)) if c.source_rank == rank]
             base, offsets = arenas[to].data_ptr(), places[to].offsets
             table = check_table(copies, lambda n, b=base, o=offsets: b + o[n], torch.device("cpu"))
             found = torch.zeros(len(copies), dtype=torch.int64)

@@ -17,6 +17,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.errors import CorruptBucket
 from fp8sync.plan import DEFAULT_BUCKET_BYTES
+from fp8sync.sending.writer import as_written
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
 from fp8sync.wire.tables import check_table
 from fp8sync_kernels import Table, run_table
@@ -144,7 +145,7 @@ class Expected:
     ) -> None:
         self._rank, self._locate, self._device = rank, locate, device
         self._runs: dict[int, list[Copy]] = defaultdict(list)
-        for copy in copies:
+        for copy in as_written(copies):
             self._runs[copy.source_rank].append(copy)
         self._tables: dict[tuple[int, int, int], Table] = {}
         self.begin()
