@@ -141,8 +141,8 @@ class Channel:
         data = bytearray()
         while len(data) < size:
             # A deadline for the whole, so that a peer that drips bytes is late as well.
-            self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
             try:
+                self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
                 with waiting():
                     piece = self._sock.recv(min(size - len(data), 1 << 20))
             except TimeoutError as error:

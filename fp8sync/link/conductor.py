@@ -128,8 +128,9 @@ class Conductor:
 
     @property
     def hung_up(self) -> bool:
-        """Whether a worker has left for another process's link, or is gone."""
-        return any(channel.hung_up() for channel in self._peers.each("engine"))
+        """Whether a worker has left for another process's link, or somebody is gone."""
+        left = any(channel.hung_up() for channel in self._peers.each("engine"))
+        return left or bool(self._peers.lost)
 
     def agree(self, listener: Listener) -> None:
         """Take everyone's manifest, build the plan, compare digests, open the transport."""

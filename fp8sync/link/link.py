@@ -175,7 +175,9 @@ class Link:
         with self._engine.exclusive():
             conductor = self._connected()
             if not self._has_engine():
-                raise EngineLost("another link has taken the engine; refit() connects again")
+                raise EngineLost(
+                    "another link has taken the engine, or a peer is gone; refit() connects again"
+                )
             try:
                 conductor.open(self.version, audit=True)
                 self._engine.start()

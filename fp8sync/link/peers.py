@@ -32,6 +32,8 @@ class Peers:
         self._engine_of = [number for number, workers in enumerate(engines) for _ in range(workers)]
         self._timeout_s = timeout_s
         self.channels: dict[tuple[str, int], Channel] = {}
+        self.lost: dict[tuple[str, int], Fp8SyncError] = {}
+        """Why somebody was hung up on."""
         self.left_open = False
         """Whether an engine's update was left open by a trainer that is gone."""
 
@@ -81,15 +83,24 @@ class Peers:
     def hear(
         self, role: str, kind: str, timeout_s: float | None = None
     ) -> tuple[list[Message], list[Fp8SyncError]]:
-        """Take a message of everyone who can be heard; who cannot is hung up on."""
+        """Take a message of everyone who can be heard; who cannot is hung up on.
+
+        Returns:
+            What was said, and why each of the others was hung up on, be it now or before.
+        """
         said: list[Message] = []
         lost: list[Fp8SyncError] = []
-        for channel in self.each(role):
+        for member, channel in sorted(self.channels.items()):
+            if member[0] != role:
+                continue
             try:
-                said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
-            except Fp8SyncError as error:  # noqa: PERF203  (all are heard)
+                if member not in self.lost:
+                    said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
+            except Fp8SyncError as error:
                 channel.close()
-                lost.append(error)
+                self.lost[member] = error
+            if member in self.lost:
+                lost.append(self.lost[member])
         return said, lost
 
     def votes(self, patience: int = 1) -> list[Fp8SyncError]:

@@ -9,7 +9,7 @@ import torch
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.errors import CorruptBucket, Fp8SyncError
+from fp8sync.errors import Fp8SyncError
 from fp8sync.sending.writer import PARTS
 
 if TYPE_CHECKING:
@@ -45,17 +45,19 @@ class StagingReceiver:
 
     def receive(self, version: int, staged: Storages) -> None:  # noqa: ARG002  (see Receiver)
         """Wait for the word that a part is written, and compare digests while the next is."""
-        failure: Fp8SyncError | None = None
+        failure: Exception | None = None
         self._expected.begin()
         for _ in range(PARTS):
-            written = self._channel.receive("written")["digests"]
+            # Trainer rank 0 may itself wait that long, for another rank.
+            written = self._channel.receive("written", 2 * self._channel.timeout_s)["digests"]
             if written is None:
                 failure = failure or Fp8SyncError("a trainer rank stopped writing")
             if failure is None:
                 try:
                     with torch.cuda.stream(self._stream):
                         self._expected.verify(written)
-                except CorruptBucket as error:  # what is still said has to be heard
+                # Whatever it is, what is still said has to be heard.
+                except Exception as error:  # noqa: BLE001
                     failure = error
         if failure is not None:
             raise failure

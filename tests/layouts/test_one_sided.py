@@ -1,0 +1,242 @@
+"""`ipc` from announcement to commit, between the real members of a link, each in a thread of this process.
+
+Its memory is the processor's, so it is mapped by being there; all else is what runs between GPUs.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed
+
+from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.sending.writer import PARTS
+from scripts.bench import refit_world
+from tests.layouts.cases import QWEN
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from concurrent.futures import Future
+
+    from fp8sync.sending.share import Written
+
+dist: Any = torch.distributed
+CPU = torch.device("cpu")
+SOURCE, WANTED = manifest(TrainerLayout(tp=2), QWEN), manifest(EngineLayout(tp=2), QWEN)
+WAIT_S = 20.0
+LAST = PARTS - 1
+
+
+class Worker(refit_world.Worker):
+    """Keeps one staging memory for all versions, as on a GPU."""
+
+    @property
+    def staged(self) -> refit_world.Tensors:
+        (specs,) = self._staging._portions
+        return {name: self._staging._view(name, spec) for name, spec in specs.items()}
+
+    def take(self) -> None:
+        """One version, to the vote, and through the commit if there is one."""
+        channel = self._channel
+        self._vote(self._receiver.receive, int(channel.receive("version")["version"]))
+        channel.receive("prepare")
+        channel.send({"type": "vote", "error": None})
+        if channel.receive("decision")["commit"]:
+            channel.send({"type": "committed", "commit_s": 0.0, "failure": ""})
+
+
+class Refit:
+    """Two trainer ranks and two workers."""
+
+    def __init__(self) -> None:
+        self._store = dist.HashStore()
+        self._links = 0
+        self.held = [refit_world.allocated(SOURCE, rank, CPU) for rank in (0, 1)]
+        self.expected = [refit_world.allocated(WANTED, rank, CPU) for rank in (0, 1)]
+        for rank in (0, 1):
+            refit_world.fill(SOURCE, rank, self.held[rank])
+            refit_world.fill(WANTED, rank, self.expected[rank])
+        self.workers = [Worker(refit_world.own(WANTED, rank), rank, CPU) for rank in (0, 1)]
+        self._pool = ThreadPoolExecutor(3)
+        self.version = 0
+        self.connect()
+
+    def connect(self) -> None:
+        """Make a link, in the place of one that may be broken."""
+        self._links += 1
+        key = str(self._links)
+        sources = [
+            refit_world.PaperSource(refit_world.own(SOURCE, rank), self.held[rank])
+            for rank in (0, 1)
+        ]
+        joining = [self._pool.submit(w.join, self._store, key) for w in self.workers]
+        following = self._pool.submit(refit_world.follow, sources[1], 1, self._store, key)
+        self.leader = refit_world.lead(sources[0], self._store, key, "ipc", (2, 2), 1 << 20)
+        self.follower = following.result()
+        assert [each.result() for each in joining] == [None, None]
+
+    def run(self, heard: threading.Event | None = None) -> list[BaseException | None]:
+        """One version; what rank 0, rank 1 and the workers raised. Sets `heard` when rank 0 is through."""
+        self.version += 1
+        others: list[Future[Any]] = [self._pool.submit(self.follower.transfer)]
+        others += [self._pool.submit(worker.take) for worker in self.workers]
+        raised: BaseException | None = None
+        try:
+            refit_world.timed_refit(self.leader, self.version)
+        except Fp8SyncError as error:
+            raised = error
+        if self.leader.hung_up:
+            self.leader.close()
+        if heard is not None:
+            heard.set()
+        return [raised, *(each.exception(WAIT_S) for each in others)]
+
+    def mend(self) -> None:
+        """Connect anew where somebody was lost, as `Link.refit` does, and meddle no more."""
+        if self.leader.hung_up:
+            self.follower.close()
+            for worker in self.workers:
+                worker.leave()
+            self.connect()
+        vars(self.follower).pop("_tell", None)
+
+    def arrived(self) -> bool:
+        """Whether every worker holds every byte."""
+        pairs = zip(self.workers, self.expected, strict=True)
+        return not any(refit_world.differing(worker.staged, wanted) for worker, wanted in pairs)
+
+    def tells(self, tell: Callable[[int, Written | None], list[Written | None]]) -> None:
+        """Let rank 1, once, say what `tell` makes of the number of a part and what it has written."""
+        before = self.follower._tell
+        number = iter(range(PARTS))
+
+        def told(written: Written | None) -> None:
+            for each in tell(next(number), written):
+                before(each)
+
+        self.follower._tell = told
+
+    def close(self) -> None:
+        self.leader.close()
+        self.follower.close()
+        for worker in self.workers:
+            worker.leave()
+        self._pool.shutdown()
+
+
+@pytest.fixture
+def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
+    """Afterwards the next version arrives, over a new link if this one is down."""
+    monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("ipc", "asked for"))
+    monkeypatch.setattr(refit_world, "TIMEOUT_S", WAIT_S)
+    refit = Refit()
+    yield refit
+    for worker in refit.workers:
+        for tensor in worker.staged.values():
+            tensor.zero_()
+    refit.mend()
+    assert refit.run() == [None] * 4
+    assert refit.arrived()
+    refit.close()
+
+
+def test_every_byte_of_every_version(refit: Refit) -> None:
+    assert refit.run() == [None] * 4
+    assert refit.arrived()
+
+
+def test_a_flipped_byte(refit: Refit) -> None:
+    """Changed in staging memory after it was written, and before the worker looks."""
+
+    def flip(number: int, written: Written | None) -> list[Written | None]:
+        if number == LAST:
+            for tensor in refit.workers[1].staged.values():
+                tensor.view(torch.uint8)[-1] ^= 1
+        return [written]
+
+    refit.tells(flip)
+    first, *others = refit.run()
+    assert isinstance(first, CorruptBucket)
+    assert re.search(
+        r"engine rank 1: staged .*: engine rank 1 expected digest", str(first), re.DOTALL
+    )
+    assert [type(error) for error in others] == [CorruptBucket, type(None), type(None)]
+
+
+def test_digests_in_another_order(refit: Refit) -> None:
+    """Of the right copies, the last part first."""
+    kept: list[Written | None] = []
+
+    def turn(number: int, written: Written | None) -> list[Written | None]:
+        kept.insert(0, written)
+        return kept if number == LAST else []
+
+    refit.tells(turn)
+    first, *_ = refit.run()
+    assert isinstance(first, CorruptBucket)
+    assert re.search(
+        r"\.weight: engine rank \d expected digest \S+ from trainer rank 1", str(first)
+    )
+
+
+def test_a_rank_that_cannot_read(refit: Refit) -> None:
+    held = dict(refit.held[1])
+    refit.held[1].clear()
+    first, *others = refit.run()
+    refit.held[1].update(held)
+    assert "trainer rank 1 failed: KeyError" in str(first)
+    assert type(others[0]) is Fp8SyncError
+
+
+@pytest.mark.parametrize("part", [0, LAST])
+def test_a_rank_that_dies(refit: Refit, part: int) -> None:
+    def die(number: int, written: Written | None) -> list[Written | None]:
+        if number == part:
+            refit.follower.close()
+        return [written]
+
+    refit.tells(die)
+    first, *_ = refit.run()
+    assert isinstance(first, EngineLost)
+    assert "trainer rank 1 closed the connection; expected 'written'" in str(first)
+
+
+def test_a_rank_that_falls_silent(refit: Refit) -> None:
+    for channel in refit.leader._peers.each("trainer"):
+        channel.timeout_s = 0.5
+    heard = threading.Event()
+
+    def wait(number: int, written: Written | None) -> list[Written | None]:
+        if number == 1:
+            heard.wait(WAIT_S)
+        return [written]
+
+    refit.tells(wait)
+    first, *_ = refit.run(heard)
+    assert isinstance(first, TransferTimeout)
+    assert "trainer rank 1 sent no 'written' within 0.5 s" in str(first)
+
+
+def test_a_worker_that_dies(refit: Refit) -> None:
+    def die(number: int, written: Written | None) -> list[Written | None]:
+        if number == 1:
+            refit.workers[0]._channel.close()
+        return [written]
+
+    refit.tells(die)
+    first, *_ = refit.run()
+    assert isinstance(first, EngineLost)
+    assert "engine rank 0 closed the connection; expected 'vote'" in str(first)
+
+
+def test_a_rank_that_makes_another_call(refit: Refit) -> None:
+    """It says so in the place of what it has written."""
+    refit.follower.transfer = refit.follower.audit
+    first, *_ = refit.run()
+    assert "trainer rank 1 was asked to audit, but rank 0 to refit" in str(first)
