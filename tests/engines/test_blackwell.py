@@ -1,4 +1,4 @@
-"""Layouts of Blackwell's kernels, by vLLM's own functions as far as these run on a processor.
+"""Layouts of Blackwell's and FlashInfer's kernels, by vLLM's own functions as far as these run on a processor.
 
 What they call of DeepGEMM, the packing of UE8M0 scales, is a CUDA kernel; `fp8sync_kernels.layouts.pack_ue8m0`, written
 from DeepGEMM's description of the layout, is in its place. FlashInfer's TRT-LLM shuffles are not tried.
@@ -6,15 +6,20 @@ from DeepGEMM's description of the layout, is in its place. FlashInfer's TRT-LLM
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from vllm.model_executor.kernels.linear.scaled_mm.cutlass import CutlassFp8BlockScaledMMKernel
 from vllm.model_executor.kernels.linear.scaled_mm.deep_gemm import DeepGemmFp8BlockScaledMMKernel
+from vllm.model_executor.layers.fused_moe.oracle.fp8 import (
+    Fp8MoeBackend,
+    convert_to_fp8_moe_kernel_format,
+)
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.layers.quantization.utils import fp8_utils
-from vllm.model_executor.layers.quantization.utils.flashinfer_utils import swap_w13_to_w31
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 from vllm.model_executor.utils import replace_parameter
 
@@ -77,18 +82,19 @@ def experts(process: Callable[[Any], None]) -> torch.nn.Module:
     )
 
 
-def deep_gemm_experts(module: Any) -> None:
+def convert(backend: Fp8MoeBackend, module: Any, *, gated: bool = True) -> None:
+    """What vLLM's method for FP8 experts does with their weights."""
+    module.moe_config = SimpleNamespace(is_act_and_mul=gated)
+    module.activation = SimpleNamespace(is_gated=gated)
     names = ("w13_weight", "w2_weight", "w13_weight_scale_inv", "w2_weight_scale_inv")
-    tensors = fp8_utils.prepare_fp8_moe_layer_for_deepgemm(
-        *(getattr(module, name) for name in names), (128, 128)
-    )
+    given = (getattr(module, name) for name in names)
+    tensors = convert_to_fp8_moe_kernel_format(backend, module, *given, None, None)
     for name, tensor in zip(names, tensors, strict=True):
         replace_parameter(module, name, tensor.data)
 
 
-def flashinfer_experts(module: Any) -> None:
-    for name in ("w13_weight", "w13_weight_scale_inv"):
-        replace_parameter(module, name, swap_w13_to_w31(getattr(module, name).data))
+deep_gemm_experts = partial(convert, Fp8MoeBackend.DEEPGEMM)
+flashinfer_experts = partial(convert, Fp8MoeBackend.FLASHINFER_CUTLASS)
 
 
 def layer(shapes: dict[str, tuple[int, ...]], method: Method) -> torch.nn.Module:
@@ -153,10 +159,11 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 MAKERS = {
     "linear": lambda: linear(DeepGemmFp8BlockScaledMMKernel),
     "experts": lambda: experts(deep_gemm_experts),
+    "flashinfer": lambda: experts(flashinfer_experts),
 }
 
 
-@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("kind", ["linear", "experts"])
 def test_packed_scales_are_those_of_unchanged_weights(kind: str, monkeypatch: Any) -> None:
     """pow2 loses nothing on the way into DeepGEMM's layout; its re-encoding changes no value."""
     monkeypatch.setattr(fp8_utils, "transform_sf_into_required_layout", sm_100)
@@ -206,6 +213,8 @@ def test_installed_by_process_as_by_a_first_load(kind: str, monkeypatch: Any) ->
         (lambda: experts(deep_gemm_experts), sm_90, Formula.POW2, True),
         (lambda: experts(deep_gemm_experts), sm_100, Formula.POW2, False),
         (lambda: experts(flashinfer_experts), sm_90, Formula.POW2, False),
+        (lambda: experts(partial(flashinfer_experts, gated=False)), sm_90, Formula.POW2, True),
+        (lambda: experts(partial(flashinfer_experts, gated=False)), sm_90, Formula.FP32, False),
     ],
 )
 def test_what_may_be_overwritten_and_what_is_processed(
