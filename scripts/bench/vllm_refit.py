@@ -55,11 +55,14 @@ def main() -> None:
     gpu = torch.device("cuda", options.trainer_gpu if beside else options.engine_tp + rank)
     torch.cuda.set_device(gpu)
     wire, local = copy_bandwidth(gpu, ENGINE), 2 * copy_bandwidth(gpu, gpu)
+    host = copy_bandwidth(torch.device("cpu"), gpu) if options.offload else 0.0
     source = qwen30b.RandomQwen(options.layers, gpu, rank, ranks, offload=options.offload)
     if rank == 0:
         print(f"copy of 1 GiB, {gpu} -> {ENGINE}: {wire / 1e9:.0f} GB/s, on {gpu}: ", end="")
-        print(f"{local / 1e9:.0f} GB/s read and written", flush=True)
-        lead(options, source, wire, local)
+        print(
+            f"{local / 1e9:.0f} GB/s read and written, from the host: {host / 1e9:.1f}", flush=True
+        )
+        lead(options, source, wire, local, host)
         return
     link = fp8sync.connect(source, None, "blockwise-pow2")
     for _ in range(options.refits):
@@ -67,7 +70,11 @@ def main() -> None:
 
 
 def lead(
-    options: argparse.Namespace, source: qwen30b.RandomQwen, wire: float, local: float
+    options: argparse.Namespace,
+    source: qwen30b.RandomQwen,
+    wire: float,
+    local: float,
+    host: float,
 ) -> None:
     """Measure, on the trainer rank that holds the engine.
 
@@ -76,6 +83,7 @@ def lead(
         source: this rank's weights.
         wire: bytes per second to the engine's first GPU.
         local: bytes per second on one GPU, read and written.
+        host: bytes per second from pinned memory to this rank's GPU; 0 where it was not measured.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -98,6 +106,7 @@ def lead(
         misc = [refit(link, llm, options.sleep) for _ in range(options.misc)]
         llm.llm_engine.engine_core.shutdown()
     keys = ("total", "quantize", "verify", "prepare", "commit", "pause")
+    print(f"connect and first refit: {connect_s + rows[0]['total']:.2f} s")
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in keys}
     shard = rows[0]["bytes"] / options.engine_tp
     print("median of all but the first: " + ", ".join(f"{k} {v:.4f} s" for k, v in medians.items()))
@@ -106,7 +115,8 @@ def lead(
     )
     print(f"goal of the pause: {1.3 * 2 * shard / local + 3e-3:.4f} s")
     if options.offload:
-        print(f"read from the host: {source.nbytes / medians['quantize'] / 1e9:.1f} GB/s")
+        read = source.nbytes / medians["quantize"]
+        print(f"quantize: {read / 1e9:.1f} GB/s, {read / host:.0%} of the copy from the host")
     elif options.trainer_gpu == 0:
         moved = source.nbytes + rows[0]["bytes"]
         print(f"quantize: {moved / medians['quantize'] / local:.0%} of the copy bandwidth")
@@ -114,7 +124,12 @@ def lead(
         print("vLLM's own NCCL transfer: " + ", ".join(f"{s:.2f} s" for s in native))
     if options.out:
         record = {"options": {**vars(options), "out": None}, "wire_bytes_per_s": wire}
-        record |= {"copy_bytes_per_s": local, "connect_s": connect_s, "connect_stages": stages}
+        record |= {
+            "copy_bytes_per_s": local,
+            "host_bytes_per_s": host,
+            "connect_s": connect_s,
+            "connect_stages": stages,
+        }
         record |= {"native_s": native, "rows": rows, "misc_rows": misc}
         options.out.write_text(json.dumps(record) + "\n")
 
@@ -195,19 +210,25 @@ def beside(call: Any) -> threading.Thread:
 
 
 def copy_bandwidth(source: torch.device, destination: torch.device) -> float:
-    """Bytes per second of a large copy, counted once (median of 10)."""
+    """Bytes per second of a large copy, counted once (median of 10); a processor's memory is pinned."""
     there = torch.empty(1 << 30, dtype=torch.uint8, device=destination)
-    here = torch.empty(1 << 30, dtype=torch.uint8, device=source)
+    pinned = source.type == "cpu"
+    here = torch.empty(1 << 30, dtype=torch.uint8, device=source, pin_memory=pinned)
+    gpus = [device for device in (destination, source) if device.type == "cuda"]
     seconds = []
     for _ in range(12):
-        torch.cuda.synchronize(destination)
-        torch.cuda.synchronize(source)
+        synchronize(gpus)
         began = time.perf_counter()
         there.copy_(here)
-        torch.cuda.synchronize(destination)
-        torch.cuda.synchronize(source)
+        synchronize(gpus)
         seconds.append(time.perf_counter() - began)
     return (1 << 30) / statistics.median(seconds[2:])
+
+
+def synchronize(gpus: list[torch.device]) -> None:
+    """Wait for all of them."""
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
 
 
 if __name__ == "__main__":
