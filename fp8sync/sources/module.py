@@ -34,19 +34,7 @@ class ModuleSource:
 
     def storages(self) -> dict[str, torch.Tensor]:
         """Return the live parameters and buffers by name; nothing is copied."""
-        seen: set[tuple[object, ...]] = set()
-        live: dict[str, torch.Tensor] = {}
-        for name, value in self._module.state_dict(keep_vars=True).items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            tensor = value.detach()
-            # Two views of one memory are tied only if they show it alike; meta tensors have none.
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-            if tensor.numel() and not tensor.is_meta and key in seen:
-                continue
-            seen.add(key)
-            live[name] = tensor
-        return live
+        return {name: value.detach() for name, value in self._values().items()}
 
     def manifest(self) -> Manifest:
         """Return one box per HF tensor.
@@ -55,12 +43,12 @@ class ModuleSource:
             UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype, or a
                 stack of experts that lies in an unknown way; all of them at once.
         """
-        live = self.storages()
-        shapes = {name: tensor.shape for name, tensor in live.items()}
+        values = self._values()
+        shapes = {name: tensor.shape for name, tensor in values.items()}
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
         faults: list[str] = []
-        for storage, tensor in live.items():
+        for storage, tensor in values.items():
             try:
                 _check_plain(tensor)
                 parts = list(hf_parts(storage, shapes))
@@ -75,6 +63,21 @@ class ModuleSource:
         if faults:
             raise UnsupportedLayout("not a plain module", faults)
         return Manifest.of(infos, {self._rank: boxes})
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        """What the module holds, not detached: detached, a subclass of Parameter looks plain."""
+        seen: set[tuple[object, ...]] = set()
+        found: dict[str, torch.Tensor] = {}
+        for name, value in self._module.state_dict(keep_vars=True).items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            # Two views of one memory are tied only if they show it alike; meta tensors have none.
+            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
+            if value.numel() and not value.is_meta and key in seen:
+                continue
+            seen.add(key)
+            found[name] = value
+        return found
 
 
 def _check_plain(tensor: torch.Tensor) -> None:

@@ -168,6 +168,22 @@ def test_meta_parameters_of_one_shape_are_all_named() -> None:
     assert named == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
+def test_kinds_of_parameters_that_are_not_known_are_refused() -> None:
+    """Packed weights: what they hold is not what their shape says."""
+    module = nn.Linear(4, 4, bias=False)
+    module.weight = type("Int8Params", (nn.Parameter,), {})(module.weight.detach())
+    with pytest.raises(UnsupportedLayout) as refusal:
+        ModuleSource(module).manifest()
+    assert refusal.value.violations == ("weight: expected a plain tensor, found Int8Params",)
+
+
+def test_a_megatron_model_without_its_bridge_is_refused() -> None:
+    module = nn.Linear(4, 4)
+    module.weight.tensor_model_parallel = True
+    with pytest.raises(UnsupportedLayout, match="is a Megatron-Core model: expected its bridge="):
+        as_source(module)
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2, torch.uint32])
 def test_dtypes_that_cannot_travel_are_refused(dtype: torch.dtype) -> None:
     module = nn.Module()
