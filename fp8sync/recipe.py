@@ -35,6 +35,8 @@ _FORMULAS: dict[str, Formula | None] = {
 }
 _UNQUANTIZED = (
     *("lm_head", "*.gate", "*.router", "*.shared_expert_gate"),
+    # Of layers that predict further tokens; DeepSeek's FP8 checkpoints and vLLM keep them so.
+    *("*.eh_proj", "*.shared_head.head"),
     # Two rows per head, merged: not whole blocks, which vLLM refuses.
     *("*.linear_attn.in_proj_ba", "*.linear_attn.in_proj_a", "*.linear_attn.in_proj_b"),
 )

@@ -29,7 +29,9 @@ __all__ = ["DEFAULT_SHARD_BYTES", "Exported", "export_checkpoint"]
 DEFAULT_BAND_BYTES = 16 << 20
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _BESIDES = ("generation_config.json", "chat_template.*", "tokenizer*", "special_tokens_map.json",
-            "added_tokens.json", "vocab.*", "merges.txt")  # fmt: skip
+            "added_tokens.json", "vocab.*", "merges.txt", "*preprocessor_config.json",
+            "*.py")  # fmt: skip
+"""Copied from beside the config; modules, too, as its `auto_map` may name some."""
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ def _finish(files: ShardFiles, folder: Path, config: dict[str, Any], besides: An
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     origin = getattr(besides, "folder", besides)
     if isinstance(origin, (str, Path)):
-        for path in (path for pattern in _BESIDES for path in Path(origin).glob(pattern)):
-            shutil.copy(path, folder / path.name)
+        for path in {path for pattern in _BESIDES for path in Path(origin).glob(pattern)}:
+            if path.is_file() and not folder.samefile(origin):
+                shutil.copy(path, folder / path.name)
 
 
 def _config(config: Any, model: Any, source: Any) -> dict[str, Any]:

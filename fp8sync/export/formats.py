@@ -111,17 +111,17 @@ def encode(band: Band, written: Written) -> tuple[torch.Tensor, torch.Tensor | N
 def quantization_config(written: Mapping[str, Written]) -> dict[str, Any]:
     """Return what `config.json` has to say of FP8 weights; nothing where there are none.
 
-    `modules_to_not_convert` names every module whose matrix stays unquantized.
+    `modules_to_not_convert` names every module of which a matrix, or a stack of them, stays unquantized.
     """
     if all(w.formula is None for w in written.values()):
         return {}
-    kept = [n for n, w in written.items() if w.formula is None and len(w.info.shape) == 2]
+    kept = [n for n, w in written.items() if w.formula is None and len(w.info.shape) > 1]
     told = {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [BLOCK, BLOCK],
-        "modules_to_not_convert": [name.removesuffix(".weight") for name in kept],
+        "modules_to_not_convert": list(dict.fromkeys(n.rpartition(".")[0] or n for n in kept)),
     }
     return {"quantization_config": told}
 

@@ -135,8 +135,15 @@ def _info(name: str, shape: tuple[int, ...], held: _Held) -> TensorInfo:
 
 def _mapped(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
+    holder: dict[str, str] = {}
+    twice = []
     for path, names in _files(folder).items():
-        found |= _read(path, names)
+        read = _read(path, names)
+        twice += [f"{n}: found in {holder[n]} and in {path.name}" for n in read if n in found]
+        holder |= dict.fromkeys(read, path.name)
+        found |= read
+    if twice:
+        raise UnsupportedLayout(f"{folder}: expected every tensor in one file", twice)
     return found
 
 

@@ -61,6 +61,16 @@ def test_an_index_that_lies(tmp_path: Path) -> None:
             CheckpointSource(tmp_path)
 
 
+def test_a_tensor_in_two_files(tmp_path: Path) -> None:
+    """As when shards were written beside a whole file, or beside those of another step."""
+    save_file({"a": torch.zeros(1), "b": torch.zeros(1)}, tmp_path / "model.safetensors")
+    save_file({"b": torch.ones(1)}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(UnsupportedLayout, match="expected every tensor in one file") as error:
+        CheckpointSource(tmp_path)
+    fault = "b: found in model-00002-of-00002.safetensors and in model.safetensors"
+    assert error.value.violations == (fault,)
+
+
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedLayout, match=r"expected \*\.safetensors, found none"):
         CheckpointSource(tmp_path)

@@ -57,7 +57,8 @@ def test_fp8_is_the_quantized_checkpoint(
 ) -> None:
     expected = read(saved)
     linear = [name for name in expected if name.endswith(LINEAR)]
-    kept = [n for n, t in expected.items() if t.dim() == 2 and n not in linear]
+    kept = {n.rpartition(".")[0] for n, t in expected.items() if t.dim() > 1 and n not in linear}
+    assert ("model.layers.0.mlp.experts" in kept) is (saved.name.startswith("gpt-oss"))
     for name in linear:
         q = quantize_blockwise(expected[name], formula)
         expected[name], expected[name + SCALES] = q.weight, q.scale_inv
@@ -71,9 +72,7 @@ def test_fp8_is_the_quantized_checkpoint(
     if linear:
         told = config(tmp_path)["quantization_config"]
         assert (told["quant_method"], told["weight_block_size"]) == ("fp8", [128, 128])
-        assert sorted(told["modules_to_not_convert"]) == sorted(
-            name.removesuffix(".weight") for name in kept
-        )
+        assert sorted(told["modules_to_not_convert"]) == sorted(kept)
 
 
 @pytest.mark.parametrize("formula", ["pow2", "fp32"])
@@ -153,11 +152,24 @@ def test_a_model_without_a_config_is_not_exported(tmp_path: Path) -> None:
 
 def test_files_beside_the_weights_are_copied(tmp_path: Path) -> None:
     saved = models.write_checkpoint("qwen3", tmp_path / "saved")
-    (saved / "tokenizer.json").write_text("{}")
+    for name in ("tokenizer.json", "modeling_own.py", "preprocessor_config.json"):
+        (saved / name).write_text("{}")
+    expected = {path.name for path in saved.iterdir()}
+    (saved / "tokenizers").mkdir()  # what is no file is left where it is
     export_checkpoint(saved, tmp_path / "made", progress=False)
-    copied = {path.name for path in (tmp_path / "made").iterdir()}
-    assert copied == {path.name for path in saved.iterdir()}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == expected
     assert json.loads((tmp_path / "made/tokenizer.json").read_text()) == {}
+
+
+def test_a_folder_may_have_its_config_already(tmp_path: Path) -> None:
+    saved = models.write_checkpoint("qwen3", tmp_path / "saved")
+    made = tmp_path / "made"
+    made.mkdir()
+    for name in ("config.json", "generation_config.json"):
+        (made / name).write_text((saved / name).read_text())
+    export_checkpoint(saved, made, config=made, progress=False)
+    assert config(made) == config(saved)
+    assert_same(read(made), read(saved))
 
 
 def test_codes_without_scales_are_not_exported(tmp_path: Path) -> None:

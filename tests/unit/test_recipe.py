@@ -57,6 +57,8 @@ def test_json_is_lossless(name: str) -> None:
         ("lm_head.weight", True),
         ("model.layers.0.mlp.gate.weight", True),
         ("model.layers.0.mlp.shared_expert_gate.weight", True),
+        ("model.layers.61.eh_proj.weight", True),
+        ("model.layers.61.shared_head.head.weight", True),
         ("model.layers.0.linear_attn.in_proj_ba.weight", True),
         ("model.layers.0.linear_attn.in_proj_qkvz.weight", False),
         ("model.layers.0.mlp.gate_proj.weight", False),
