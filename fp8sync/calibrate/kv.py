@@ -65,7 +65,7 @@ def calibrate_kv(
     if bridge is None:
         tokens = largest_cached(model, _given(batches))
     else:
-        chunks = model if isinstance(model, list) else [model]
+        chunks = model if isinstance(model, (list, tuple)) else [model]
         tokens = largest_attended(chunks, bridge, _given(batches))
     own = {name: torch.quantile(t, percentile / 100).item() for name, t in tokens.items()}
     amax: dict[str, float] = {}

@@ -68,7 +68,7 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
     Args:
         model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
             DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
-            Megatron-Core model: the list of its chunks on this rank.
+            Megatron-Core model: the list of its chunks on this rank, or its only one.
         bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model. With a path, that of a
             Megatron distributed checkpoint.
         master: whether to read its optimizer's FP32 masters; see `MegatronSource`.
@@ -91,8 +91,7 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
     if bridge is not None:
         from fp8sync.sources.megatron import MegatronSource
 
-        chunks = model if isinstance(model, list) else [model]
-        return MegatronSource(chunks, bridge, master=master)
+        return MegatronSource(model, bridge, master=master)
     if isinstance(model, (str, Path)):
         if (Path(model) / ".metadata").exists():
             raise UnsupportedLayout(
@@ -108,6 +107,9 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
 
 
 def _source_of(module: torch.nn.Module, rank: int) -> Source:
+    if any(hasattr(p, "tensor_model_parallel") for p in module.parameters()):
+        kind = type(module).__name__
+        raise UnsupportedLayout(f"{kind} is a Megatron-Core model: expected its bridge=")
     if "torch.distributed.tensor" in sys.modules:  # without it there are no DTensors
         from fp8sync.sources.dtensor import DTensorSource, holds_dtensors
 

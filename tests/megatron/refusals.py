@@ -15,6 +15,7 @@ from fp8sync.export import export_checkpoint
 from fp8sync.manifest import Manifest
 from fp8sync.plan.coverage import check_tiling
 from fp8sync.recipe import Formula
+from fp8sync.sources import as_source
 from fp8sync.sources.megatron import DistributedCheckpointSource, MegatronSource
 from tests.megatron import cpu, pairs
 from tests.megatron.checks import gather, load
@@ -37,7 +38,7 @@ def check_bad_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         ("0.mlp.linear_fc2", {"fp8_dtype": pairs.DType.kFloat8E5M2}, "expected E4M3 codes, found kFloat8E5M2"),
         ("1.self_attention.linear_qkv", {"quantizer": None}, "expected block_len 128, found None"),
         ("1.self_attention.linear_proj", {"quantizer": SimpleNamespace(**quantizer | {"block_len": 64})}, "expected block_len 128, found 64"),
-        ("1.mlp.linear_fc1", {"rowwise_scale_inv": torch.zeros(1, 4)}, r"expected scale_inv torch\.float32 \[8, 2\] or padded, found torch\.float32 \[1, 4\]"),
+        ("1.mlp.linear_fc1", {"rowwise_scale_inv": torch.zeros(1, 4)}, r"expected scale_inv torch\.float32 \[8, 2\], or .* padded to fours, found torch\.float32 \[1, 4\]"),
     ]  # fmt: skip
     parameters = {n: p for chunk in chunks for n, p in chunk.named_parameters()}
     expected = []
@@ -84,6 +85,30 @@ def check_other_experts(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         for n in (0, 1)
     ]
     return unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+
+
+def check_other_forms(checkpoint: Path, axes: dict[str, int]) -> list[str]:
+    """Weights that are not what their mapping takes them for, and chunks that are none, or without a bridge."""
+    from megatron.bridge.models.conversion.utils import unwrap_model
+
+    bridge, chunks = load(checkpoint, axes)
+    (model,) = unwrap_model(chunks)
+    model.config.layernorm_zero_centered_gamma = True
+    owner = model.decoder.layers[0].mlp.linear_fc2
+    # As GTPShardedParam of megatron/core/tensor_parallel/generalized_tensor_parallelism.py.
+    owner.weight = type("GTPShardedParam", (torch.nn.Parameter,), {})(owner.weight.detach())
+    expected = [
+        r"norms hold their weights minus one \(layernorm_zero_centered_gamma\), expected Qwen3Bridge",
+        LAYER.format(
+            0, "linear_fc2.weight", "expected a plain or FP8 tensor, found GTPShardedParam"
+        ),
+    ]
+    faults = unsaid(expected, lambda: MegatronSource(chunks, bridge).manifest())
+    for given, found in (([], "none"), (checkpoint, "PosixPath"), ([None], "NoneType")):
+        said = [f"expected Megatron-Core model chunks, found {found}$"]
+        faults += unsaid(said, lambda given=given: MegatronSource(given, bridge), whole=True)
+    said = ["is a Megatron-Core model: expected its bridge="]
+    return faults + unsaid(said, lambda: as_source(chunks[0]), whole=True)
 
 
 def check_no_master(checkpoint: Path, axes: dict[str, int]) -> list[str]:

@@ -54,6 +54,7 @@ KV = {"qwen3": ["tp=2", "tp=4", "pp=2", "tp=2,pp=2"], "qwen3-4layers": ["pp=2,vp
 REFUSALS = [
     "check_loose_masters:qwen3:tp=2",
     "check_other_experts:qwen3-moe:",
+    "check_other_forms:qwen3:tp=2",
     "check_no_master:qwen3:tp=2",
     "check_nan_master:qwen3:tp=2",
     "check_bad_checkpoint:qwen3:tp=2",

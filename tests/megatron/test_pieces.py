@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.coverage import check_tiling
+from fp8sync.recipe import Formula
 from fp8sync.sources.megatron.boxes import boxes_of
-from fp8sync.sources.megatron.held import Held
+from fp8sync.sources.megatron.held import Held, held
 from fp8sync.sources.megatron.masters import Master, master_boxes, rectangles
 from fp8sync.sources.megatron.pieces import Layout, Piece, Run, columns, concatenated, fused, rows
+from tests.megatron import pairs
 
 
 @given(
@@ -138,3 +140,17 @@ def test_tiling(boxes: dict[int, list[Box]], said: str | None) -> None:
         return
     with pytest.raises(UnsupportedLayout, match=said):
         check_tiling(manifest)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (2, 4), (1, 3), (3, 4), (2, 2), (2, 8)])
+def test_scales_of_blocks_are_padded_in_their_columns_alone(grid: tuple[int, int]) -> None:
+    """More would be scales of other blocks, such as those of two shards one below the other."""
+    parameter: Any = torch.nn.Parameter(torch.zeros(256, 384))
+    pairs.make_pair(parameter, Formula.POW2, rowwise_scale_inv=torch.ones(grid))
+    if grid in ((2, 3), (2, 4)):
+        assert held(parameter).scale_inv is not None
+        return
+    with pytest.raises(
+        ValueError, match=r"expected scale_inv torch\.float32 \[2, 3\], or .* fours"
+    ):
+        held(parameter)

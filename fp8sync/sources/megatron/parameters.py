@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from fp8sync.sources.megatron.held import expert_of
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["LocalParameter", "LooseTask"]
 
@@ -42,9 +41,17 @@ class LocalParameter:
         """Return the tensor as the module holds it now; optimizers may replace it.
 
         Raises:
-            ValueError: experts in one parameter whose elements cannot be read.
+            ValueError: a kind of tensor that is not known, or experts in one parameter whose elements
+                cannot be read.
         """
-        return self.kept if self.expert is None else expert_of(self.kept, self.expert)
+        if self.expert is not None:
+            return expert_of(self.kept, self.expert)
+        kind = type(self.kept)
+        # Detached, any subclass of Parameter looks plain, and may hold less than its mapping says: a
+        # shard of generalized tensor parallelism does.
+        if kind not in (torch.Tensor, torch.nn.Parameter) and not hasattr(kind, "get_metadata"):
+            raise ValueError(f"expected a plain or FP8 tensor, found {kind.__name__}")
+        return self.kept
 
 
 @dataclass(frozen=True)

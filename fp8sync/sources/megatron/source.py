@@ -33,7 +33,8 @@ class MegatronSource:
     as the embedding.
 
     Args:
-        model_chunks: the list that `provide_distributed_model` returned; wrapped in DDP or not.
+        model_chunks: the list that `provide_distributed_model` returned, or its only chunk; wrapped in
+            DDP or not.
         bridge: the `megatron.bridge.AutoBridge` of the model.
         master: whether to read the optimizer's FP32 masters instead of the parameters made from them.
             A distributed optimizer divides them among the data-parallel ranks; then the chunks have to
@@ -46,20 +47,25 @@ class MegatronSource:
         >>> link = fp8sync.connect(source, llm)  # doctest: +SKIP
     """
 
-    def __init__(self, model_chunks: Sequence[Any], bridge: Any, *, master: bool = False) -> None:
+    def __init__(self, model_chunks: Any, bridge: Any, *, master: bool = False) -> None:
         from megatron.bridge.models.conversion.utils import unwrap_model
 
-        self._chunks = list(model_chunks)
+        several = isinstance(model_chunks, (list, tuple))
+        self._chunks = list(model_chunks) if several else [model_chunks]
+        found = {type(c).__name__ for c in self._chunks if not isinstance(c, torch.nn.Module)}
+        if found or not self._chunks:
+            told = ", ".join(sorted(found)) or "none"
+            raise UnsupportedLayout(f"expected Megatron-Core model chunks, found {told}")
         self._bridge = bridge
         self._masters = Masters(self._chunks) if master else None
         self._overlapping = [chunk for chunk in self._chunks if _overlaps(chunk)]
         self._rank = rank_and_size()[0]
         chunks = unwrap_model(self._chunks)
-        found = local_parameters(chunks, bridge)
-        self._parameters = found.boxed
-        self._gathered = Gathered(bridge, chunks, found.loose)
+        listed = local_parameters(chunks, bridge)
+        self._parameters = listed.boxed
+        self._gathered = Gathered(bridge, chunks, listed.loose)
         self._complete = not self._needs_preparing
-        self._faults = [*found.faults, *self._unread_masters(found.loose)]
+        self._faults = [*listed.faults, *self._unread_masters(listed.loose)]
         self._forms: dict[str, _Form] = {}
 
     @property
@@ -88,7 +94,7 @@ class MegatronSource:
                 f"trainer rank {self._rank}: some of the model's tensors are no boxes of its parameters, "
                 "and have to be gathered; expected prepare() on every rank"
             )
-        faults = list(self._faults)
+        faults = [*self._faults, *self._waiting()]
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
         for parameter in self._parameters:
@@ -136,6 +142,8 @@ class MegatronSource:
                 f"trainer rank {self._rank}: parameters are not complete, or not gathered, before "
                 "prepare() on every rank; expected prepare() on every rank before they are read"
             )
+        if waiting := self._at_rank(self._waiting()):
+            raise UnsupportedLayout("parameters that are not complete", waiting)
         self._complete = not self._needs_preparing
         found, faults = self._read()
         if not faults:
@@ -154,10 +162,19 @@ class MegatronSource:
     def _needs_preparing(self) -> bool:
         return bool(self._overlapping or self._gathered)
 
+    def _waiting(self) -> list[str]:
+        """Name chunks whose parameters somebody else's DDP completes, out of reach of `prepare`."""
+        return [
+            f"{type(chunk).__name__}: its parameters are left to the next forward (overlap_param_gather); "
+            "expected the chunk as DDP wraps it"
+            for chunk in self._chunks
+            if any(_is_of_ddp(hook) for hook in chunk._forward_pre_hooks.values())
+        ]
+
     def _unread_masters(self, loose: Sequence[LooseTask]) -> Iterator[str]:
         for task in loose:
             parameter = task.parameter
-            if parameter and self._masters and hasattr(parameter.live(), "main_param"):
+            if parameter and self._masters and hasattr(parameter.kept, "main_param"):
                 yield f"{parameter.name}: the bridge exports the parameter, not its master ({task.reason})"
 
     def _read(self) -> tuple[dict[str, torch.Tensor], list[str]]:
@@ -176,6 +193,12 @@ class MegatronSource:
 
 def _overlaps(chunk: Any) -> bool:
     return bool(getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False))
+
+
+def _is_of_ddp(hook: Any) -> bool:
+    """Whether Megatron's DDP has put it on a module that it wraps."""
+    made_by = "DistributedDataParallel._make_forward_pre_hook"
+    return getattr(hook, "__qualname__", "").startswith(made_by)
 
 
 def _hf_names(parameter: LocalParameter) -> str:

@@ -51,7 +51,8 @@ def local_parameters(chunks: Sequence[Any], bridge: Any) -> Parameters:
     held = [task for task in tasks if task.param_weight is not None]
     experts, faults = grouped_experts(chunks, model_bridge)
     known = {(task.vp_stage, task.param_name) for task in held} | experts.keys()
-    faults += [*hook_faults(model_bridge), *_unmapped(chunks, model_bridge, known)]
+    faults += [*hook_faults(model_bridge), *_centred(chunks, bridge)]
+    faults += _unmapped(chunks, model_bridge, known)
     vocabulary = vocabulary_of(bridge)
     found = Parameters([*chain(*experts.values())], [], faults)
     for task in tasks:
@@ -102,6 +103,16 @@ def hook_faults(model_bridge: Any) -> Iterator[str]:
     owner = type(model_bridge).maybe_modify_converted_hf_weight.__qualname__.partition(".")[0]
     if owner not in _HARMLESS_HOOKS:
         yield f"{owner}.maybe_modify_converted_hf_weight changes what the mappings give"
+
+
+def _centred(chunks: Sequence[Any], bridge: Any) -> Iterator[str]:
+    """Say if norms hold their weights minus one and the bridge's own model would not: no mapping adds it."""
+    option = "layernorm_zero_centered_gamma"
+    if not any(getattr(chunk.config, option, False) for chunk in chunks):
+        return
+    if not getattr(bridge.to_megatron_provider(load_weights=False), option, False):
+        kind = type(bridge._model_bridge).__name__
+        yield f"norms hold their weights minus one ({option}), expected {kind} to know of it"
 
 
 def vocabulary_of(bridge: Any) -> int | None:
