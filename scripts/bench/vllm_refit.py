@@ -64,7 +64,7 @@ def main() -> None:
         )
         lead(options, source, wire, local, host)
         return
-    link = fp8sync.connect(source, None, "blockwise-pow2")
+    link = fp8sync.connect(source, None, "blockwise-pow2", timeout_s=300)  # rank 0 starts an engine
     for _ in range(options.refits):
         link.refit()
 
