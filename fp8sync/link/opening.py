@@ -69,6 +69,7 @@ def connect(
             `golden` with another `commit` than `staged`, a `host` that workers cannot reach, or an engine
             that was not made for fp8sync.
         PlanMismatch: the two sides computed different plans.
+        InstallFailed: a worker has no memory to stage a version in.
         RefitInProgress: the engine is already being refitted or connected.
         TransferTimeout, EngineLost: a worker or a trainer rank did not answer, or is gone.
 

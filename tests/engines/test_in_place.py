@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.engines.vllm import staging
+from fp8sync.transport.memory import allocate
 from tests import skips
 from tests.engines import world
 from tests.engines.test_faults import Wire
@@ -146,6 +148,21 @@ def test_nan_in_the_last_portion_stops_before_the_first_is_installed(engine: Any
         with torch.no_grad():
             model.model.norm.weight[3] = 1.0
             model.lm_head.weight[1, :2] = 0.0
+        assert link.refit().version == 2
+
+
+def test_no_memory_for_staging_leaves_the_old_weights(engine: Any, monkeypatch: Any) -> None:
+    """The allocator refuses what no machine has."""
+    model = world.tiny_model("dense", 9)
+    with connect(model, engine, "staged") as link:
+        link.refit()
+        before = world.live_bytes(engine)
+        with monkeypatch.context() as patch:
+            patch.setattr(staging, "allocate", lambda _, device: allocate(1 << 60, device))
+            text = r"engine rank 0: no \d+ bytes of staging memory on c"
+            with pytest.raises(fp8sync.InstallFailed, match=text):
+                connect(model, engine)
+        assert world.live_bytes(engine) == before
         assert link.refit().version == 2
 
 

@@ -232,7 +232,10 @@ class WorkerSession:
         self, held: Manifest, layout: EngineLayout, plan: Plan, portions: list[list[str]]
     ) -> None:
         layouts = [layout.only(own) for own in portions]
-        self._staging.lay_out([own.storages for own in layouts])
+        try:
+            self._staging.lay_out([own.storages for own in layouts])
+        except InstallFailed as error:
+            raise InstallFailed(f"engine rank {self._rank}: {error}") from error
         self._send_place(portions)
         # Trainer ranks open their ways out meanwhile.
         self._direct_modules = direct_modules(self._model, layout, self._device, self._dtype)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from fp8sync.errors import CorruptBucket
+from fp8sync.errors import CorruptBucket, Fp8SyncError, InstallFailed
 from fp8sync.plan import DEFAULT_BUCKET_BYTES
 from fp8sync.sending.writer import as_written
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
@@ -65,11 +65,14 @@ class Staging:
     Args:
         device: where the model lives.
         nbytes: to allocate now; a layout that needs more, or another commit, allocates anew.
+
+    Raises:
+        InstallFailed: there is no memory for it; as `lay_out` and `views`.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self._device = device
-        self._arena = allocate(nbytes, device)
+        self._arena = self._allocate(nbytes)
         self._portions: Sequence[Mapping[str, StorageSpec]] = ()
         self._views: dict[int, dict[str, torch.Tensor]] = {}
         self.offsets: dict[str, int] = {}
@@ -91,7 +94,7 @@ class Staging:
             most = max(most, used)
         if most > self.nbytes or (len(portions) > 1 and most < self.nbytes):
             self._arena = torch.empty(0, dtype=torch.uint8)  # frees the old one first
-            self._arena = allocate(most, self._device)
+            self._arena = self._allocate(most)
 
     def views(self, portion: int = 0) -> dict[str, torch.Tensor]:
         """Return a portion's storages as tensors over the staging memory, constants filled in.
@@ -99,7 +102,7 @@ class Staging:
         There are none in portions after the last that was laid out.
         """
         if self._device.type == "cpu":
-            self._arena, self._views = torch.empty_like(self._arena), {}
+            self._arena, self._views = self._allocate(self.nbytes), {}
         specs = self._portions[portion] if portion < len(self._portions) else {}
         if portion not in self._views:
             self._views[portion] = {name: self._view(name, spec) for name, spec in specs.items()}
@@ -108,6 +111,13 @@ class Staging:
             if spec.constants:
                 spec.fill(views[name])
         return views
+
+    def _allocate(self, nbytes: int) -> torch.Tensor:
+        try:
+            return allocate(nbytes, self._device)
+        except (RuntimeError, Fp8SyncError) as error:  # torch's, CUDA's
+            text = f"no {nbytes} bytes of staging memory on {self._device}: {error}"
+            raise InstallFailed(text) from error
 
     def _view(self, name: str, spec: StorageSpec) -> torch.Tensor:
         start = self.offsets[name]
