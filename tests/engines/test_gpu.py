@@ -41,6 +41,27 @@ def test_blockwise_asks_each_kernel(tmp_path: Path) -> None:
     assert (found - fresh(folder)[0]).abs().max().item() == 0.0
 
 
+@pytest.mark.parametrize(("backend", "kept"), [("deep_gemm", "pow2"), ("marlin", "fp32")])
+def test_other_kernels_of_experts(backend: str, kept: str, tmp_path: Path) -> None:
+    """DeepGEMM's take pow2 as it is, and round fp32 a second time; Marlin's pack either: direct and process in turn."""
+    models = [world.tiny_model("moe", seed, moe_intermediate_size=384) for seed in (1, 2)]
+    options = {"moe_backend": backend}
+    expected = [
+        fresh(world.write_checkpoint(model, tmp_path / formula, formula), **options)
+        for model, formula in zip(models, ("pow2", "fp32"), strict=True)
+    ]
+    folder = world.write_config(models[0], tmp_path / "config")
+    llm = world.start_engine(folder, load_format="dummy", **options)
+    report = fp8sync.refit(models[0], llm, "blockwise")
+    assert {t.formula for t in report.tensors if ".experts." in t.name} == {kept}
+    for turn in (0, 1, 0, 1):
+        fp8sync.refit(models[turn], llm, f"blockwise-{('pow2', 'fp32')[turn]}")
+        assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
+        assert world.generate(llm) == expected[turn][1]
+    del llm
+    world.forget_engines()
+
+
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_cuda_graphs(kind: str, tmp_path: Path) -> None:
     """Captured graphs read the refitted weights: the same tokens as a fresh engine decodes."""
