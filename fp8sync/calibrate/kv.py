@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from fp8sync.calibrate.attended import largest_attended
@@ -67,7 +68,8 @@ def calibrate_kv(
     else:
         chunks = model if isinstance(model, (list, tuple)) else [model]
         tokens = largest_attended(chunks, bridge, _given(batches))
-    own = {name: torch.quantile(t, percentile / 100).item() for name, t in tokens.items()}
+    # torch's quantile takes 16 million values at most.
+    own = {name: float(np.quantile(t.numpy(), percentile / 100)) for name, t in tokens.items()}
     amax: dict[str, float] = {}
     for told in exchange(own):
         for name, value in told.items():

@@ -70,6 +70,14 @@ def test_hidden_tokens_do_not_count(model: Any) -> None:
         assert rounds_up_to(tokens[:, 5:].max() / 448, scale)
 
 
+def test_any_number_of_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own quantile refuses more than 2^24."""
+    tokens = {"a.attn.k_scale": torch.arange((1 << 24) + 1, dtype=torch.float32)}
+    monkeypatch.setattr("fp8sync.calibrate.kv.largest_cached", lambda *_: tokens)
+    (scale,) = fp8sync.calibrate_kv(model, batches(), percentile=50.0).values()
+    assert rounds_up_to(torch.tensor(float(1 << 23)) / 448, scale)
+
+
 def test_what_makes_no_sense_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match="no batches"):
         fp8sync.calibrate_kv(model, [])
