@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-from fp8sync_kernels.formulas import BLOCK
 from fp8sync_kernels.reference.blockwise import (
     dequantize_blockwise,
     quantize_blockwise,
@@ -61,8 +60,8 @@ def requantize(pair: Pair, rows: torch.Tensor, formula: str, *, first_col: int =
         >>> tuple(result.pair.weight.shape), tuple(result.pair.scale_inv.shape)
         ((128, 128), (1, 1))
     """
-    scales = pair.scale_inv[: -(-pair.weight.shape[0] // BLOCK)]
-    values = dequantize_blockwise(pair.weight.view(torch.float8_e4m3fn), scales, torch.float32)
+    weight, scale_inv = pair
+    values = dequantize_blockwise(weight.view(torch.float8_e4m3fn), scale_inv, torch.float32)
     values = values.index_select(0, rows)[:, first_col:]
     weight, scale_inv, _ = quantize_blockwise(values, formula)
     again = dequantize_blockwise(weight, scale_inv, torch.float32)

@@ -15,6 +15,8 @@ from fp8sync_kernels.job import quantize
 if TYPE_CHECKING:
     from fp8sync_kernels import Job
 
+QWEN3_30B_A3B_EXPERTS = [(768, 2048), (768, 2048), (2048, 768)] * 128
+"""The expert matrices of one layer."""
 BUCKET_BYTES = 4 << 30
 BUCKETS = 2
 """Buffers that buckets take by turns, as a sender does; the L2 cache holds a hundredth of one."""
@@ -37,8 +39,8 @@ def matrix_case(rows: int, cols: int, formula: str, dtype: torch.dtype) -> Case:
 
 
 def qwen3_30b_a3b_experts(formula: str, layers: int = 48) -> Case:
-    experts = [(768, 2048), (768, 2048), (2048, 768)] * 128
-    return _case(f"qwen3-30b-a3b experts, {layers} layers {formula}", [experts] * layers, formula)
+    name = f"qwen3-30b-a3b experts, {layers} layers {formula}"
+    return _case(name, [QWEN3_30B_A3B_EXPERTS] * layers, formula)
 
 
 def llama_31_8b(formula: str) -> Case:

@@ -6,6 +6,7 @@ Called as a user would call them. One that is not installed is left out; `missin
 from __future__ import annotations
 
 import functools
+import sys
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +67,12 @@ PEERS = {
     "vllm-torch": vllm,
     "torchao": torchao,
 }
+
+
+def version(name: str) -> str:
+    """Of the package that a peer comes from, once it was called."""
+    package = {"transformer-engine": "transformer_engine", "torchao": "torchao"}.get(name, "vllm")
+    return str(getattr(sys.modules[package], "__version__", "unknown"))
 
 
 def available(x: torch.Tensor) -> tuple[dict[tuple[str, str], Callable[[], Pair]], dict[str, str]]:

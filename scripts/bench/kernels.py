@@ -20,10 +20,12 @@ import itertools
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import triton
 
 from fp8sync_kernels import Part, build_table, run_table
 from fp8sync_kernels.job import canonical_digest, cast, copy, copy_codes
@@ -97,6 +99,19 @@ def host_seconds(work: Callable[[], object]) -> float:
     return statistics.median(times)
 
 
+def elapsed_seconds(work: Callable[[], object]) -> float:
+    """Time from a call, with nothing queued before it, to the end of what it queues; median of 3."""
+    times = []
+    work()
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
 def copy_bandwidth(moved_bytes: int) -> float:
     """Bytes per second, read plus written, of a copy that moves so many."""
     source, target = torch.empty(2, moved_bytes // 2, dtype=torch.uint8, device="cuda")
@@ -121,7 +136,7 @@ class Report:
         self.nonfinite = torch.zeros_like(self.digests)
         self.lines: list[dict[str, Any]] = []
         device = torch.cuda.get_device_name()
-        versions = {"torch": torch.__version__, "triton": __import__("triton").__version__}
+        versions = {"torch": torch.__version__, "triton": triton.__version__}
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         copies = {
             "copy_gb_s": self.copy / 1e9,
@@ -214,22 +229,15 @@ def models(report: Report, layers: int) -> None:
             tensors=case.tensors,
         )
         if formula == "pow2":
-            singles = kernel_cases.per_tensor_tables(case)
-
-            def loop(singles: list[Any] = singles) -> None:
-                for table in singles:
-                    run_table(table, report.digests, report.nonfinite)
-
-            loop()
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            loop()
-            torch.cuda.synchronize()
-            alone = time.perf_counter() - start
+            alone = elapsed_seconds(functools.partial(report.launch, per_tensor(case)))
             report.add("  one launch per tensor", us=alone * 1e6, times_slower=alone / grouped)
-            del singles
         del case
         free()
+
+
+def per_tensor(case: Case) -> Case:
+    """The same work, one launch for each tensor."""
+    return replace(case, tables=kernel_cases.per_tensor_tables(case))
 
 
 def moves(report: Report) -> None:
@@ -240,6 +248,9 @@ def moves(report: Report) -> None:
     scales, kept = torch.ones(2, 512, 128, device="cuda")
     size = source.numel()
     pair = [copy_codes(source, target), cast(scales, kept, Part(base=size))]
+    experts = source.view(-1)[: 682 * 768 * 2048].view(682, 768, 2048)
+    strided = wide.view(-1, 2560)[: 682 * 768, :2048].split(768)
+    scattered = [copy(x, live) for x, live in zip(experts, strided, strict=True)]
     for name, jobs, moved in (
         ("copy", [copy(source, target)], 2 * size),
         ("copy of an FP8 pair, NaN counted", pair, 2 * (size + scales.nbytes)),
@@ -247,6 +258,7 @@ def moves(report: Report) -> None:
         ("digest of live memory", [copy(source, None)], size),
         ("canonical digest of live memory", [canonical_digest(source, scales)], size),
         ("canonical digest, every block re-encoded", [canonical_digest(halved, scales)], size),
+        ("scatter of 682 matrices of 768x2048", scattered, 2 * experts.numel()),
     ):
         table = build_table(jobs, "cuda")
         report.time(
@@ -254,7 +266,8 @@ def moves(report: Report) -> None:
         )
 
 
-def peers(report: Report) -> None:
+def peers(report: Report) -> list[tuple[str, str]]:
+    """One matrix by each other implementation; returns those that run here."""
     from fp8sync_kernels import quantize_blockwise
 
     x = torch.randn(32768, 4096, device="cuda").mul_(0.02).bfloat16()
@@ -275,7 +288,32 @@ def peers(report: Report) -> None:
             of_bytes=x.numel(),
             scales_that_differ=other_scales,
             of_scales=scale_inv.numel(),
+            version=kernel_peers.version(name),
         )
+    return list(found)
+
+
+def experts_by_peers(report: Report, found: list[tuple[str, str]]) -> None:
+    """The expert matrices of two layers: grouped, and in loops over them, by the host's clock."""
+    shapes = kernel_cases.QWEN3_30B_A3B_EXPERTS * 2
+    xs = [torch.randn(shape, device="cuda").mul_(0.02).bfloat16() for shape in shapes]
+    grouped = {}
+    for formula in ("pow2", "fp32"):
+        case = kernel_cases.qwen3_30b_a3b_experts(formula, layers=2)
+        grouped[formula] = elapsed_seconds(functools.partial(report.launch, case))
+        report.add(f"{case.tensors} experts, one launch, {formula}", us=grouped[formula] * 1e6)
+        alone = elapsed_seconds(functools.partial(report.launch, per_tensor(case)))
+        slower = alone / grouped[formula]
+        report.add("  one launch per tensor", us=alone * 1e6, times_slower=slower)
+    for name, formula in found:
+
+        def loop(name: str = name, pow2: bool = formula == "pow2") -> None:
+            for x in xs:
+                kernel_peers.PEERS[name](x, pow2)
+
+        taken = elapsed_seconds(loop)
+        slower = taken / grouped[formula]
+        report.add(f"  {name} {formula}, by tensor", us=taken * 1e6, times_slower=slower)
 
 
 def main() -> None:
@@ -287,7 +325,9 @@ def main() -> None:
     report = Report()
     matrices(report)
     moves(report)
-    peers(report)
+    found = peers(report)
+    free()
+    experts_by_peers(report, found)
     models(report, arguments.layers)
     if arguments.out:
         arguments.out.write_text("".join(json.dumps(line) + "\n" for line in report.lines))

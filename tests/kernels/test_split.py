@@ -140,3 +140,6 @@ def test_scales_that_do_not_fit(rows):
     pair = Pair(torch.zeros(512, 128), torch.ones(rows, 1))
     with pytest.raises(ValueError, match=f"with 4 blocks in dim -2, found {rows}"):
         slice_pair(pair, -2, 0, 256)
+    codes = Pair(pair.weight.to(torch.float8_e4m3fn), pair.scale_inv)
+    with pytest.raises(ValueError, match=rf"shape \({rows}, 1\), .* needs \(4, 1\)"):
+        requantize(codes, torch.arange(256), "pow2")
