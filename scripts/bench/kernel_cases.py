@@ -61,7 +61,7 @@ def per_tensor_tables(case: Case) -> list[Table]:
         owner = zeros.to(device, torch.int32)
         for i, (start, stop) in enumerate(itertools.pairwise(starts)):
             blocks = stop - start
-            singles.append(Table(rows[i], owner[:blocks], blocks, table.paths, table.slots))
+            singles.append(Table(rows[i : i + 1], owner[:blocks], blocks, table.paths, table.slots))
     return singles
 
 
