@@ -1,4 +1,4 @@
-"""Everything that differs between vLLM versions and platforms, by name. Run on 0.25.1 and 0.27.1."""
+"""Everything that differs between vLLM versions and platforms, by name; docs/architecture.md lists them."""
 
 from __future__ import annotations
 
