@@ -25,6 +25,7 @@ from fp8sync.link.commit import choose_commit
 from fp8sync.link.faults import broken, difference, failures, nonfinite
 from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
+from fp8sync.plan import in_portions, order_of
 from fp8sync.plan.coverage import check_all_used
 from fp8sync.plan.forward import as_runs
 from fp8sync.plan.merge import merge_ranks
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from fp8sync.audit.report import AuditReport
     from fp8sync.control import Listener, Message
     from fp8sync.link.member import Member
-    from fp8sync.plan import Plan
+    from fp8sync.plan import Plan, Run
     from fp8sync.recipe import Recipe
 
 __all__ = ["Conductor", "Outcome"]
@@ -337,7 +338,12 @@ class Conductor:
         forward = forward_bytes(kind, plan, self._bucket_bytes) if self._nodes else 0
         sizes = {"bucket_bytes": self._bucket_bytes, "forward_bytes": forward}
         carrier = "gloo" if not_linked(seats, places) else "nccl"
-        self._invitation = Invitation(kind, host, self._timeout_s, peers, places, sizes, carrier)
+        orders: list[list[Run]] = []
+        if kind == "nccl":
+            portions = in_portions(plan, {r: place["portions"] for r, place in places.items()})
+            orders = [order_of(own, places, self._bucket_bytes) for own in portions]
+        about = peers, places, sizes, carrier, orders
+        self._invitation = Invitation(kind, host, self._timeout_s, *about)
         for member, channel in self._peers.channels.items():
             channel.send(self._invitation.to(*member))
         invited = self._invitation.to("trainer", 0)

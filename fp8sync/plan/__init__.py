@@ -14,6 +14,7 @@ from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import LinkPlan, explain
 from fp8sync.plan.formats import MISC, cut_pairs
+from fp8sync.plan.order import Run, order_of
 from fp8sync.plan.portions import in_portions
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Part",
     "Plan",
     "Planner",
+    "Run",
     "build_plan",
     "cut_pairs",
     "explain",
@@ -34,6 +36,7 @@ __all__ = [
     "in_parts",
     "in_portions",
     "in_turns",
+    "order_of",
     "strips",
     "teams",
 ]

@@ -14,7 +14,7 @@ import torch
 
 from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, named_error, own_buckets
-from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, in_rounds, lay_out, make_buffers
+from fp8sync.sending.turns import AHEAD, BUFFERS, Stamp, in_runs, lay_out, make_buffers
 from fp8sync.transport.memory import reader_of
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
@@ -25,7 +25,7 @@ from fp8sync_kernels import run_table
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from fp8sync.plan import Bucket
+    from fp8sync.plan import Run
     from fp8sync.sending.share import Share
     from fp8sync.sending.turns import Turn
     from fp8sync.transport import Choice
@@ -43,6 +43,7 @@ class GroupSender:
         share: what to send; the weights are all on one device.
         group: the transport.
         members: number of every engine rank in the group.
+        order: of all members' messages (`plan.order_of`).
         bucket_bytes: payload of a message.
         buffers: for messages (`make_buffers`), if other portions of a version use them, too.
     """
@@ -52,13 +53,14 @@ class GroupSender:
         share: Share,
         group: Group,
         members: Mapping[int, int],
+        order: Sequence[Run],
         bucket_bytes: int,
         buffers: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._share, self._rank = share, share.rank
         self._group, self._members = group, members
         self._device = reader_of(share.source.storages())
-        turns = _turns(share, members, bucket_bytes)
+        turns = in_runs(own_buckets(share, members, bucket_bytes), order)
         self._turns = lay_out(turns, buffers or make_buffers(turns, self._device))
         placed = [p for turn in self._turns for p in turn.buckets]
         self._tensors = [part.copy.tensor for p in placed for part in p.bucket.parts]
@@ -85,9 +87,10 @@ class GroupSender:
         device = reader_of(shares[0].source.storages())
         group = NcclGroup.join(choice, device, shares[0].timeout_s)
         members, size = dict(choice["members"]), choice["bucket_bytes"]
-        turns = [turn for share in shares for turn in _turns(share, members, size)]
-        buffers = make_buffers(turns, device)
-        return [cls(share, group, members, size, buffers) for share in shares]
+        buckets = [[b] for share in shares for b in own_buckets(share, members, size)]
+        buffers = make_buffers(buckets, device)
+        both = zip(shares, choice["orders"], strict=True)
+        return [cls(share, group, members, order, size, buffers) for share, order in both]
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""
@@ -143,7 +146,3 @@ class GroupSender:
 
     def _table(self, turn: Turn, source: Callable[[str], tuple[int, str]]) -> Table:
         return pack_table(turn.buckets, source, self._zeros, self._share.exchange.amax)
-
-
-def _turns(share: Share, members: Mapping[int, int], bucket_bytes: int) -> list[list[Bucket]]:
-    return in_rounds(own_buckets(share, members, bucket_bytes), share.held.ranks, members)

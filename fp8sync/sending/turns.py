@@ -1,35 +1,32 @@
 """Buckets that travel together: their places in two buffers, and their headers, written on the GPU.
 
-Every member takes its turns in an order that all members keep, so no two can wait for each other.
+Every member takes its turns in an order that all members keep (`plan.order`), so no two can wait for each other.
 """
 
 from __future__ import annotations
 
 import struct
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.plan import in_turns
+from fp8sync.errors import PlanMismatch
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
 from fp8sync.wire.tables import PlacedBucket
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from fp8sync.plan import Bucket
+    from fp8sync.plan import Bucket, Run
     from fp8sync_kernels import Table
 
-__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "in_rounds", "lay_out", "make_buffers"]
+__all__ = ["AHEAD", "BUFFERS", "Stamp", "Turn", "in_runs", "lay_out", "make_buffers"]
 
 BUFFERS = 2
 AHEAD = 4
 """Turns enqueued before the host waits: a stalled peer must not fill the GPU's launch queue."""
-
-RUN = 8
-"""Messages that a member exchanges with one peer before it turns to the next. At each change it waits for a
-peer that waits for another: dear at every message, and with longer runs a rank may wait long for its first."""
 
 _FLAGS, _VERSION, _DIGEST = 1, 2, 4
 """Where a header has them, in 8-byte words (docs/wire-format.md); flags are the low half of theirs."""
@@ -44,27 +41,35 @@ class Turn:
     table: Table | None = None
 
 
-def in_rounds(
-    buckets: Iterable[Bucket], trainers: Iterable[int], workers: Iterable[int]
-) -> list[list[Bucket]]:
-    """Return the turns of a trainer rank, or of a worker: one bucket in each.
-
-    Rounds are the same for all members: with n the larger number of ranks, the k-th bucket from trainer
-    rank t to worker w comes in the order of (k // RUN, (w - t) mod n, k mod RUN). So in a round nobody has
-    more than one peer, a message is as large as the buffer, and no link is shared.
+def in_runs(buckets: Iterable[Bucket], order: Iterable[Run]) -> list[list[Bucket]]:
+    """Return a member's turns, a bucket in each: so a message is as large as the buffer, and no link is shared.
 
     Args:
-        buckets: of this member.
-        trainers: ranks of all trainer members.
-        workers: ranks of all workers.
+        buckets: of a trainer rank, or of a worker.
+        order: of all members' messages.
+
+    Raises:
+        PlanMismatch: a route has another number of messages in the order.
     """
-    count = 1 + max(*trainers, *workers)
-    rounds: list[tuple[tuple[int, int, int], Bucket]] = []
-    for k, turn in enumerate(in_turns(buckets)):
-        for bucket in turn:
-            offset = (bucket.destination_rank - bucket.source_rank) % count
-            rounds.append(((k // RUN, offset, k % RUN), bucket))
-    return [[bucket] for _, bucket in sorted(rounds, key=lambda item: item[0])]
+    left: dict[tuple[int, int], list[Bucket]] = defaultdict(list)
+    for bucket in buckets:
+        left[bucket.source_rank, bucket.destination_rank].append(bucket)
+    told: Counter[tuple[int, int]] = Counter()
+    turns: list[list[Bucket]] = []
+    for source, destination, count in order:
+        route = source, destination
+        if route in left:
+            turns += [[bucket] for bucket in left[route][told[route] : told[route] + count]]
+            told[route] += count
+    faults = [
+        f"trainer rank {route[0]} to engine rank {route[1]}: "
+        f"expected {len(listed)} messages, found {told[route]}"
+        for route, listed in left.items()
+        if len(listed) != told[route]
+    ]
+    if faults:
+        raise PlanMismatch("the order of messages is of another plan", faults)
+    return turns
 
 
 def make_buffers(turns: Sequence[Sequence[Bucket]], device: torch.device) -> list[torch.Tensor]:

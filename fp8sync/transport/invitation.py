@@ -12,7 +12,9 @@ from fp8sync.transport.nccl import new_unique_id
 from fp8sync.transport.rendezvous import Rendezvous, is_loopback
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    from fp8sync.plan import Run
 
 __all__ = ["Choice", "Invitation"]
 
@@ -32,6 +34,7 @@ class Invitation:
         sizes: payloads in bytes: `bucket_bytes` of a message from a trainer rank, `forward_bytes` of one
             from worker to worker, 0 where nothing is forwarded.
         carrier: `nccl` or `gloo`: what carries the messages of `golden`.
+        orders: of messages by `nccl`, for each portion (`plan.order_of`).
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Invitation:
         places: Mapping[int, Mapping[str, Any]],
         sizes: Mapping[str, int],
         carrier: str,
+        orders: Sequence[Sequence[Run]] = (),
     ) -> None:
         names = {("trainer", 0): "trainer rank 0", **peers}
         order = sorted(names, key=lambda member: (member[0] != "trainer", member[1]))
@@ -68,6 +72,8 @@ class Invitation:
             loopback = is_loopback(host)
             unique_id = new_unique_id(loopback=loopback)
             self._common |= {"unique_id": unique_id, "loopback": loopback}
+        if orders:
+            self._common["orders"] = orders
 
     def to(self, role: str, rank: int) -> Choice:
         """Return the message for one member."""

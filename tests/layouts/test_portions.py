@@ -14,7 +14,7 @@ from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.intake import Intake
 from fp8sync.layouts import manifest
-from fp8sync.plan import build_plan, in_portions
+from fp8sync.plan import build_plan, in_portions, order_of
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.grouped import GroupSender
@@ -76,7 +76,9 @@ class Members:
         peers = {("trainer", 1): "trainer rank 1"}
         peers |= {("engine", r): f"engine rank {r}" for r in DESTINATION.ranks}
         sizes = {"bucket_bytes": BUCKET_BYTES, "forward_bytes": 0}
-        invitation = Invitation("gloo", "127.0.0.1", 20.0, peers, {}, sizes, "gloo")
+        orders = [order_of(plan, DESTINATION.ranks, BUCKET_BYTES) for plan in PLANS]
+        about = peers, {}, sizes, "gloo", orders
+        invitation = Invitation("gloo", "127.0.0.1", 20.0, *about)
 
         def senders(rank: int) -> Any:
             live: Any = SimpleNamespace(storages=lambda: self.held[rank])

@@ -23,7 +23,7 @@ from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.intake import Intake, Receiver
 from fp8sync.errors import CorruptBucket, EngineLost
 from fp8sync.layouts import manifest
-from fp8sync.plan import Plan, build_plan
+from fp8sync.plan import Plan, build_plan, order_of
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.golden import GoldenSender
@@ -86,6 +86,7 @@ class Refit:
         members = dict(invitation.to("trainer", 0)["members"])
         self.pool = ThreadPoolExecutor(len(trainers) + len(workers))
         self.left: dict[int, list[int]] = {rank: [] for rank in trainers}
+        order = order_of(plan, workers, BUCKET_BYTES)
 
         def group(role: str, rank: int) -> GlooGroup:
             return GlooGroup.join(invitation.to(role, rank), limit_s)
@@ -97,8 +98,9 @@ class Refit:
             joined = group("trainer", rank)
             if way == "golden":
                 return GoldenSender(share, joined, CPU, list(members.values()))
-            made = GroupSender if way == "grouped" else Sender
-            return made(share, joined, members, BUCKET_BYTES)
+            if way == "grouped":
+                return GroupSender(share, joined, members, order, BUCKET_BYTES)
+            return Sender(share, joined, members, BUCKET_BYTES)
 
         def receiver(rank: int) -> Receiver:
             channel = SimpleNamespace(progress=lambda _: None)
@@ -107,7 +109,7 @@ class Refit:
             if way == "golden":
                 return GoldenReceiver(intake, joined, CPU)
             if way == "grouped":
-                return GroupReceiver(intake, joined, members, BUCKET_BYTES, BUCKET_BYTES)
+                return GroupReceiver(intake, joined, members, order, BUCKET_BYTES, BUCKET_BYTES)
             return BucketReceiver(intake, joined, members, BUCKET_BYTES)
 
         senders = [self.pool.submit(sender, rank) for rank in trainers]

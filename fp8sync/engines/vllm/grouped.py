@@ -17,7 +17,7 @@ from fp8sync.engines.vllm.relay import Relay, check_headers
 from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.plan.forward import handed_on, neighbours
-from fp8sync.sending.turns import AHEAD, in_rounds, lay_out, make_buffers
+from fp8sync.sending.turns import AHEAD, in_runs, lay_out, make_buffers
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.payload import unpack
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from fp8sync.engines.vllm.intake import Intake
+    from fp8sync.plan import Run
     from fp8sync.sending.turns import Turn
     from fp8sync.transport import Choice
     from fp8sync.transport.group import Group, Ticket
@@ -44,6 +45,7 @@ class GroupReceiver:
         intake: what to receive.
         group: the transport; trainer ranks have their own ranks as numbers.
         members: number of every engine rank in the group.
+        order: of all members' messages (`plan.order_of`).
         bucket_bytes: payload of a message.
         forward_bytes: payload of a message between workers.
         buffers: for messages (`make_buffers`), if other portions of a version use them, too.
@@ -54,13 +56,15 @@ class GroupReceiver:
         intake: Intake,
         group: Group,
         members: Mapping[int, int],
+        order: Sequence[Run],
         bucket_bytes: int,
         forward_bytes: int,
         buffers: Sequence[torch.Tensor] | None = None,
     ) -> None:
         self._rank, self._device, self._group = intake.rank, intake.device, group
         plan = intake.plan
-        fed, forwarded = _turns(intake, members, bucket_bytes, forward_bytes)
+        fed = in_runs(fill_buckets(plan.fed(intake.rank), bucket_bytes), order)
+        forwarded = _forwarded(intake, forward_bytes)
         both = [*fed, *forwarded]
         turns = lay_out(both, buffers or make_buffers(both, self._device))
         self._turns = turns[: len(fed)]
@@ -78,10 +82,12 @@ class GroupReceiver:
         """Join the communicator of an invitation, and open a way for each portion of a version."""
         first = intakes[0]
         group = NcclGroup.join(choice, first.device, first.channel.timeout_s)
-        about = dict(choice["members"]), choice["bucket_bytes"], choice["forward_bytes"]
-        turns = [turn for i in intakes for both in _turns(i, *about) for turn in both]
+        members, sizes = dict(choice["members"]), (choice["bucket_bytes"], choice["forward_bytes"])
+        turns = [turn for i in intakes for turn in _forwarded(i, sizes[1])]
+        turns += [[b] for i in intakes for b in fill_buckets(i.plan.fed(i.rank), sizes[0])]
         buffers = make_buffers(turns, first.device)
-        return [cls(intake, group, *about, buffers) for intake in intakes]
+        both = zip(intakes, choice["orders"], strict=True)
+        return [cls(intake, group, members, order, *sizes, buffers) for intake, order in both]
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""
@@ -157,13 +163,9 @@ def _decoded(turn: Turn) -> list[tuple[Bucket, torch.Tensor]]:
     return found
 
 
-def _turns(
-    intake: Intake, members: Mapping[int, int], bucket_bytes: int, forward_bytes: int
-) -> tuple[list[list[Bucket]], list[list[Bucket]]]:
-    """Return the turns with trainer ranks, and those with other workers."""
-    plan, rank = intake.plan, intake.rank
+def _forwarded(intake: Intake, forward_bytes: int) -> list[list[Bucket]]:
+    """Return the turns with other workers."""
     forwarded: list[Bucket] = []
-    for route in neighbours(plan, rank):
-        forwarded += fill_buckets(handed_on(plan, *route), forward_bytes)
-    fed = fill_buckets(plan.fed(rank), bucket_bytes)
-    return in_rounds(fed, intake.held.ranks, members), in_turns(forwarded)
+    for route in neighbours(intake.plan, intake.rank):
+        forwarded += fill_buckets(handed_on(intake.plan, *route), forward_bytes)
+    return in_turns(forwarded)
