@@ -16,7 +16,6 @@ from the masters.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -82,16 +81,9 @@ def start_engine(kind: str, folder: Path, options: argparse.Namespace) -> Any:
     layers = 4 if options.mixed else 2
     hf = world.tiny_model(kind, 1, intermediate_size=512, num_hidden_layers=layers, **wider(kind))
     hf.save_pretrained(folder / "hf")
-    engine = world.write_config(hf, folder / "engine")
-    if options.mixed:
-        config = json.loads((engine / "config.json").read_text())
-        plain = ("model.layers.0.", f"model.layers.{layers - 1}.")
-        config["quantization_config"]["modules_to_not_convert"] += [
-            name.removesuffix(".weight")
-            for name, weight in world.hf_tensors(hf)
-            if name.startswith(plain) and weight.dim() == 2
-        ]
-        (engine / "config.json").write_text(json.dumps(config))
+    ends = ("model.layers.0.", f"model.layers.{layers - 1}.") if options.mixed else ()
+    plain = [n for n, weight in world.hf_tensors(hf) if n.startswith(ends) and weight.dim() == 2]
+    engine = world.write_config(hf, folder / "engine", plain=plain)
     asked = {
         "load_format": "dummy",
         "multiprocess": True,
@@ -298,7 +290,9 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
     finalize_model_grads(chunks)
     updated, norm, _ = optimizer.step()
     assert updated, f"no step was made, gradient norm {norm}"
-    return told[0]["loss"].item() if told else float("nan")  # the last stage has it
+    loss = told[0]["loss"] if told else torch.zeros((), device=tokens.device)
+    dist.broadcast(loss, dist.get_world_size() - 1)  # which is of the last stage, and has it
+    return loss.item()
 
 
 def of_masters(chunks: list) -> str:
