@@ -66,8 +66,8 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
     """Return `model` itself if it is a `Source`, or a source for it.
 
     Args:
-        model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2,
-            DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
+        model: a `torch.nn.Module` with Hugging Face parameter names, plain (in torch's DDP or not) or
+            sharded (FSDP2, DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
             Megatron-Core model: the list of its chunks on this rank, or its only one.
         bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model. With a path, that of a
             Megatron distributed checkpoint.
@@ -107,6 +107,8 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
 
 
 def _source_of(module: torch.nn.Module, rank: int) -> Source:
+    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+        module = module.module
     if any(hasattr(p, "tensor_model_parallel") for p in module.parameters()):
         kind = type(module).__name__
         raise UnsupportedLayout(f"{kind} is a Megatron-Core model: expected its bridge=")

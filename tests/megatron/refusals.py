@@ -97,7 +97,10 @@ def check_other_forms(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     owner = model.decoder.layers[0].mlp.linear_fc2
     # As GTPShardedParam of megatron/core/tensor_parallel/generalized_tensor_parallelism.py.
     owner.weight = type("GTPShardedParam", (torch.nn.Parameter,), {})(owner.weight.detach())
+    adapted = model.decoder.layers[1].self_attention.linear_proj
+    adapted.adapter = torch.nn.ModuleDict({"linear_in": torch.nn.Linear(2, 2, bias=False)})
     expected = [
+        r"layers\.1\.self_attention\.linear_proj\.adapter\.linear_in\.weight: a LoRA adapter; merge it",
         r"norms hold their weights minus one \(layernorm_zero_centered_gamma\), expected Qwen3Bridge",
         LAYER.format(
             0, "linear_fc2.weight", "expected a plain or FP8 tensor, found GTPShardedParam"

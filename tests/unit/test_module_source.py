@@ -204,6 +204,11 @@ def one_rank_mesh(tmp_path):
     dist.destroy_process_group()
 
 
+def test_a_module_in_ddp_is_the_module(one_rank_mesh) -> None:
+    wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
+    assert list(as_source(wrapped).manifest().tensors) == ["weight", "bias"]
+
+
 def test_distributed_parameters_are_refused(one_rank_mesh) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
