@@ -101,6 +101,7 @@ class WholeTensors:
         self._source.prepare()
         told = agree(lambda: self._source.manifest().to_json())
         held = merge_ranks([Manifest.from_json(manifest) for manifest in told])
+        self._source.check(held)
         self.tensors = held.tensors
         self._bands = [rows for info in held.tensors.values() for rows in _rows(info, band_bytes)]
         wanted = Manifest.of(held.tensors.values(), {0: [rows.box() for rows in self._bands]})
@@ -109,14 +110,13 @@ class WholeTensors:
             self._copies[copy.at.storage].append(copy)
 
     def stream(self, take: Callable[[Band], None]) -> None:
-        """Carry every band to rank 0, tensor by tensor, where `take` is called with it.
+        """Carry every band to rank 0, tensor by tensor, where `take` is called with it; once.
 
         Raises:
             Fp8SyncError: on all ranks, what stopped any of them.
         """
         attempt = Attempts()
         live: dict[str, torch.Tensor] = {}
-        self._source.prepare()
         attempt(lambda: live.update(self._source.storages()))
         for rows in self._bands:
             made = rows.empty(_device(live)) if self._rank == 0 else {}

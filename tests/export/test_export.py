@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from fp8sync.cli import main
 from fp8sync.errors import Fp8SyncError, NonFiniteWeight, RecipeMismatch, UnsupportedLayout
 from fp8sync.export import export_checkpoint
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.recipe import Recipe
 from fp8sync.sources import CheckpointSource
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
@@ -195,6 +196,40 @@ def test_what_is_quantized_otherwise_is_not_exported(tmp_path: Path) -> None:
     with pytest.raises(Fp8SyncError, match="expected BF16 or blockwise FP8, found gptq"):
         export_checkpoint(saved, tmp_path / "made", progress=False)
     assert not (tmp_path / "made").exists()
+
+
+class Halves:
+    """A source whose boxes are rows of one matrix; `prepared` counts."""
+
+    tiles = True
+
+    def __init__(self, *rows: tuple[int, int]) -> None:
+        self._rows, self.prepared = rows, 0
+        self._live = {f"rows{first}": torch.ones(count, 128).bfloat16() for first, count in rows}
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def manifest(self) -> Manifest:
+        boxes = [
+            Box("a.weight", (first, 0), (count, 128), Placement(f"rows{first}", 0, (128, 1)))
+            for first, count in self._rows
+        ]
+        return Manifest.of([TensorInfo("a.weight", (256, 128), "bfloat16")], {0: boxes})
+
+    def storages(self) -> dict[str, torch.Tensor]:
+        assert self.prepared
+        return self._live
+
+
+def test_what_the_ranks_do_not_hold_once_is_not_exported(tmp_path: Path) -> None:
+    for rows, said in (((0, 128),), "found 16384"), (((0, 192), (128, 128)), "which overlap"):
+        with pytest.raises(UnsupportedLayout, match=f"a.weight: expected .*{said}"):
+            export_checkpoint(Halves(*rows), tmp_path / "made", config={"model_type": "mine"})
+    assert not (tmp_path / "made").exists()
+    source = Halves((0, 128), (128, 128))
+    export_checkpoint(source, tmp_path / "made", config={"model_type": "mine"}, progress=False)
+    assert source.prepared == 1  # it may be a whole export of tensors that are no boxes
 
 
 def test_options_of_the_command_that_would_do_nothing(
