@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 import time
 from contextlib import contextmanager
 from functools import cache
@@ -115,6 +116,8 @@ class NcclGroup:
     ) -> None:
         self._names, self._device, self._timeout_s = names, device, timeout_s
         self._number = number
+        # Another thread may close the group, and NCCL frees what a call is looking at.
+        self._calling = threading.RLock()
         self._comm: ctypes.c_void_p | None = ctypes.c_void_p()
         made = _UniqueId((ctypes.c_ubyte * _ID_BYTES)(*bytes.fromhex(unique_id)))
         with torch.cuda.device(device), sockets(loopback=loopback):
@@ -134,20 +137,21 @@ class NcclGroup:
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> torch.cuda.Event:
         """Enqueue one NCCL group on a stream of our own; see `Group`."""
-        # Before the group is begun: one left open would swallow this thread's later calls.
-        comm = self._alive()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         peers = [peer for _, peer in (*sends, *receives)]
         stream = ctypes.c_void_p(self._stream.cuda_stream)
         with torch.cuda.device(self._device):
-            _check(_nccl().ncclGroupStart(), "ncclGroupStart")
-            status = _SUCCESS
-            for call, messages in ((_nccl().ncclSend, sends), (_nccl().ncclRecv, receives)):
-                for message, peer in messages:
-                    address, size = ctypes.c_void_p(message.data_ptr()), message.numel()
-                    found = call(address, size, _UINT8, peer, comm, stream)
-                    status = status if found in (_SUCCESS, _IN_PROGRESS) else found
-            ended = _nccl().ncclGroupEnd()
+            with self._calling:
+                # Before the group is begun: one left open would swallow this thread's later calls.
+                comm = self._alive()
+                _check(_nccl().ncclGroupStart(), "ncclGroupStart")
+                status = _SUCCESS
+                for call, messages in ((_nccl().ncclSend, sends), (_nccl().ncclRecv, receives)):
+                    for message, peer in messages:
+                        address, size = ctypes.c_void_p(message.data_ptr()), message.numel()
+                        found = call(address, size, _UINT8, peer, comm, stream)
+                        status = status if found in (_SUCCESS, _IN_PROGRESS) else found
+                ended = _nccl().ncclGroupEnd()
             self._settle(status or ended, peers, "join an exchange")
             return self._stream.record_event()
 
@@ -161,9 +165,10 @@ class NcclGroup:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         address, stream = ctypes.c_void_p(values.data_ptr()), self._stream.cuda_stream
         with torch.cuda.device(self._device):
-            status = _nccl().ncclAllReduce(
-                address, address, values.numel(), _FLOAT32, _MAX, self._alive(), stream
-            )
+            with self._calling:
+                status = _nccl().ncclAllReduce(
+                    address, address, values.numel(), _FLOAT32, _MAX, self._alive(), stream
+                )
             self._settle(status, others, "join in a maximum")
             self.wait(self._stream.record_event(), others, "join in a maximum")
 
@@ -178,10 +183,11 @@ class NcclGroup:
 
     def close(self) -> None:
         """Abort the communicator."""
-        comm, self._comm = self._comm, None
-        if comm:
-            with torch.cuda.device(self._device):
-                _nccl().ncclCommAbort(comm)
+        with self._calling:
+            comm, self._comm = self._comm, None
+            if comm:
+                with torch.cuda.device(self._device):
+                    _nccl().ncclCommAbort(comm)
 
     def _alive(self) -> ctypes.c_void_p:
         if self._comm is None:
@@ -190,7 +196,8 @@ class NcclGroup:
 
     def _state(self) -> int:
         state = ctypes.c_int()
-        status = _nccl().ncclCommGetAsyncError(self._alive(), ctypes.byref(state))
+        with self._calling:
+            status = _nccl().ncclCommGetAsyncError(self._alive(), ctypes.byref(state))
         return int(status or state.value)
 
     def _failed(self) -> bool:

@@ -86,7 +86,7 @@ def main() -> None:
         "--peer-cases", nargs="*", default=["1 -> 1", "TP2 -> TP2.EP2", "FSDP2 -> TP2"]
     )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--bucket-bytes", type=int, default=DEFAULT_BUCKET_BYTES)
+    parser.add_argument("--bucket-bytes", type=int, nargs="*", default=[DEFAULT_BUCKET_BYTES])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
@@ -108,7 +108,10 @@ def run_rank(rank: int, gpus: int, port: int, options: argparse.Namespace) -> No
     dist.init_process_group("nccl", store=store, rank=rank, world_size=gpus, device_id=device)
     wire = bandwidth(rank, device)
     if rank == 0:
-        print(f"send/recv of 1 GiB, GPU 0 -> GPU 1: {wire / 1e9:.0f} GB/s\n{HEADING}", flush=True)
+        print(f"send/recv of 1 GiB, GPU 0 -> GPU 1: {wire / 1e9:.1f} GB/s", flush=True)
+        for name, why in refit_peers.absent().items() if options.peers else ():
+            print(f"{name:26s} {why}")
+        print(HEADING, flush=True)
     for name in options.cases:
         case = CASES[name]
         if case.ranks > gpus:
@@ -116,9 +119,6 @@ def run_rank(rank: int, gpus: int, port: int, options: argparse.Namespace) -> No
                 print(f"{name:26s} needs {case.ranks} GPUs", flush=True)
             continue
         Run(rank, device, store, name, case, wire, options).all()
-    if rank == 0 and options.peers:
-        for name, why in refit_peers.absent().items():
-            print(f"{name:26s} {why}")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -182,7 +182,9 @@ class Run:
             worker = refit_world.Worker(wanted, self._engine_rank, self._device)
         torch.cuda.synchronize(self._device)
         for way in self._options.transports:
-            self._refit(way, held, worker, expected)
+            sizes = self._options.bucket_bytes
+            for size in sizes if way == "nccl" else sizes[:1]:
+                self._refit(way, size, held, worker, expected)
         for peer in self._options.peers:
             unfused = 1 < self._case.trainer.fsdp == self._case.trainer.ranks
             if self._name in self._options.peer_cases and (peer == "packed" or unfused):
@@ -194,13 +196,14 @@ class Run:
     def _refit(
         self,
         way: str,
+        size: int,
         held: refit_world.Tensors,
         worker: refit_world.Worker | None,
         expected: refit_world.Tensors,
     ) -> None:
         counts = self._case.trainer.ranks, self._case.engine.ranks
-        key = f"{self._name}/{way}"
-        size, repeats = self._options.bucket_bytes, self._options.repeats + 2
+        key = f"{self._name}/{way}/{size}"
+        repeats = self._options.repeats + 2
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
@@ -227,7 +230,8 @@ class Run:
             worker.leave()
         extra = torch.cuda.max_memory_allocated(self._device) - before
         assert extra <= 2 * size + TABLES, f"rank {self._rank} took {extra} bytes by {way}"
-        self._row(way, seconds[2:], plan, extra, worker, expected)
+        name = way if size == DEFAULT_BUCKET_BYTES else f"{way}, {size >> 20} MiB"
+        self._row(name, seconds[2:], plan, extra, worker, expected)
 
     def _peer(
         self,
@@ -292,7 +296,6 @@ class Run:
             "wire_bytes_per_s": self._wire,
             "sender_extra_bytes": sender,
             "receiver_extra_bytes": receiver,
-            "bucket_bytes": self._options.bucket_bytes,
             "equal": True,
         }
         print(

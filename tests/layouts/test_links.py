@@ -1,6 +1,6 @@
-"""`ipc` from announcement to commit, between the real members of a link, each in a thread of this process.
+"""Refits from announcement to commit, between the real members of a link, each in a thread of this process.
 
-Its memory is the processor's, so it is mapped by being there; all else is what runs between GPUs.
+By `ipc` memory is the processor's, so it is mapped by being there; all else is what runs between GPUs.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import torch.distributed
 from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, TransferTimeout
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.sending.writer import PARTS
+from fp8sync.transport import GlooGroup
+from fp8sync.transport.nccl import NcclGroup
 from scripts.bench import refit_world
 from tests.layouts.cases import QWEN
 
@@ -54,8 +56,8 @@ class Worker(refit_world.Worker):
 class Refit:
     """Two trainer ranks and two workers."""
 
-    def __init__(self) -> None:
-        self._store = dist.HashStore()
+    def __init__(self, way: str) -> None:
+        self._store, self._way = dist.HashStore(), way
         self._links = 0
         self.held = [refit_world.allocated(SOURCE, rank, CPU) for rank in (0, 1)]
         self.expected = [refit_world.allocated(WANTED, rank, CPU) for rank in (0, 1)]
@@ -77,7 +79,7 @@ class Refit:
         ]
         joining = [self._pool.submit(w.join, self._store, key) for w in self.workers]
         following = self._pool.submit(refit_world.follow, sources[1], 1, self._store, key)
-        self.leader = refit_world.lead(sources[0], self._store, key, "ipc", (2, 2), 1 << 20)
+        self.leader = refit_world.lead(sources[0], self._store, key, self._way, (2, 2), 1 << 15)
         self.follower = following.result()
         assert [each.result() for each in joining] == [None, None]
 
@@ -135,7 +137,7 @@ def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
     """Afterwards the next version arrives, over a new link if this one is down."""
     monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("ipc", "asked for"))
     monkeypatch.setattr(refit_world, "TIMEOUT_S", WAIT_S)
-    refit = Refit()
+    refit = Refit("ipc")
     yield refit
     for worker in refit.workers:
         for tensor in worker.staged.values():
@@ -149,6 +151,24 @@ def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
 def test_every_byte_of_every_version(refit: Refit) -> None:
     assert refit.run() == [None] * 4
     assert refit.arrived()
+
+
+def test_every_byte_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`nccl` with the order of messages that rank 0 makes; gloo carries them, as there is no GPU."""
+    store = dist.HashStore()
+
+    def join(choice: Any, _: Any, limit_s: float) -> GlooGroup:
+        assert [len(order) > 2 for order in choice["orders"]] == [True]
+        return GlooGroup(store, choice["rank"], len(choice["names"]), "127.0.0.1", limit_s)
+
+    monkeypatch.setattr(NcclGroup, "join", join)
+    monkeypatch.setattr("fp8sync.transport.invitation.new_unique_id", lambda **_: "")
+    monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("nccl", "asked for"))
+    refit = Refit("nccl")
+    for _ in range(2):
+        assert refit.run() == [None] * 4
+        assert refit.arrived()
+    refit.close()
 
 
 def test_a_flipped_byte(refit: Refit) -> None:
