@@ -153,7 +153,8 @@ def quantize(
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: unknown formula, an origin outside a block, or shapes that do not fit.
+        ValueError: unknown formula, an origin outside a block, shapes that do not fit, or an address
+                that is no multiple of its elements' size.
 
     Examples:
         >>> x, weight = torch.ones(256, 128), torch.empty(256, 128, dtype=torch.uint8)
@@ -197,7 +198,7 @@ def canonical_digest(weight: Memory, scale_inv: Memory, part: Part = Part()) -> 
         'CANONICAL'
     """
     source, scales = _matrix(weight), _matrix(scale_inv)
-    _require_dtype("weight", source, _CODES)
+    _require_elements("weight", source, _CODES)
     _require_grid("scale_inv", scales, source, (0, 0))
     return Job(Op.CANONICAL, source, None, scales, None, (0, 0), part)
 
@@ -233,7 +234,7 @@ def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) 
         'COPY_CODES'
     """
     codes = _matrix(source)
-    _require_dtype("source", codes, _CODES)
+    _require_elements("source", codes, _CODES)
     return replace(copy(codes, destination, part), op=Op.COPY_CODES)
 
 
@@ -242,15 +243,15 @@ def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
 
     Raises:
         TypeError: another dtype.
-        ValueError: shapes differ.
+        ValueError: shapes differ, or an address that is no multiple of its elements' size.
 
     Examples:
         >>> cast(torch.ones(128), torch.empty(128, dtype=torch.bfloat16)).op.name
         'CAST'
     """
     given, target = _matrix(source), _matrix(destination)
-    _require_dtype("source", given, _FLOATS)
-    _require_dtype("destination", target, _FLOATS)
+    _require_elements("source", given, _FLOATS)
+    _require_elements("destination", target, _FLOATS)
     _require_shape("destination", target, given)
     return Job(Op.CAST, given, target, None, None, (0, 0), part)
 
@@ -265,12 +266,12 @@ def _blockwise(
     part: Part,
 ) -> Job:
     source = _matrix(x)
-    _require_dtype("x", source, _FLOATS)
+    _require_elements("x", source, _FLOATS)
     if not all(0 <= start < BLOCK for start in origin):
         raise ValueError(f"origin {origin} lies outside a {BLOCK}x{BLOCK} block")
     target = None if weight is None else _matrix(weight)
     if target is not None:
-        _require_dtype("weight", target, _CODES)
+        _require_elements("weight", target, _CODES)
         _require_shape("weight", target, source)
     scales = None if scale_inv is None else _require_grid("scale_inv", scale_inv, source, origin)
     maxima = None if amax is None else _require_grid("amax", amax, source, origin)
@@ -281,9 +282,13 @@ def _matrix(memory: Memory) -> Matrix:
     return memory if isinstance(memory, Matrix) else Matrix.of(memory)
 
 
-def _require_dtype(name: str, given: Matrix, allowed: tuple[torch.dtype, ...]) -> None:
+def _require_elements(name: str, given: Matrix, allowed: tuple[torch.dtype, ...]) -> None:
     if given.dtype not in allowed or given.dtype not in DTYPE_OF_TORCH:
         raise TypeError(f"{name} has dtype {given.dtype}, expected one of {allowed}")
+    if given.address % given.itemsize:
+        raise ValueError(
+            f"{name} lies at {given.address:#x}, no multiple of {given.itemsize} bytes"
+        )
 
 
 def _require_shape(name: str, given: Matrix, expected: Matrix) -> None:
@@ -295,10 +300,8 @@ def _require_shape(name: str, given: Matrix, expected: Matrix) -> None:
 
 def _require_grid(name: str, memory: Memory, source: Matrix, origin: tuple[int, int]) -> Matrix:
     given = _matrix(memory)
-    _require_dtype(name, given, (torch.float32,))
+    _require_elements(name, given, (torch.float32,))
     grid = (-(-(origin[0] + source.rows) // BLOCK), -(-(origin[1] + source.cols) // BLOCK))
     if (given.rows, given.cols) != grid:
         raise ValueError(f"{name} is {given.rows}x{given.cols}, the blocks are {grid[0]}x{grid[1]}")
-    if given.address % 4:
-        raise ValueError(f"{name} lies at an address that is no multiple of 4")
     return given

@@ -37,7 +37,8 @@ def run_table(
     not synchronize: it may be captured in a CUDA graph.
 
     Raises:
-        ValueError: digests or nonfinite are too short.
+        TypeError: digests or nonfinite are not int64, or on another device than the table.
+        ValueError: they are too short, or not contiguous; or `programs` is less than 1.
 
     Examples:
         >>> from fp8sync_kernels import build_table, digest
@@ -53,10 +54,10 @@ def run_table(
         ([0, 0], True)
     """
     for counters in (digests, nonfinite):
-        if counters is not None and counters.numel() < table.slots:
-            raise ValueError(
-                f"{counters.numel()} counters given, the table has {table.slots} slots"
-            )
+        if counters is not None:
+            _check(counters, table)
+    if programs is not None and programs < 1:
+        raise ValueError(f"{programs} programs do nothing")
     if table.blocks == 0:
         return
     if table.rows.device.type != "cuda":
@@ -66,6 +67,19 @@ def run_table(
         return
     with torch.cuda.device(table.rows.device):
         launch_kernel(table, digests, nonfinite, programs=programs)
+
+
+def _check(counters: torch.Tensor, table: Table) -> None:
+    device = table.rows.device
+    if counters.dtype != torch.int64 or counters.device != device:
+        raise TypeError(
+            f"counters are {counters.dtype} on {counters.device}, expected torch.int64 on {device}"
+        )
+    if counters.numel() < table.slots or not counters.is_contiguous():
+        raise ValueError(
+            f"counters have shape {tuple(counters.shape)} and strides {counters.stride()}, "
+            f"the table has {table.slots} slots, one after the other"
+        )
 
 
 def compile_options(paths: int, one_row: bool = False) -> dict[str, int]:
