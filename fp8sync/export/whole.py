@@ -1,7 +1,8 @@
 """Whole tensors from boxes: every rank packs what it holds, rank 0 gets them band by band.
 
 A band is a run of rows of one HF tensor. The plan is that of a refit whose engine is one rank that
-wants every tensor in bands; nobody holds more than one of them at a time.
+wants every tensor in bands, also what takes the misc path elsewhere; nobody holds more than one of them
+at a time.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from fp8sync.export.ranks import Attempts, agree, receive, send
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.plan.boxes import block_shape
+from fp8sync.plan.formats import MISC, cut_pairs
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.recipe import BLOCK, Encoding
 from fp8sync.sources.live import LiveSource
@@ -37,7 +39,10 @@ _SCALES = "/scale_inv"
 
 
 class Band(NamedTuple):
-    """Rows of an HF tensor from `first` on, as the trainer holds them: elements, or codes and scales."""
+    """Rows of an HF tensor from `first` on, as the trainer holds them: elements, or codes and scales.
+
+    Of an FP8 pair whose blocks are not the tensor's, the values in float32.
+    """
 
     tensor: str
     first: int
@@ -62,7 +67,7 @@ class _Rows:
 
     @property
     def storage(self) -> str:
-        return f"{self.info.name}/{self.first}"
+        return f"{MISC}{self.info.name}/{self.first}"  # so called, it is not carried to a whole one
 
     @property
     def has_scales(self) -> bool:
@@ -103,10 +108,12 @@ class WholeTensors:
         held = merge_ranks([Manifest.from_json(manifest) for manifest in told])
         self._source.check(held)
         self.tensors = held.tensors
-        self._bands = [rows for info in held.tensors.values() for rows in _rows(info, band_bytes)]
-        wanted = Manifest.of(held.tensors.values(), {0: [rows.box() for rows in self._bands]})
+        cut = cut_pairs(held)
+        infos = [_values(i) if n in cut else i for n, i in held.tensors.items()]
+        self._bands = [rows for info in infos for rows in _rows(info, band_bytes)]
+        wanted = Manifest.of(infos, {0: [rows.box() for rows in self._bands]})
         self._copies: dict[str, list[Copy]] = defaultdict(list)
-        for copy in build_plan(held, wanted).copies:
+        for copy in build_plan(held, wanted, requantize=True).copies:
             self._copies[copy.at.storage].append(copy)
 
     def stream(self, take: Callable[[Band], None]) -> None:
@@ -140,6 +147,11 @@ class WholeTensors:
             payload = receive(bucket.nbytes, bucket.source_rank)
         if self._rank == 0:
             attempt(lambda: unpack(bucket, payload, made))
+
+
+def _values(info: TensorInfo) -> TensorInfo:
+    """How a pair is carried whose blocks, or boxes, are not the tensor's."""
+    return TensorInfo(info.name, info.shape, "float32")
 
 
 def _rows(info: TensorInfo, band_bytes: int) -> Iterator[_Rows]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fp8sync.errors import Fp8SyncError
+from fp8sync.export import export_checkpoint
 from fp8sync.layouts import EngineLayout, from_config, manifest
 from fp8sync.manifest import Manifest
 from fp8sync.plan import MISC, build_plan
@@ -138,7 +140,7 @@ def check_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 
 def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
-    """Shards, or heads, that are not made of whole blocks: each named, and compared with its values in BF16."""
+    """Shards, or heads, that are not made of whole blocks: each named, compared with its values, exported."""
     bridge, chunks = load(checkpoint, axes)
     for _, parameter in pairs.linear_weights(chunks):
         q = quantize_blockwise(parameter.detach(), "pow2")
@@ -163,7 +165,20 @@ def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     if dist.get_rank() == 0 and values.keys() != named:
         faults.append(f"expected {sorted(named)} to arrive, found {sorted(values)}")
     faults += [f"{n}: {r}" for n, r in reasons.items() if "the values are quantized anew" not in r]
-    return faults
+    faults += differences(exported(source, checkpoint, "bf16"), expected)
+    if dist.get_rank() == 0:  # which has what is expected
+        expected = as_quantized(expected, _pairs(merged))
+    return faults + differences(exported(source, checkpoint, "blockwise"), expected)
+
+
+def exported(source: MegatronSource, checkpoint: Path, recipe: str) -> dict[str, torch.Tensor]:
+    """The directory that the ranks write of it, read again; scales by the names of `transfer`."""
+    folder = checkpoint.with_name(f"{checkpoint.name}-exported")
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    dist.barrier()
+    export_checkpoint(source, folder, recipe, config=checkpoint, progress=False)
+    return {n.replace("_scale_inv", SCALES): t for n, t in reference(folder).items()}
 
 
 def check_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:

@@ -18,6 +18,7 @@ from tests.megatron.checks import (
     LINEAR,
     as_quantized,
     differences,
+    exported,
     gather,
     load,
     reference,
@@ -75,7 +76,7 @@ def check_loose_masters(checkpoint: Path, axes: dict[str, int]) -> list[str]:
 
 
 def check_gathered(checkpoint: Path, axes: dict[str, int]) -> list[str]:
-    """All tensors arrive; what is gathered is that alone, evenly kept, and named with its reason."""
+    """All tensors arrive, and are exported; what is gathered is that alone, evenly kept, and named with its reason."""
     bridge, chunks = load(checkpoint, axes)
     source = MegatronSource(chunks, bridge)
     faults = refused("expected prepare() on every rank", source.manifest)
@@ -100,7 +101,8 @@ def check_gathered(checkpoint: Path, axes: dict[str, int]) -> list[str]:
         source.prepare()
         formulas = {n: Formula.POW2 for n in merged.tensors if LINEAR.search(n)}
         arrived = transfer(merged, destination(merged, formulas), source.storages())
-    return faults + differences(arrived, as_quantized(expected, formulas))
+    faults += differences(arrived, as_quantized(expected, formulas))
+    return faults + differences(exported(source, checkpoint, "bf16"), expected)
 
 
 def _shares(merged: Any, live: dict[str, torch.Tensor]) -> list[str]:
