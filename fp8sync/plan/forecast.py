@@ -94,7 +94,8 @@ class Outlook:
         if self.pays:
             nbytes = f"{self.forwarded.forwarded_bytes:,} bytes are forwarded"
             return f"{nbytes}, each node being fed once: {times}"
-        return f"nothing is forwarded: feeding each node once would take {times}"
+        least = f"it has to be below {_WORTH:.0%} of that"
+        return f"nothing is forwarded: feeding each node once would take {times}; {least}"
 
 
 def wire_time(

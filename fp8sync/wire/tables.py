@@ -51,7 +51,7 @@ def unwritable(copies: Iterable[Copy], *, in_buckets: bool = False) -> str:
     """
     for copy in copies:
         if decoded(copy) and not in_buckets:
-            return "the engine dequantizes what it receives"
+            return f"the engine keeps no scales of {copy.tensor}, and no launch dequantizes"
         if decoded(copy) and any(copy.origin):
             return f"the engine dequantizes {copy.tensor}, of which a copy begins inside a block"
         if copy.source_origin:

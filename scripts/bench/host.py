@@ -1,12 +1,12 @@
 """What a refit costs the sending host, tensor for tensor as many as Qwen3-30B-A3B has.
 
-    python scripts/bench/host.py [--refits 20]
+    python scripts/bench/host.py [--refits 20] [--one-by-one]
 
 Needs no GPU. The model has all layers and experts of Qwen3-30B-A3B (18,867 HF tensors, 37,491 with their
 scales), but small matrices, so that the reference kernels get through on a processor. What they take
 counts as waiting, as a GPU's work would. Measured: reading the source, checking that nothing moved,
 launching, taking digests, and the control messages with them. Experts lie in stacks, as in recent
-transformers. Fails above the limit.
+transformers; with `--one-by-one` each is a storage of its own. Fails above the limit, which is for stacks.
 """
 
 from __future__ import annotations
@@ -49,14 +49,15 @@ SMALL = ModelShape(
 
 
 class Stacked:
-    """A trainer of one rank whose experts lie in one storage per layer and projection."""
+    """A trainer of one rank whose experts lie in one storage per layer and projection, or one by one."""
 
-    def __init__(self, listed: Manifest) -> None:
+    def __init__(self, listed: Manifest, *, one_by_one: bool) -> None:
         sizes: dict[str, int] = defaultdict(int)
         boxes = []
         for box in listed.ranks[0]:
             stem, _, last = box.tensor.partition(".experts.")
-            storage = f"{stem}.experts.{last.partition('.')[2]}" if last else stem
+            stacked = last and not one_by_one
+            storage = f"{stem}.experts.{last.partition('.')[2]}" if stacked else box.tensor
             strides = torch.empty(box.shape, device="meta").stride()
             boxes.append(
                 Box(box.tensor, box.start, box.shape, Placement(storage, sizes[storage], strides))
@@ -78,8 +79,9 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--refits", type=int, default=20)
+    parser.add_argument("--one-by-one", action="store_true")
     options = parser.parse_args()
-    stacked = Stacked(manifest(TrainerLayout(), SMALL))
+    stacked = Stacked(manifest(TrainerLayout(), SMALL), one_by_one=options.one_by_one)
     source = LiveSource(lambda: stacked)
     source.prepare()
     engine = manifest(EngineLayout(), SMALL)
@@ -101,11 +103,12 @@ def main() -> None:
         assert sent.error is None, sent.error
     median = statistics.median(seconds[1:])
     nbytes = sum(map(len, messages))
-    print(f"{len(plan.tensors)} tensors, {len(plan.copies)} copies, {nbytes} bytes of digests")
+    storages = len(stacked.storages())
+    print(f"{len(plan.tensors)} tensors, {storages} storages, {nbytes} bytes of digests")
     print(
         f"host: first {seconds[0] * 1e3:.2f} ms, median of {options.refits}: {median * 1e3:.2f} ms"
     )
-    assert median <= LIMIT_S, f"expected at most {LIMIT_S * 1e3:g} ms"
+    assert options.one_by_one or median <= LIMIT_S, f"expected at most {LIMIT_S * 1e3:g} ms"
 
 
 def share_of(source: LiveSource, plan: Any, device: torch.device) -> Share:

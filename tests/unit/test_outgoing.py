@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -54,6 +55,18 @@ def test_auto_goes_by_where_everyone_is(trainer: Any, engine: Any, kind: str, wh
 def test_what_is_asked_for_is_taken_where_it_is_possible(wanted: str) -> None:
     together = seats("a", "b"), places("c", "d")
     assert choose_transport(wanted, PLAN, *together) == (wanted, "asked for")
+
+
+def test_an_engine_that_keeps_no_scales_is_not_written_one_sided() -> None:
+    plan = build_plan(
+        manifest(TrainerLayout(tp=2), MODEL), manifest(EngineLayout(tp=2, scales=False), MODEL)
+    )
+    why = r"the engine keeps no scales of model.layers.0.\S+, and no launch dequantizes"
+    with pytest.raises(ValueError, match=f"'ipc' is not possible: {why}"):
+        choose_transport("ipc", plan, seats("a", "b"), places("c", "d"))
+    found, reason = choose_transport("auto", plan, seats("a", "b"), places("c", "d"))
+    assert found == "nccl"
+    assert re.match(f"{why}; every rank has a GPU of its own", reason)
 
 
 def test_what_is_not_possible_is_refused_with_the_reason() -> None:
