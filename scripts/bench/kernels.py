@@ -126,15 +126,17 @@ def copy_bandwidth_in_a_row(moved_bytes: int) -> float:
 
 
 class Report:
-    """Prints and keeps the lines."""
+    """Prints the lines, and writes them to a file as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, out: Path | None = None) -> None:
+        self.out = out
+        if out:
+            out.write_text("")
         self.copy = copy_bandwidth(12 << 30)
         self.copy_in_a_row = copy_bandwidth_in_a_row(12 << 30)
         free()
         self.digests = torch.zeros(SLOTS, dtype=torch.int64, device="cuda")
         self.nonfinite = torch.zeros_like(self.digests)
-        self.lines: list[dict[str, Any]] = []
         device = torch.cuda.get_device_name()
         versions = {"torch": torch.__version__, "triton": triton.__version__}
         date = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
@@ -145,7 +147,9 @@ class Report:
         self.add("device", device=device, **versions, date=date, **copies)
 
     def add(self, case: str, **values: Any) -> None:
-        self.lines.append({"case": case, **values})
+        if self.out:
+            with self.out.open("a") as file:
+                file.write(json.dumps({"case": case, **values}) + "\n")
         shown = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
         print(f"{case:44s} {' '.join(shown)}", flush=True)
 
@@ -322,15 +326,13 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=48, help="of the expert model")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    report = Report()
+    report = Report(arguments.out)
     matrices(report)
     moves(report)
+    models(report, arguments.layers)
     found = peers(report)
     free()
     experts_by_peers(report, found)
-    models(report, arguments.layers)
-    if arguments.out:
-        arguments.out.write_text("".join(json.dumps(line) + "\n" for line in report.lines))
 
 
 if __name__ == "__main__":
