@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.plan.boxes import misaligned_dim, touched_blocks
+from fp8sync.plan.boxes import touched_blocks
+from fp8sync.plan.formats import cut_pairs
 from fp8sync.sending.share import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.memory import reader_of
@@ -55,11 +56,12 @@ def pieces_of(held: Manifest) -> dict[str, list[Piece]]:
     A rectangle that several ranks hold is sent by the first of them.
 
     Raises:
-        UnsupportedLayout: an FP8 pair is cut inside a block.
+        UnsupportedLayout: FP8 pairs that are cut inside a block, or whose blocks are not the tensor's.
     """
+    if faults := [f"{name}: {reason}" for name, reason in cut_pairs(held).items()]:
+        raise UnsupportedLayout("golden cannot put these pairs together", faults)
     seen = set()
     boxes: dict[str, list[tuple[int, Box]]] = defaultdict(list)
-    faults = []
     for rank, own in held.ranks.items():
         for box in own:
             key = box.tensor, box.start, box.shape
@@ -67,14 +69,6 @@ def pieces_of(held: Manifest) -> dict[str, list[Piece]]:
                 continue
             seen.add(key)
             boxes[box.tensor].append((rank, box))
-            shape = held.tensors[box.tensor].shape
-            if (
-                box.scale_at is not None
-                and misaligned_dim((box.start, box.shape), shape) is not None
-            ):
-                faults.append(f"{box.tensor}: trainer rank {rank} holds an FP8 pair cut in a block")
-    if faults:
-        raise UnsupportedLayout("golden cannot put these pairs together", faults)
     found: dict[str, list[Piece]] = {}
     count = 0
     for name in held.tensors:

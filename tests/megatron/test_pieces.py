@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.coverage import check_tiling
-from fp8sync.recipe import Formula
+from fp8sync.recipe import Encoding, Formula
+from fp8sync.sending.golden import pieces_of
 from fp8sync.sources.megatron.boxes import boxes_of
 from fp8sync.sources.megatron.held import Held, held
 from fp8sync.sources.megatron.masters import Master, master_boxes, rectangles
@@ -154,3 +155,13 @@ def test_scales_of_blocks_are_padded_in_their_columns_alone(grid: tuple[int, int
         ValueError, match=r"expected scale_inv torch\.float32 \[2, 3\], or .* fours"
     ):
         held(parameter)
+
+
+def test_golden_refuses_pairs_whose_blocks_are_not_the_tensors() -> None:
+    """The up half of a parameter whose gate ends within a block: the box itself cuts none."""
+    info = TensorInfo("up", (192, 128), "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+    parameter = Held(torch.empty(384, 128).to(torch.float8_e4m3fn), torch.empty(3, 4), Formula.POW2)
+    up = Layout({"up": (192, 128)}, (Piece("up", (0, 0), (192, 0), (192, 128)),))
+    held = Manifest.of([info], {0: list(boxes_of("fc1.weight", up, parameter))})
+    with pytest.raises(UnsupportedLayout, match="up: the trainer's blocks are not the tensor's"):
+        pieces_of(held)
