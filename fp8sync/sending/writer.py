@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -128,14 +129,13 @@ class Writer:
         sent = Sent(self._rank)
         began = time.perf_counter()
         number = 0
+        launched: list[torch.cuda.Event | None] = []
         try:
             storages = self._share.read()
             self._counters.zero_()
-            written = [self._launch(part, storages) for part in self._parts]
-            for part, event in zip(self._parts, written, strict=True):
-                if event is not None:
-                    with waiting():
-                        event.synchronize()
+            launched += (self._launch(part, storages) for part in self._parts)
+            for part, event in zip(self._parts, launched, strict=True):
+                _wait(event)
                 told(self._digests(part))
                 number += 1
                 for slot in part.seen[1].nonzero().flatten().tolist():
@@ -144,6 +144,9 @@ class Writer:
         # Whatever stops writing, the workers that wait have to hear of it.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
+            with suppress(RuntimeError):  # of a GPU that is lost
+                _wait(launched[-1] if launched else None)
+            # From now on nothing more arrives in their memory.
             for _ in range(number, len(self._parts)):
                 told(None)
         sent.quantize_s = time.perf_counter() - began
@@ -175,6 +178,12 @@ class Writer:
     def _digests(self, part: _Part) -> Written:
         found = {rank: part.seen[0, slots].numpy().tobytes() for rank, slots in part.slots.items()}
         return {r: base64.b64encode(found.get(r, b"")).decode() for r in self._places}
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    if event is not None:
+        with waiting():
+            event.synchronize()
 
 
 def _sizes(nbytes: int) -> list[int]:

@@ -34,6 +34,8 @@ from fp8sync.layouts.presets import PRESETS
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, build_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fp8sync.plan import Plan
 
 GIB = 1 << 30
@@ -208,6 +210,7 @@ class Run:
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
         seconds: list[float] = []
+        stages: list[dict[str, float]] = []
         plan: Plan | None = None
         source = None
         if self._trains:
@@ -215,7 +218,7 @@ class Run:
             source = refit_world.PaperSource(own, held)
         if source and self._rank == 0:
             link = refit_world.lead(source, self._store, key, way, counts, size)
-            seconds = [refit_world.timed_refit(link, v) for v in range(1, repeats + 1)]
+            seconds = [refit_world.timed_refit(link, v, stages) for v in range(1, repeats + 1)]
             plan = link.plan
             link.close()
         elif source:
@@ -231,7 +234,7 @@ class Run:
         extra = torch.cuda.max_memory_allocated(self._device) - before
         assert extra <= 2 * size + TABLES, f"rank {self._rank} took {extra} bytes by {way}"
         name = way if size == DEFAULT_BUCKET_BYTES else f"{way}, {size >> 20} MiB"
-        self._row(name, seconds[2:], plan, extra, worker, expected)
+        self._row(name, seconds[2:], plan, extra, worker, expected, stages[2:])
 
     def _peer(
         self,
@@ -266,6 +269,7 @@ class Run:
         extra: int,
         worker: refit_world.Worker | None,
         expected: refit_world.Tensors,
+        stages: Sequence[dict[str, float]] = (),
     ) -> None:
         wrong = 0
         if worker:
@@ -289,6 +293,9 @@ class Run:
             "way": way,
             "seconds": seconds,
             "median_s": median,
+            "stages_s": {key: statistics.median(s[key] for s in stages) for key in stages[0]}
+            if stages
+            else {},
             "floor_s": floor,
             "ratio": median / floor,
             "kept_bytes_per_s": kept,

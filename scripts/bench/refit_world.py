@@ -155,13 +155,20 @@ def lead(
     return conductor
 
 
-def timed_refit(conductor: Conductor, version: int) -> float:
-    """Seconds from the announcement until every worker has voted, all bytes verified in staging."""
+def timed_refit(
+    conductor: Conductor, version: int, stages: list[dict[str, float]] | None = None
+) -> float:
+    """Seconds from the announcement until every worker has voted, all bytes verified in staging.
+
+    What the conductor says of the stages is appended to `stages`.
+    """
     began = time.perf_counter()
     conductor.open(version)
     conductor.send(version)
     seconds = time.perf_counter() - began
-    conductor.commit()
+    outcome = conductor.commit()
+    if stages is not None:
+        stages.append(outcome.seconds)
     return seconds
 
 

@@ -19,6 +19,7 @@ from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.sending.writer import PARTS
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
+from fp8sync_kernels import run_table
 from scripts.bench import refit_world
 from tests.layouts.cases import QWEN
 
@@ -67,6 +68,7 @@ class Refit:
         self.workers = [Worker(refit_world.own(WANTED, rank), rank, CPU) for rank in (0, 1)]
         self._pool = ThreadPoolExecutor(3)
         self.version = 0
+        self.stages: list[dict[str, float]] = []
         self.connect()
 
     def connect(self) -> None:
@@ -90,7 +92,7 @@ class Refit:
         others += [self._pool.submit(worker.take) for worker in self.workers]
         raised: BaseException | None = None
         try:
-            refit_world.timed_refit(self.leader, self.version)
+            refit_world.timed_refit(self.leader, self.version, self.stages)
         except Fp8SyncError as error:
             raised = error
         if self.leader.hung_up:
@@ -151,6 +153,8 @@ def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
 def test_every_byte_of_every_version(refit: Refit) -> None:
     assert refit.run() == [None] * 4
     assert refit.arrived()
+    (stages,) = refit.stages
+    assert {"quantize", "send", "verify"} <= set(stages)
 
 
 def test_every_byte_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,6 +216,23 @@ def test_a_rank_that_cannot_read(refit: Refit) -> None:
     refit.held[1].update(held)
     assert "trainer rank 1 failed: KeyError" in str(first)
     assert type(others[0]) is Fp8SyncError
+
+
+def test_a_launch_that_fails(refit: Refit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between others: of no part that follows do workers hear anything but that it never will come."""
+    count = iter(range(100))
+
+    def launch(*args: Any) -> None:
+        if next(count) == 3:
+            raise RuntimeError("no memory left")
+        run_table(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8sync.sending.writer.run_table", launch)
+        first, *others = refit.run()
+    assert re.search(r"trainer rank \d failed: RuntimeError: no memory left", str(first))
+    assert type(others[0]) is Fp8SyncError
+    assert others[1:] == [None, None]
 
 
 @pytest.mark.parametrize("part", [0, LAST])
