@@ -114,8 +114,9 @@ def _run_block(
                 desc, later, i, j, digests, nonfinite, tl.float32, _LARGEST_FP32, True, divides, cut
             )
     if _WIDE_CODES & PATHS:
-        if only == _WIDE_CODES or path == _WIDE_CODES:
-            canonical_block(desc, later, i, j, digests, True, cut)
+        if digests is not None:
+            if only == _WIDE_CODES or path == _WIDE_CODES:
+                canonical_block(desc, later, i, j, digests, True, cut)
     if _ANY_BF16 & PATHS:
         if only == _ANY_BF16 or path == _ANY_BF16:
             quantize_block(
@@ -162,8 +163,9 @@ def _run_block(
                 cut,
             )
     if _ANY_CODES & PATHS:
-        if only == _ANY_CODES or path == _ANY_CODES:
-            canonical_block(desc, later, i, j, digests, False, cut)
+        if digests is not None:
+            if only == _ANY_CODES or path == _ANY_CODES:
+                canonical_block(desc, later, i, j, digests, False, cut)
     if _COPY_16 & PATHS:
         if only == _COPY_16 or path == _COPY_16:
             copy_words(desc, i, j, digests, nonfinite, True, 32 if alone else 16, codes)
