@@ -61,6 +61,7 @@ def export_checkpoint(
     folder: str | Path,
     recipe: str | Recipe = "bf16",
     *,
+    bridge: Any = None,
     config: Any = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     band_bytes: int = DEFAULT_BAND_BYTES,
@@ -77,6 +78,7 @@ def export_checkpoint(
         folder: is made if it is not there.
         recipe: `bf16`, or a blockwise recipe: weights as FP8 with `weight_scale_inv`.
             `Recipe(..., dequantize=True)` writes the values of the FP8 weights, as BF16.
+        bridge: for a Megatron-Core model, as for `fp8sync.refit`.
         config: a directory that has the model's `config.json` (tokenizer files are copied, too), a
             transformers config, or a dict. By default the model's own.
         shard_bytes: largest file, unless one tensor is larger.
@@ -101,7 +103,7 @@ def export_checkpoint(
         (1, 1, 32776)
     """
     wanted, folder = Recipe.of(recipe), Path(folder)
-    source = as_source(model)
+    source = as_source(model, bridge)
     whole = WholeTensors(source, band_bytes)
     written = plan_formats(whole.tensors, wanted)
     files = ShardFiles(folder, {n: w.entries() for n, w in written.items()}, shard_bytes)

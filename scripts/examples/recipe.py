@@ -118,10 +118,9 @@ def main() -> None:
             print(f"step {number}: loss {loss:.4f}, version {report.version}", flush=True)
     if options.save:
         from fp8sync.export import export_checkpoint
-        from fp8sync.sources import as_source
 
-        source = as_source(trainer.model, trainer.bridge)
-        export_checkpoint(source, options.save, recipe, config=options.model, progress=False)
+        told = {"bridge": trainer.bridge, "config": options.model, "progress": False}
+        export_checkpoint(trainer.model, options.save, recipe, **told)
 
 
 def _load(folder: str) -> torch.nn.Module:

@@ -165,19 +165,21 @@ def check_cut_pairs(checkpoint: Path, axes: dict[str, int]) -> list[str]:
     if dist.get_rank() == 0 and values.keys() != named:
         faults.append(f"expected {sorted(named)} to arrive, found {sorted(values)}")
     faults += [f"{n}: {r}" for n, r in reasons.items() if "the values are quantized anew" not in r]
-    faults += differences(exported(source, checkpoint, "bf16"), expected)
+    faults += differences(exported(chunks, checkpoint, "bf16", bridge), expected)
     if dist.get_rank() == 0:  # which has what is expected
         expected = as_quantized(expected, _pairs(merged))
     return faults + differences(exported(source, checkpoint, "blockwise"), expected)
 
 
-def exported(source: MegatronSource, checkpoint: Path, recipe: str) -> dict[str, torch.Tensor]:
+def exported(
+    model: Any, checkpoint: Path, recipe: str, bridge: Any = None
+) -> dict[str, torch.Tensor]:
     """The directory that the ranks write of it, read again; scales by the names of `transfer`."""
     folder = checkpoint.with_name(f"{checkpoint.name}-exported")
     if dist.get_rank() == 0:
         shutil.rmtree(folder, ignore_errors=True)
     dist.barrier()
-    export_checkpoint(source, folder, recipe, config=checkpoint, progress=False)
+    export_checkpoint(model, folder, recipe, bridge=bridge, config=checkpoint, progress=False)
     return {n.replace("_scale_inv", SCALES): t for n, t in reference(folder).items()}
 
 
