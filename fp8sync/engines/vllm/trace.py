@@ -114,6 +114,8 @@ class _Watch(TorchDispatchMode):
     ) -> None:
         super().__init__()
         self._trace = trace
+        self._loaded: dict[str, set[str]] = defaultdict(set)
+        """Tensors that were copied to a storage; some may have been found to be computed since."""
         self._sources = {_identity(t): (name, t) for name, t in standins.items()}
         self._targets = {_identity(t): (name, t) for name, t in storages.items() if t.numel()}
         self._tainted: dict[int, frozenset[str]] = {}
@@ -162,6 +164,7 @@ class _Watch(TorchDispatchMode):
             self._transform(storage, {name}, "the loader's copy is not a rectangle")
             return
         self._trace.writes[name].append(write)
+        self._loaded[storage].add(name)
 
     def _fill(self, target: tuple[str, torch.Tensor], dst: torch.Tensor, value: float) -> None:
         storage, parameter = target
@@ -171,8 +174,8 @@ class _Watch(TorchDispatchMode):
         if found is None:
             self._transform(storage, (), "the loader fills what is not a rectangle")
             return
-        earlier = (w for ws in self._trace.writes.values() for w in ws if w.storage == storage)
-        if any(overlap(w.target, found[0]) for w in earlier):
+        earlier = (w for name in self._loaded[storage] for w in self._trace.writes.get(name, ()))
+        if any(w.storage == storage and overlap(w.target, found[0]) for w in earlier):
             self._transform(storage, (), "the loader overwrites what it loaded")
             return
         self._trace.constants[storage].append((found[0], value))
@@ -186,8 +189,9 @@ class _Watch(TorchDispatchMode):
         self._trace.transformed[storage] |= names
 
     def _written_to(self, storage: str) -> set[str]:
-        writes = self._trace.writes.items()
-        return {name for name, ws in writes if any(w.storage == storage for w in ws)}
+        writes = self._trace.writes
+        names = self._loaded[storage]
+        return {n for n in names if any(w.storage == storage for w in writes.get(n, ()))}
 
     def _names(self, args: Any) -> set[str]:
         found: set[str] = set()
