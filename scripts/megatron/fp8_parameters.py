@@ -290,7 +290,7 @@ def train(chunks: list, optimizer: Any, seed: int) -> float:
     finalize_model_grads(chunks)
     updated, norm, _ = optimizer.step()
     assert updated, f"no step was made, gradient norm {norm}"
-    loss = told[0]["loss"] if told else torch.zeros((), device=tokens.device)
+    loss = told[0]["loss"].float() if told else torch.zeros((), device=tokens.device)
     dist.broadcast(loss, dist.get_world_size() - 1)  # which is of the last stage, and has it
     return loss.item()
 
