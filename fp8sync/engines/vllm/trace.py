@@ -140,7 +140,7 @@ class _Watch(TorchDispatchMode):
         if func is _aten.copy_.default and isinstance(args[1], torch.Tensor):
             self._copy(target, first, args[1])
             return first
-        if func in _FILLS and not isinstance(args[-1], torch.Tensor):
+        if func in _FILLS and not any(isinstance(value, torch.Tensor) for value in args[1:]):
             value = 0.0 if func is _aten.zero_.default else float(args[1])
             self._fill(target, first, value)
             return first
