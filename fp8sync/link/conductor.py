@@ -22,7 +22,7 @@ from fp8sync.errors import (
     gathered,
 )
 from fp8sync.link.commit import choose_commit
-from fp8sync.link.faults import broken, difference, failures, nonfinite
+from fp8sync.link.faults import broken, difference, failures, nonfinite, with_refusals
 from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
 from fp8sync.plan import in_portions, order_of
@@ -177,10 +177,8 @@ class Conductor:
         said, lost = self._peers.hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]
         sent_s = time.perf_counter() - began
-        self.faults = lost + failures(sent) or nonfinite(sent)
-        refused = self._peers.votes()
-        if not self.faults or self.lost:  # a worker that hung up may say why
-            self.faults += refused
+        faults = lost + failures(sent) or nonfinite(sent)
+        self.faults = with_refusals(faults, self._peers.votes())
         verified = time.perf_counter()
         if self._nodes:
             self._forward()

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from fp8sync.errors import Fp8SyncError, InstallFailed, NonFiniteWeight, PeerFailed, PlanMismatch
+from fp8sync.errors import (
+    EngineLost,
+    Fp8SyncError,
+    InstallFailed,
+    NonFiniteWeight,
+    PeerFailed,
+    PlanMismatch,
+    TransferTimeout,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -14,7 +22,7 @@ if TYPE_CHECKING:
     from fp8sync.plan import Plan
     from fp8sync.sending.share import Sent
 
-__all__ = ["broken", "difference", "failures", "nonfinite"]
+__all__ = ["broken", "difference", "failures", "nonfinite", "with_refusals"]
 
 
 def broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
@@ -45,6 +53,23 @@ def nonfinite(shares: Iterable[Sent]) -> list[Fp8SyncError]:
         if count
     ]
     return [NonFiniteWeight("NaN or Inf in the trainer's weights", faults)] if faults else []
+
+
+def with_refusals(
+    faults: Sequence[Fp8SyncError], refused: Sequence[Fp8SyncError]
+) -> list[Fp8SyncError]:
+    """Return why a version is not installed: what the trainer's ranks met, and what workers say to it.
+
+    Mostly a worker refuses because a rank of the trainer failed, and says less than that rank. Not so where
+    somebody is lost, whose neighbours may know more, and where ranks only waited in vain: for a worker that
+    had failed before it took anything, perhaps.
+    """
+    if not faults or any(isinstance(fault, EngineLost) for fault in faults):
+        return [*faults, *refused]
+    if all(isinstance(fault, TransferTimeout) for fault in faults):
+        late = (TransferTimeout, PeerFailed)
+        return [*(error for error in refused if not isinstance(error, late)), *faults]
+    return [*faults]
 
 
 def difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:

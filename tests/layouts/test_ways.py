@@ -21,7 +21,7 @@ from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.intake import Intake, Receiver
-from fp8sync.errors import CorruptBucket, EngineLost
+from fp8sync.errors import CorruptBucket, EngineLost, PeerFailed
 from fp8sync.layouts import manifest
 from fp8sync.plan import Plan, build_plan, order_of
 from fp8sync.recipe import Formula
@@ -344,5 +344,6 @@ def test_weights_that_cannot_be_read(refit: Refit) -> None:
     source.storages = fail
     sent, raised = refit.run(1)
     assert "trainer rank 0 failed: RuntimeError: freed" in str(sent[0].error)
+    assert [type(error) for error in raised] == [PeerFailed] * len(raised)
     assert {str(error) for error in raised} == {"trainer rank 0 stopped sending"}
     refit.senders[0]._group = Meddler(refit.senders[0]._group, lambda *_: None)

@@ -95,7 +95,7 @@ class BucketReceiver:
             if void:
                 silent.add(bucket.source_rank)
                 text = f"trainer rank {bucket.source_rank} stopped sending"
-                failure = failure or Fp8SyncError(text)
+                failure = failure or PeerFailed(text)
             elif failure is None:
                 unpack(bucket, used[HEADER_BYTES:].to(self._intake.device), staged)
         if failure is not None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import Fp8SyncError, PeerFailed
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.golden import digest_of, join_group, pieces_of
@@ -89,7 +89,7 @@ class GoldenReceiver:
     def _check(self, piece: Piece, message: torch.Tensor, version: int) -> None:
         header = Header.unpack(bytes(message[:HEADER_BYTES].tolist()))
         if header.flags & ABORT:
-            raise Fp8SyncError(f"trainer rank {piece.rank} stopped sending")
+            raise PeerFailed(f"trainer rank {piece.rank} stopped sending")
         value = digest_of(message[HEADER_BYTES:])
         where = (
             f"engine rank {self._intake.rank}, {piece.box.tensor} from trainer rank {piece.rank}"

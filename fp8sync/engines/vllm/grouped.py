@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.engines.vllm.relay import Relay, check_headers
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import PeerFailed
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.plan.forward import handed_on, neighbours
 from fp8sync.sending.turns import AHEAD, in_runs, lay_out, make_buffers
@@ -100,7 +100,7 @@ class GroupReceiver:
         where = f"engine rank {self._rank}"
         void = check_headers(headers, placed, digests, version, lambda _: self._plan, where)
         if void is not None:
-            raise Fp8SyncError(f"trainer rank {void} stopped sending")
+            raise PeerFailed(f"trainer rank {void} stopped sending")
 
     def forward(self, version: int, staged: Storages) -> None:
         """Hand on and take, turn by turn."""

@@ -9,7 +9,7 @@ import torch
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import PeerFailed
 from fp8sync.sending.writer import PARTS
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class StagingReceiver:
             # Trainer rank 0 may itself wait that long, for another rank.
             written = self._channel.receive("written", 2 * self._channel.timeout_s)["digests"]
             if written is None:
-                failure = failure or Fp8SyncError("a trainer rank stopped writing")
+                failure = failure or PeerFailed("a trainer rank stopped writing")
             if failure is None:
                 try:
                     with torch.cuda.stream(self._stream):
