@@ -12,6 +12,7 @@ is captured in a CUDA graph rather than traced.
 from __future__ import annotations
 
 import torch
+from torch import library
 
 from fp8sync_kernels.job import quantize
 from fp8sync_kernels.launch import run_table
@@ -19,7 +20,7 @@ from fp8sync_kernels.reference.blockwise import grid_shape, quantize_blockwise
 from fp8sync_kernels.table import build_table
 
 
-@torch.library.custom_op("fp8sync_kernels::quantize_matrix", mutates_args=())
+@library.custom_op("fp8sync_kernels::quantize_matrix", mutates_args=())
 def quantize_matrix(
     x: torch.Tensor, formula: str
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import library
 
 from fp8sync_kernels import quantize_blockwise
 from fp8sync_kernels.ops import quantize_matrix
@@ -9,7 +10,7 @@ from tests.kernels.cases import hard
 
 
 def test_operator_is_traceable():
-    torch.library.opcheck(
+    library.opcheck(
         quantize_matrix,
         (hard(130, 140), "pow2"),
         test_utils=("test_schema", "test_faketensor"),
