@@ -106,9 +106,8 @@ def _random(spec: StorageSpec, formula: Formula | None, device: torch.device) ->
     if formula is Formula.POW2:
         exponents = torch.randint(-14, -4, shape, device=device)
         return torch.exp2(exponents.to(spec.dtype))
-    if (
-        formula is Formula.FP32
-    ):  # FlashInfer's are kept above 1e-10, which blocks of dead experts are not
+    if formula is Formula.FP32:
+        # Down to those of dead experts' blocks: FlashInfer keeps its own above 1e-10.
         return (10 ** (-20 * torch.rand(shape, device=device))).to(spec.dtype)
     return torch.randn(shape, device=device).to(spec.dtype)
 
