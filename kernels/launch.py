@@ -95,7 +95,7 @@ def compile_options(paths: int, one_row: bool = False) -> dict[str, int]:
     if wide & Path.WIDE_FP32:
         return {"num_warps": 4, "maxnreg": 248 if several else 168}
     if wide:
-        return {"num_warps": 4, "maxnreg": 168 if several else 128 if one_row else 96}
+        return {"num_warps": 4, "maxnreg": 168 if several else 104 if one_row else 96}
     if paths & Path.WIDE_CODES:
         return {"num_warps": 2 if paths % DIVISION == Path.WIDE_CODES else 4, "maxnreg": 128}
     return {"num_warps": 8}

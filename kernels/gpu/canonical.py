@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.gpu.columns import DIGEST_BASE, SCALE_INV, SCALE_STRIDE, SLOT
-from fp8sync_kernels.gpu.digest import add_digest, digest_scale
+from fp8sync_kernels.gpu.columns import DIGEST_BASE, DIGEST_PITCH, SCALE_INV, SCALE_STRIDE, SLOT
+from fp8sync_kernels.gpu.digest import add_digest, scale_digest_word, word_terms
 from fp8sync_kernels.gpu.prefetch import prefetch_rows
 from fp8sync_kernels.gpu.scale import INF_BITS, pow2_multiplier, pow2_scale_inv
 from fp8sync_kernels.gpu.sliced import encode_slices, sliced_amax_bits
@@ -51,6 +51,8 @@ def canonical_block(
         scale_inv = pow2_scale_inv(amax_bits)
     # What rounds (below amax 1e-4) or holds NaN, which may be negative, goes the slow way.
     slow = (ratio < 1.0) | (largest_bits >= INF_BITS)
+    slot = tl.load(desc + SLOT)
+    scale_word = scale_digest_word(desc, block_row, block_col)
     value = tl.full([], 0, tl.uint64)
     if WIDE:
         doublings = (ratio.to(tl.int32, bitcast=True) >> 23) - 127
@@ -58,11 +60,12 @@ def canonical_block(
             codes = _doubled(codes)
             doublings -= 1
         codes = tl.reshape(codes, [BLOCK, BLOCK // 4])
-        value = digest_codes(desc, first_word, codes, block_row, block_col, CUT)
+        pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
+        value = digest_codes(desc, first_word, pitch, codes, block_row, block_col, CUT)
     if slow or not WIDE:
         value = encode_slices(desc, block_row, block_col, ratio, tl.uint8)
-    value += digest_scale(desc, scale_inv, block_row, block_col)
-    add_digest(digests, tl.load(desc + SLOT), value)
+    value += word_terms(scale_inv.to(tl.uint32, bitcast=True), scale_word)
+    add_digest(digests, slot, value)
 
 
 @triton.jit

@@ -57,10 +57,8 @@ def add_digest(digests: tl.tensor, slot: tl.tensor, value: tl.tensor) -> None:
 
 
 @triton.jit
-def digest_scale(
-    desc: tl.tensor, scale_inv: tl.tensor, block_row: tl.tensor, block_col: tl.tensor
-) -> tl.tensor:
-    """The term of one block's scale_inv."""
+def scale_digest_word(desc: tl.tensor, block_row: tl.tensor, block_col: tl.tensor) -> tl.tensor:
+    """uint32 index of the word that one block's scale_inv is in its digested part."""
     pitch = tl.load(desc + SCALE_DIGEST_PITCH)
     position = tl.load(desc + SCALE_DIGEST_BASE) + block_row * pitch + block_col * 4
-    return word_terms(scale_inv.to(tl.uint32, bitcast=True), (position >> 2).to(tl.uint32))
+    return (position >> 2).to(tl.uint32)

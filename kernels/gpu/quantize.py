@@ -13,12 +13,13 @@ from fp8sync_kernels.gpu.columns import (
     AMAX_STRIDE,
     DESTINATION,
     DIGEST_BASE,
+    DIGEST_PITCH,
     OP,
     SCALE_INV,
     SCALE_STRIDE,
     SLOT,
 )
-from fp8sync_kernels.gpu.digest import add_digest, digest_scale
+from fp8sync_kernels.gpu.digest import add_digest, scale_digest_word, word_terms
 from fp8sync_kernels.gpu.prefetch import prefetch_rows
 from fp8sync_kernels.gpu.scale import (
     INF_BITS,
@@ -87,14 +88,20 @@ def quantize_block(
         codes = encode_tile(tile, multiplier, DTYPE)
         if DIVIDES:  # not before, for lack of a register
             stored &= tl.load(desc + DESTINATION) != 0
+        pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
         store_codes(desc, codes, block_row, block_col, stored, CUT)
+    # Wanted at the end, and asked for together: one after the other, each would be waited for.
+    slot = tl.load(desc + SLOT)
+    scale_at = tl.load(desc + SCALE_INV)
+    scale_offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
+    scale_word = scale_digest_word(desc, block_row, block_col)
+    if WIDE:
         if digests is not None:
-            value = digest_codes(desc, first_word, codes, block_row, block_col, CUT)
+            value = digest_codes(desc, first_word, pitch, codes, block_row, block_col, CUT)
     else:
         if op != OP_AMAX:
             value = encode_slices(desc, block_row, block_col, multiplier, DTYPE)
 
-    slot = tl.load(desc + SLOT)
     if op == OP_AMAX:
         tl.store(_amax_pointer(desc, block_row, block_col, True), amax_bits)
     else:
@@ -102,11 +109,9 @@ def quantize_block(
         if DIVIDES:
             if by_fp32:
                 scale_inv = fp32_scale_inv(multiplier)
-        scale_at = tl.load(desc + SCALE_INV)
         if scale_at != 0:
-            offset = block_row * tl.load(desc + SCALE_STRIDE) + block_col
-            tl.store(scale_at.to(tl.pointer_type(tl.float32)) + offset, scale_inv)
-            value += digest_scale(desc, scale_inv, block_row, block_col)
+            tl.store(scale_at.to(tl.pointer_type(tl.float32)) + scale_offset, scale_inv)
+            value += word_terms(scale_inv.to(tl.uint32, bitcast=True), scale_word)
         if digests is not None:
             add_digest(digests, slot, value)
     if nonfinite is not None:

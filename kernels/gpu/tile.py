@@ -17,7 +17,6 @@ from fp8sync_kernels.gpu.columns import (
     COLS,
     DESTINATION,
     DESTINATION_STRIDE,
-    DIGEST_PITCH,
     ROW_ORIGIN,
     ROWS,
     SOURCE,
@@ -111,6 +110,7 @@ def store_codes(
 def digest_codes(
     desc: tl.tensor,
     first_word: tl.tensor,
+    pitch: tl.tensor,
     codes: tl.tensor,
     block_row: tl.tensor,
     block_col: tl.tensor,
@@ -118,9 +118,8 @@ def digest_codes(
 ) -> tl.tensor:
     """uint64 digest of uint32 [128, 32] of codes, which are 0 outside the rectangle.
 
-    first_word: the row's DIGEST_BASE in words, uint32.
+    first_word, pitch: the row's DIGEST_BASE and DIGEST_PITCH in words, uint32.
     """
-    pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
     first_row, first_col = _first(desc, block_row, block_col, CUT)
     first = first_word + first_row.to(tl.uint32) * pitch + (first_col >> 2).to(tl.uint32)
     line = (first + 1) * KEY_STEP + tl.arange(0, BLOCK).to(tl.uint32) * (pitch * KEY_STEP)
