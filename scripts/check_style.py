@@ -1,7 +1,12 @@
-"""Fails when a module outgrows its limit: 400 lines for one file, a median of 150 for the packages."""
+"""Fails when a module outgrows its limit, or leaves a tensor's dtype to the process.
+
+400 lines for one file, a median of 150 for the packages. The default dtype of torch belongs to the
+process: a trainer may set it, and a vLLM in the same process does while it loads.
+"""
 
 from __future__ import annotations
 
+import ast
 import statistics
 import subprocess
 import sys
@@ -10,6 +15,7 @@ from pathlib import Path
 FILE_LIMIT = 400
 MEDIAN_LIMIT = 150
 PACKAGES = ("fp8sync/", "kernels/")
+OF_DEFAULT_DTYPE = {"empty", "full", "ones", "rand", "randn", "zeros"}
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -35,12 +41,26 @@ def violations(line_counts: dict[str, int]) -> list[str]:
     return found
 
 
+def of_default_dtype(name: str, text: str) -> list[str]:
+    """Calls in a module that make a tensor of whatever dtype the process has as its default."""
+    return [
+        f"{name}:{node.lineno}: torch.{node.func.attr} without dtype"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and isinstance(node.func.value, ast.Name)
+        and node.func.value.id == "torch"
+        and node.func.attr in OF_DEFAULT_DTYPE
+        and not any(keyword.arg == "dtype" for keyword in node.keywords)
+    ]
+
+
 def main() -> int:
-    line_counts = {
-        name: len((ROOT / name).read_text(encoding="utf-8").splitlines())
-        for name in tracked_modules()
-    }
-    found = violations(line_counts)
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in tracked_modules()}
+    found = violations({name: len(text.splitlines()) for name, text in texts.items()})
+    for name, text in texts.items():
+        if name.startswith(PACKAGES):
+            found += of_default_dtype(name, text)
     print("\n".join(found), file=sys.stderr, end="\n" if found else "")
     return 1 if found else 0
 

@@ -81,7 +81,7 @@ def whose_scale(
 
 
 def _values(codes: torch.Tensor | None, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    scales = torch.tensor([scale])
+    scales = torch.tensor([scale], dtype=torch.float32)
     values = scales if codes is None else codes.float() * scales
     return values.to(dtype) + 0
 

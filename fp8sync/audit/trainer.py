@@ -78,7 +78,7 @@ def _as_it_arrives(copy: Copy, plan: Plan, storages: Storages, amax: Amax) -> He
     payload = torch.zeros(bucket.nbytes, dtype=torch.uint8, device=device)
     staging = {"weight": torch.empty(copy.shape, dtype=dtype, device=device)}
     if paired:
-        staging["scale_inv"] = torch.empty(copy.scale_shape, device=device)
+        staging["scale_inv"] = torch.empty(copy.scale_shape, dtype=torch.float32, device=device)
     pack(bucket, storages, payload, amax)
     unpack(bucket, payload, staging)
     held = Held.of(staging["weight"], staging.get("scale_inv"))
@@ -92,5 +92,5 @@ def _as_it_arrives(copy: Copy, plan: Plan, storages: Storages, amax: Amax) -> He
 
 
 def _contiguous(storage: str, shape: tuple[int, ...]) -> Placement:
-    strides = torch.empty(shape, device="meta").stride()
+    strides = torch.empty(shape, dtype=torch.uint8, device="meta").stride()
     return Placement(storage, 0, tuple(strides))

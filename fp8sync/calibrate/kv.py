@@ -79,7 +79,9 @@ def calibrate_kv(
     if bad := [f"{n}: amax {value}" for n, value in amax.items() if not math.isfinite(value)]:
         raise NonFiniteWeight("NaN or Inf in keys or values", bad)
     names = sorted(amax)
-    scales = _rounded_up(torch.tensor([amax[n] for n in names]) * margin / _E4M3_MAX)
+    scales = _rounded_up(
+        torch.tensor([amax[n] for n in names], dtype=torch.float32) * margin / _E4M3_MAX
+    )
     return dict(zip(names, scales, strict=True))
 
 

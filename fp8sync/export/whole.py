@@ -84,7 +84,7 @@ class _Rows:
         dtype = getattr(torch, self.info.dtype)
         found = {self.storage: torch.zeros(self.shape, dtype=dtype, device=device)}
         if self.has_scales:
-            scales = torch.zeros(block_shape(self.shape), device=device)
+            scales = torch.zeros(block_shape(self.shape), dtype=torch.float32, device=device)
             found[self.storage + _SCALES] = scales
         return found
 

@@ -59,7 +59,7 @@ class AmaxExchange:
     ) -> None:
         self._rank, self._team, self._device = rank, team, device
         sizes = [math.prod(group.shape) for group in groups]
-        self._joint = torch.zeros(1 + sum(sizes), device=device)
+        self._joint = torch.zeros(1 + sum(sizes), dtype=torch.float32, device=device)
         self._parts: list[tuple[AmaxPart, int, AmaxGroup, int]] = []
         amax: dict[str, list[tuple[AmaxGroup, torch.Tensor]]] = defaultdict(list)
         offset = 1
@@ -73,7 +73,7 @@ class AmaxExchange:
         self.amax: Amax = dict(amax)
         # A rank may hold several parts of a block; each has a plane of its own.
         depth = 1 + max((plane for _, plane, _, _ in self._parts), default=0)
-        self._planes = torch.zeros(depth, offset, device=device)
+        self._planes = torch.zeros(depth, offset, dtype=torch.float32, device=device)
         self._names = {part.at.storage for part, _, _, _ in self._parts}
         self._pointers: dict[str, int] = {}
         self._table: Table | None = None

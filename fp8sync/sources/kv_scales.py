@@ -92,7 +92,7 @@ class KvScaleSource:
         for name in self._names:
             held = self._tensors.get(name)
             if held is None or held.device != device:
-                held = self._tensors[name] = torch.empty((), device=device)
+                held = self._tensors[name] = torch.empty((), dtype=torch.float32, device=device)
             held.fill_(values[name])
         return {**weights, **self._tensors}
 

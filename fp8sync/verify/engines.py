@@ -82,12 +82,16 @@ class Served:
 
     def log_probabilities(self, tokens: torch.Tensor) -> torch.Tensor:
         """Ask for the distribution of every next token: float32 [rows, length - 1, vocabulary]."""
-        found = torch.full((len(tokens), tokens.shape[1] - 1, self._vocabulary), -torch.inf)
+        found = torch.full(
+            (len(tokens), tokens.shape[1] - 1, self._vocabulary), -torch.inf, dtype=torch.float32
+        )
         for row, prompt in enumerate(tokens.tolist()):
             said = self._complete(prompt, max_tokens=1, prompt_logprobs=self._vocabulary)
             for position, each in enumerate(said["prompt_logprobs"][1:]):
                 ids = torch.tensor([int(token) for token in each])
-                found[row, position, ids] = torch.tensor([e["logprob"] for e in each.values()])
+                found[row, position, ids] = torch.tensor(
+                    [e["logprob"] for e in each.values()], dtype=torch.float32
+                )
         return found
 
     def stop(self) -> None:

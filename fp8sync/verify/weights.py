@@ -19,7 +19,7 @@ def junk(parameters: Sequence[torch.Tensor], seed: int) -> Iterator[None]:
     generator = torch.Generator().manual_seed(1000 * (seed + 1))
 
     def noise(local: torch.Tensor) -> torch.Tensor:
-        values = torch.rand(local.shape, generator=generator) - 0.5
+        values = torch.rand(local.shape, dtype=torch.float32, generator=generator) - 0.5
         return values + values.sign()  # no value near a weight's, none is zero
 
     with _changed(parameters, noise):

@@ -80,6 +80,21 @@ def test_a_rank_that_fails_is_named_and_the_next_exchange_works() -> None:
         assert joint.tolist() == [[3.0]]
 
 
+def test_another_default_dtype_changes_nothing() -> None:
+    """A trainer may have set it, and a vLLM in this process sets it while it loads."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        team = exchanges()
+    finally:
+        torch.set_default_dtype(before)
+    assert together(team, [lambda r=r: weights(r) for r in RANKS]) == [None] * len(RANKS)
+    for exchange in team:
+        ((_, joint),) = exchange.amax["w"]
+        assert joint.dtype == torch.float32
+        assert joint.tolist() == [[3.0]]
+
+
 def test_a_rank_that_stays_away_is_waited_for_no_longer_than_agreed() -> None:
     team = exchanges()
     began = time.monotonic()

@@ -102,7 +102,9 @@ class GoldenReceiver:
         whole = torch.empty(info.shape, dtype=dtype, device=self._intake.device)
         scales = None
         if info.encoding is Encoding.BLOCKWISE:
-            scales = torch.empty(block_shape(info.shape), device=self._intake.device)
+            scales = torch.empty(
+                block_shape(info.shape), dtype=torch.float32, device=self._intake.device
+            )
         for piece, payload in zip(self._pieces[name], payloads, strict=True):
             rect = piece.box.start, piece.box.shape
             target = _cut(whole, *rect)

@@ -87,7 +87,7 @@ class LiveWeights:
         prefix, _, scale = name.rpartition(".")
         module: Any = self._model.get_submodule(prefix)
         device = getattr(module, f"_{scale}").to("cpu", torch.float32)
-        host = torch.tensor(getattr(module, f"_{scale}_float"))
+        host = torch.tensor(getattr(module, f"_{scale}_float"), dtype=torch.float32)
         agreed = torch.where(device == host, device, torch.nan)
         return as_kv_scale(agreed.reshape(()), dtype)
 

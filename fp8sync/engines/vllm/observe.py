@@ -73,7 +73,9 @@ def _standins(
         shape = held[name].shape
         if name in paired:
             made[name] = torch.empty(shape, dtype=torch.float8_e4m3fn, device="meta")
-            made[name + "_scale_inv"] = torch.empty(block_shape(shape), device="meta")
+            made[name + "_scale_inv"] = torch.empty(
+                block_shape(shape), dtype=torch.float32, device="meta"
+            )
         else:
             dtype = getattr(torch, held[name].dtype)
             made[name] = torch.empty(shape, dtype=dtype, device="meta")

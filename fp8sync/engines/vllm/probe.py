@@ -140,6 +140,8 @@ def _dense(flat: Any, vocabulary: int) -> torch.Tensor:
     """Spread vLLM's flat lists over [positions - 1, vocabulary]; the first position has none."""
     counts = torch.tensor(flat.end_indices) - torch.tensor(flat.start_indices)
     positions = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    dense = torch.full((len(counts), vocabulary), -torch.inf)
-    dense[positions, torch.tensor(flat.token_ids)] = torch.tensor(flat.logprobs)
+    dense = torch.full((len(counts), vocabulary), -torch.inf, dtype=torch.float32)
+    dense[positions, torch.tensor(flat.token_ids)] = torch.tensor(
+        flat.logprobs, dtype=torch.float32
+    )
     return dense[1:]

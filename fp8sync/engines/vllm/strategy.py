@@ -108,8 +108,8 @@ def _random(spec: StorageSpec, formula: Formula | None, device: torch.device) ->
         return torch.exp2(exponents.to(spec.dtype))
     if formula is Formula.FP32:
         # Down to those of dead experts' blocks: FlashInfer keeps its own above 1e-10.
-        return (10 ** (-20 * torch.rand(shape, device=device))).to(spec.dtype)
-    return torch.randn(shape, device=device).to(spec.dtype)
+        return (10 ** (-20 * torch.rand(shape, dtype=torch.float32, device=device))).to(spec.dtype)
+    return torch.randn(shape, dtype=torch.float32, device=device).to(spec.dtype)
 
 
 def _same_values(
