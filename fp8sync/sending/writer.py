@@ -19,7 +19,7 @@ import torch
 from fp8sync.plan import in_parts, strips
 from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, Written, named_error
-from fp8sync.transport.memory import ExportedMemory, MappedMemory, reader_of
+from fp8sync.transport.memory import ExportedMemory, MappedMemory, gpu_id, reader_of
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
 from fp8sync.wire.tables import write_table
@@ -39,16 +39,18 @@ __all__ = ["PARTS", "StagingPlace", "Writer", "as_written"]
 
 @dataclass(frozen=True)
 class StagingPlace:
-    """One worker's staging memory: the allocation, and where each storage begins in it (bytes)."""
+    """One worker's staging memory: the allocation, where each storage begins in it (bytes), and on which GPU."""
 
     memory: ExportedMemory
     offsets: Mapping[str, int]
+    gpu: str = ""
 
 
 PARTS = 7
 """A share is written in so many parts, a launch each. The first are small, as the host looks at a part's
 storages while the GPU is at the one before; the last are, as workers verify a part while the next is written.
-Either is some five times faster than writing, so each part is three times its smaller neighbour."""
+Either is some five times faster than writing, so each part is three times its smaller neighbour. On a worker's
+own GPU verifying would take its time from writing, and the share is one part."""
 
 LEAST_BYTES = 1 << 26
 """The smallest part has no less, since some 15 µs pass between launches: a small share has empty parts first."""
@@ -99,10 +101,12 @@ class Writer:
         cut = list(as_written(own))
         self._counters = torch.zeros(2 * len(cut), dtype=torch.int64, device=self._device)
         on_gpu = self._device.type == "cuda"
+        gpus = {places[c.destination_rank].gpu for c in own}
+        sizes = [1] if on_gpu and gpu_id(self._device) in gpus else _sizes(self._bytes)
         self._seen = torch.zeros(2 * len(cut), dtype=torch.int64, pin_memory=on_gpu)
         self._parts: list[_Part] = []
         first = 0
-        for copies in in_parts(cut, _sizes(self._bytes)):
+        for copies in in_parts(cut, [0] * (PARTS - len(sizes)) + sizes):
             self._parts.append(self._part(copies, slice(2 * first, 2 * (first + len(copies)))))
             first += len(copies)
         for part in self._parts:
@@ -119,7 +123,9 @@ class Writer:
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
         """Map every worker's staging memory, once more for each portion: CUDA counts mappings."""
         places = {
-            int(rank): StagingPlace(ExportedMemory(**place["memory"]), place["offsets"])
+            int(rank): StagingPlace(
+                ExportedMemory(**place["memory"]), place["offsets"], place["gpu"]
+            )
             for rank, place in choice["places"]
         }
         return [cls(share, places) for share in shares]
@@ -187,9 +193,9 @@ def _wait(event: torch.cuda.Event | None) -> None:
 
 
 def _sizes(nbytes: int) -> list[int]:
-    """What the parts of a share of `nbytes` are to one another: 1, 3, 9, 27, 9, 3, 1, or less of it."""
+    """What the parts of a share of `nbytes` are to one another: 1, 3, 9, 27, 9, 3, 1, or the middle of it."""
     for most in range(PARTS // 2, -1, -1):
         sizes = [3 ** min(n, 2 * most - n) for n in range(2 * most + 1)]
         if nbytes >= LEAST_BYTES * sum(sizes):
             break
-    return [0] * (PARTS - len(sizes)) + sizes
+    return sizes
