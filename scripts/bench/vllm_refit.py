@@ -1,12 +1,12 @@
 """Refit a live vLLM with the shapes of Qwen3-30B-A3B, full size.
 
     python -m scripts.bench.vllm_refit [--refits 10] [--native 2]
-    python -m scripts.bench.vllm_refit --trainer-gpu 0 [--offload] [--sleep 2] [--layers 24]
-    python -m torch.distributed.run --nproc-per-node 2 -m scripts.bench.vllm_refit --engine-tp 2
+    python -m scripts.bench.vllm_refit --trainer-gpus 0 [--offload] [--sleep 2] [--layers 24]
+    python -m torch.distributed.run --nproc-per-node 2 -m scripts.bench.vllm_refit --engine-tp 2 [--trainer-gpus 1 0]
 
 vLLM runs on the first GPUs in processes of its own (load_format="dummy"). The trainer's random BF16 weights lie on
-the GPUs after them, cut in as many parts as it has ranks; or beside the engine; or, with --offload, in pinned
-memory of the host. --sleep lets the engine sleep before each refit, and wakes first its weights, then its KV
+the GPUs after them, cut in as many parts as it has ranks; or on those named, beside the engine; or, with
+--offload, in pinned memory of the host. --sleep lets the engine sleep before each refit, and wakes first its weights, then its KV
 cache. Prints one line per refit and the medians, with bandwidths measured by copies of 1 GiB in the same run, and
 the issue's goals computed from these; --native measures vLLM's own NCCL transfer of an FP8 checkpoint of the same
 shapes first (one trainer rank, one worker).
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--misc", type=int, default=0, help="refits with scales='misc' to add")
     parser.add_argument("--native", type=int, default=0, help="native transfers to measure first")
     parser.add_argument("--engine-tp", type=int, default=1, help="workers of the engine")
-    parser.add_argument("--trainer-gpu", type=int, help="0: beside the engine")
+    parser.add_argument("--trainer-gpus", type=int, nargs="+", help="of each rank")
     parser.add_argument("--offload", action="store_true", help="the trainer's weights on the host")
     parser.add_argument("--sleep", type=int, default=0, help="level, before each refit")
     parser.add_argument("--out", type=Path)
@@ -51,8 +51,8 @@ def main() -> None:
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    beside = options.trainer_gpu is not None
-    gpu = torch.device("cuda", options.trainer_gpu if beside else options.engine_tp + rank)
+    options.trainer_gpus = options.trainer_gpus or [options.engine_tp + n for n in range(ranks)]
+    gpu = torch.device("cuda", options.trainer_gpus[rank])
     torch.cuda.set_device(gpu)
     wire, local = copy_bandwidth(gpu, ENGINE), 2 * copy_bandwidth(gpu, gpu)
     host = copy_bandwidth(torch.device("cpu"), gpu) if options.offload else 0.0
@@ -117,7 +117,7 @@ def lead(
     if options.offload:
         read = source.nbytes / medians["quantize"]
         print(f"quantize: {read / 1e9:.1f} GB/s, {read / host:.0%} of the copy from the host")
-    elif options.trainer_gpu == 0:
+    elif options.trainer_gpus == [0]:
         moved = source.nbytes + rows[0]["bytes"]
         print(f"quantize: {moved / medians['quantize'] / local:.0%} of the copy bandwidth")
     if native:
