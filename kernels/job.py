@@ -87,7 +87,8 @@ class Part:
         slot: index into the digests and the nonfinite counts of a launch.
         base: bytes, position of the first element.
         pitch: bytes from one row to the next; None: rows follow each other.
-        scale_base: bytes, position of the first scale_inv; None: behind the codes.
+        scale_base: bytes, position of the first scale_inv; None: behind codes whose rows follow each
+            other.
         scale_pitch: bytes from one row of scale_inv to the next; None: rows follow each other.
 
     Examples:
@@ -153,8 +154,8 @@ def quantize(
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: unknown formula, an origin outside a block, shapes that do not fit, or an address
-                that is no multiple of its elements' size.
+        ValueError: unknown formula, an origin outside a block, shapes that do not fit, an address
+            that is no multiple of its elements' size, or written rows that overlap.
 
     Examples:
         >>> x, weight = torch.ones(256, 128), torch.empty(256, 128, dtype=torch.uint8)
@@ -207,7 +208,7 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
     """Move bytes between rectangles of any dtype and digest them; without destination digest only.
 
     Raises:
-        ValueError: rows or bytes in a row differ.
+        ValueError: rows or bytes in a row differ, or the destination's rows overlap.
 
     Examples:
         >>> bucket = torch.zeros(512, dtype=torch.uint8)
@@ -217,7 +218,7 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
     moved = _matrix(source).as_bytes()
     target = None if destination is None else _matrix(destination).as_bytes()
     if target is not None:
-        _require_shape("destination", target, moved)
+        _require_destination("destination", target, moved)
     return Job(Op.COPY, moved, target, None, None, (0, 0), part)
 
 
@@ -226,7 +227,7 @@ def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) 
 
     Raises:
         TypeError: a dtype that is not allowed.
-        ValueError: rows or bytes in a row differ.
+        ValueError: rows or bytes in a row differ, or the destination's rows overlap.
 
     Examples:
         >>> weight = torch.zeros(256, 128).to(torch.float8_e4m3fn)
@@ -243,7 +244,8 @@ def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
 
     Raises:
         TypeError: another dtype.
-        ValueError: shapes differ, or an address that is no multiple of its elements' size.
+        ValueError: shapes differ, an address that is no multiple of its elements' size, or rows of
+            the destination that overlap.
 
     Examples:
         >>> cast(torch.ones(128), torch.empty(128, dtype=torch.bfloat16)).op.name
@@ -252,7 +254,7 @@ def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
     given, target = _matrix(source), _matrix(destination)
     _require_elements("source", given, _FLOATS)
     _require_elements("destination", target, _FLOATS)
-    _require_shape("destination", target, given)
+    _require_destination("destination", target, given)
     return Job(Op.CAST, given, target, None, None, (0, 0), part)
 
 
@@ -272,9 +274,13 @@ def _blockwise(
     target = None if weight is None else _matrix(weight)
     if target is not None:
         _require_elements("weight", target, _CODES)
-        _require_shape("weight", target, source)
+        _require_destination("weight", target, source)
     scales = None if scale_inv is None else _require_grid("scale_inv", scale_inv, source, origin)
     maxima = None if amax is None else _require_grid("amax", amax, source, origin)
+    if scales is not None:
+        _require_apart("scale_inv", scales)
+    if maxima is not None and op is Op.AMAX:
+        _require_apart("amax", maxima)
     return Job(op, source, target, scales, maxima, origin, part)
 
 
@@ -291,10 +297,18 @@ def _require_elements(name: str, given: Matrix, allowed: tuple[torch.dtype, ...]
         )
 
 
-def _require_shape(name: str, given: Matrix, expected: Matrix) -> None:
+def _require_destination(name: str, given: Matrix, expected: Matrix) -> None:
     if (given.rows, given.cols) != (expected.rows, expected.cols):
         raise ValueError(
             f"{name} is {given.rows}x{given.cols}, its source {expected.rows}x{expected.cols}"
+        )
+    _require_apart(name, given)
+
+
+def _require_apart(name: str, written: Matrix) -> None:
+    if written.rows > 1 and written.stride < written.cols:
+        raise ValueError(
+            f"{name} has rows of {written.cols} elements, {written.stride} apart: they overlap"
         )
 
 

@@ -77,7 +77,8 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         The table, on that device.
 
     Raises:
-        ValueError: a digest position that a kernel cannot address, or more than 2^31 - 1 blocks.
+        ValueError: digest positions that a kernel cannot address or that overlap, or more than
+            2^31 - 1 blocks.
 
     Examples:
         >>> from fp8sync_kernels.job import copy
@@ -150,7 +151,7 @@ def _encode(job: Job, first_block: int) -> tuple[list[int], int]:
     if scale_base is None:
         scale_base = part.base + -(-source.rows * width // 16) * 16
     scale_pitch = 4 * across if part.scale_pitch is None else part.scale_pitch
-    _check_positions(job, part.base, pitch, scale_base, scale_pitch)
+    _check_positions(job, width, pitch, scale_base, scale_pitch)
     path = _path(job, pitch)
     tile_rows, tile_cols = TILE_OF_PATH[path]
     down = -(-(job.origin[0] + source.rows) // tile_rows)
@@ -202,8 +203,8 @@ def _path(job: Job, pitch: int) -> Path:
 
 
 def _near(matrix: Matrix) -> bool:
-    """Whether 32 bits suffice for positions within a block."""
-    return matrix.rows == 1 or matrix.stride * matrix.itemsize < 1 << 26
+    """Whether 32 bits suffice for positions within a block, and for a column's within a row."""
+    return max(matrix.cols, matrix.stride) * matrix.itemsize < 1 << 26
 
 
 def _is_cut(job: Job, path: int) -> bool:
@@ -217,14 +218,26 @@ def _aligned(matrix: Matrix, size: int) -> bool:
     return matrix.address % size == 0 and strided
 
 
-def _check_positions(job: Job, base: int, pitch: int, scale_base: int, scale_pitch: int) -> None:
-    if job.part.slot < 0 or base < 0 or pitch < 0:
-        raise ValueError(f"slot, base and pitch must not be negative: {job.part}")
-    if job.scale_inv is not None and (scale_base % 4 or scale_pitch % 4):
-        raise ValueError(f"scale_inv is digested at multiples of 4 bytes: {job.part}")
+def _check_positions(job: Job, width: int, pitch: int, scale_base: int, scale_pitch: int) -> None:
+    source, base = job.source, job.part.base
+    if job.part.slot < 0 or base < 0 or scale_base < 0:
+        raise ValueError(f"slot, base and scale_base must not be negative: {job.part}")
+    if source.rows > 1 and pitch < width:
+        raise ValueError(f"rows of {width} bytes would be digested {pitch} bytes apart: {job.part}")
+    scales = job.scale_inv
+    if scales is not None:
+        if scale_base % 4 or scale_pitch % 4:
+            raise ValueError(f"scale_inv is digested at multiples of 4 bytes: {job.part}")
+        if scales.rows > 1 and scale_pitch < 4 * scales.cols:
+            raise ValueError(f"{scales.cols} scales would not fit into their pitch: {job.part}")
+        end = scale_base + (scales.rows - 1) * scale_pitch + 4 * scales.cols
+        if base < end and scale_base < base + (source.rows - 1) * pitch + width:
+            raise ValueError(
+                f"scale_inv would be digested from byte {scale_base}, among the codes: {job.part}"
+            )
     if job.op == Op.CAST and job.destination is not None:
         size = job.destination.itemsize
-        if base % size or (pitch % size and job.source.rows > 1):
+        if base % size or (pitch % size and source.rows > 1):
             raise ValueError(f"elements of {size} bytes digested at odd positions: {job.part}")
-    if job.source.cols >= 1 << 31 or job.source.rows >= 1 << 31:
-        raise ValueError(f"a rectangle of {job.source.rows}x{job.source.cols} is too large")
+    if source.cols >= 1 << 31 or source.rows >= 1 << 31:
+        raise ValueError(f"a rectangle of {source.rows}x{source.cols} is too large")

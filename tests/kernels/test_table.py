@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fp8sync_kernels.descriptor import CUT, DIVISION, Path
-from fp8sync_kernels.job import Matrix, Part, copy, quantize
+from fp8sync_kernels.job import Matrix, Part, cast, copy, partial_amax, quantize
 from fp8sync_kernels.launch import run_table
 from fp8sync_kernels.table import build_table
 
@@ -35,6 +35,47 @@ def test_rows_too_far_apart_for_positions_of_32_bits():
     """127 rows of 64 MiB pass 2^31 words; the slow way counts in 64 bits."""
     assert paths_of(128, 128, (1 << 25) - 8) == Path.WIDE_BF16
     assert paths_of(128, 128, 1 << 25) == Path.ANY_BF16
+
+
+def test_rows_too_long_for_columns_of_32_bits():
+    """A column's first byte, in a row of 2 GiB, and a lone row within its block, far from the others."""
+    assert paths_of(1, 1 << 24, 1 << 24) == Path.WIDE_BF16 | CUT
+    assert paths_of(1, 1 << 30, 1 << 30) == Path.ANY_BF16
+    assert paths_of(1, 128, 1 << 30, origin=(5, 0)) == Path.ANY_BF16
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        (Part(pitch=255), "rows of 256 bytes would be digested 255 bytes apart"),
+        (Part(scale_pitch=4), "2 scales would not fit into their pitch"),
+        (Part(pitch=300), "from byte 65536, among the codes"),
+        (Part(base=64, scale_base=60), "from byte 60, among the codes"),
+        (Part(scale_base=6), "multiples of 4 bytes"),
+        (Part(scale_base=-4), "must not be negative"),
+        (Part(slot=-1), "must not be negative"),
+    ],
+)
+def test_digest_positions_that_overlap_are_refused(part, found):
+    x, weight = torch.zeros(256, 256), torch.zeros(256, 256, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=found):
+        build_table([quantize(x, "pow2", weight, torch.zeros(2, 2), part)], "cpu")
+
+
+def test_written_rows_that_overlap_are_refused():
+    """Which of the programs that write an element wrote it last is chance."""
+    x, codes = torch.zeros(256, 256), torch.zeros(256, 256, dtype=torch.uint8)
+    row, scales = torch.zeros(1, 256).expand(256, 256), torch.zeros(1, 2).expand(2, 2)
+    for name, job in (
+        ("destination", lambda: copy(x, row)),
+        ("destination", lambda: cast(x, row)),
+        ("weight", lambda: quantize(x, "pow2", codes.as_strided((256, 256), (255, 1)), None)),
+        ("scale_inv", lambda: quantize(x, "pow2", codes, scales)),
+        ("amax", lambda: partial_amax(x, scales)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} has rows of .* they overlap"):
+            job()
+    assert quantize(row, "pow2", codes, None, amax=scales).source.stride == 0
 
 
 @pytest.mark.parametrize(
