@@ -135,6 +135,49 @@ def test_requantize_of_aligned_pow2_changes_nothing():
     assert result.max_error == 0
 
 
+@pytest.mark.parametrize("formula", ["pow2", "fp32"])
+def test_requantize_makes_the_shards_that_no_slice_can(formula):
+    """Both halves of 384 columns, cut inside a block."""
+    x = torch.randn(256, 384, generator=torch.Generator().manual_seed(2)).bfloat16()
+    pair, rows = pair_of(x, formula), torch.arange(256)
+    values = dequantize_blockwise(*pair, torch.float32)
+    for start, stop in ((0, 192), (192, 384)):
+        with pytest.raises(MisalignedCutError, match="cut at column 192"):
+            slice_pair(pair, -1, start, stop)
+        result = requantize(pair, rows, formula, cols=(start, stop))
+        assert same(result.pair, pair_of(values[:, start:stop], formula))
+        after = dequantize_blockwise(*result.pair, torch.float32)
+        lost = (after - values[:, start:stop]).double()
+        assert result.max_error == lost.abs().max()
+        expected = (lost.norm() / values[:, start:stop].double().norm()).item()
+        assert result.relative_rms_error == pytest.approx(expected, rel=1e-12)
+    for cols in ((-1, 192), (0, 385), (200, 100)):
+        with pytest.raises(ValueError, match="of 384"):
+            requantize(pair, rows, formula, cols=cols)
+
+
+def test_requantize_refuses_what_would_cost_a_block_its_values():
+    """Blocks with NaN have scale_inv 1, under which small values are zeros: an error to measure that is not."""
+    weight, scale_inv = pair_of(torch.full((256, 128), 1e-3))
+    weight.view(torch.uint8)[200, 5] = 0xFF
+    with pytest.raises(ValueError, match="1 values of 16384 are not finite"):
+        requantize(Pair(weight, scale_inv), torch.arange(100, 228), "pow2")
+    kept = requantize(Pair(weight, scale_inv), torch.arange(0, 128), "pow2")
+    assert kept.max_error == 0
+    with pytest.raises(ValueError, match="65536 values of 65536 are not finite"):
+        requantize(
+            Pair(torch.full((256, 256), 0x38).byte(), torch.full((2, 2), torch.inf)),
+            torch.arange(256),
+            "pow2",
+        )
+
+
+def test_requantize_of_nothing():
+    none = requantize(pair_of(hard(256, 128)), torch.arange(0), "pow2")
+    assert none[1:] == (0.0, 0.0, 0.0)
+    assert none.pair.weight.shape == (0, 128)
+
+
 @pytest.mark.parametrize("rows", [3, 5])
 def test_scales_that_do_not_fit(rows):
     pair = Pair(torch.zeros(512, 128), torch.ones(rows, 1))
