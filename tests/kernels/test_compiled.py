@@ -46,11 +46,20 @@ TABLES = {
 LIMITS = {
     "fp32": 168,
     "two": 168,
-    "one row fp32": 128,
+    "one row fp32": 104,
     "all": 248,
     "codes": 128,
     "codes cut": 128,
     "bucket with codes": 128,
+}
+
+# Loads and stores of 16 bytes, if a thread takes its share of a tile in no smaller pieces.
+WHOLE_TILE = {
+    "bf16": (16, 8),
+    "one row fp32": (16, 8),
+    "fp32 source": (32, 8),
+    "codes": (16, 0),
+    "copies": (8, 8),
 }
 
 
@@ -107,6 +116,10 @@ def test_vector_access(compiled):
         assert "ld.global.v4.b32" in ptx, name
         assert ("st.global.v4.b32" in ptx) == (not name.startswith("codes")), name  # only digested
         assert "st.global.v2" not in ptx, name
+        if name in WHOLE_TILE:
+            assert (
+                tuple(ptx.count(f"{way}.global.v4.b32") for way in ("ld", "st")) == WHOLE_TILE[name]
+            ), name
 
 
 def test_no_spills_and_as_many_programs_as_planned(compiled):
