@@ -21,10 +21,11 @@ from fp8sync_kernels.reference.blockwise import (
 def canonical_pair(
     weight: torch.Tensor, scale_inv: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize a pair's values anew by pow2, without rounding any of them.
+    """Quantize a pair's values anew by pow2.
 
-    A block whose scale_inv is not a power of two (normal, positive), or whose values are not all
-    finite, is left as it is, but for its NaN codes: they become 0x7F.
+    That rounds nothing unless a block's scale_inv is below 2^-22, the least that pow2 makes. A block
+    whose scale_inv is not a power of two (normal, positive), or whose values are not all finite, is
+    left as it is, but for its NaN codes: they become 0x7F.
 
     Args:
         weight: float8_e4m3fn or uint8 ``[N, K]``.
