@@ -102,11 +102,11 @@ class Writer:
         self._counters = torch.zeros(2 * len(cut), dtype=torch.int64, device=self._device)
         on_gpu = self._device.type == "cuda"
         gpus = {places[c.destination_rank].gpu for c in own}
-        sizes = [1] if on_gpu and gpu_id(self._device) in gpus else _sizes(self._bytes)
+        beside = on_gpu and gpu_id(self._device) in gpus
         self._seen = torch.zeros(2 * len(cut), dtype=torch.int64, pin_memory=on_gpu)
         self._parts: list[_Part] = []
         first = 0
-        for copies in in_parts(cut, [0] * (PARTS - len(sizes)) + sizes):
+        for copies in in_parts(cut, _sizes(0 if beside else self._bytes)):
             self._parts.append(self._part(copies, slice(2 * first, 2 * (first + len(copies)))))
             first += len(copies)
         for part in self._parts:
@@ -193,9 +193,9 @@ def _wait(event: torch.cuda.Event | None) -> None:
 
 
 def _sizes(nbytes: int) -> list[int]:
-    """What the parts of a share of `nbytes` are to one another: 1, 3, 9, 27, 9, 3, 1, or the middle of it."""
+    """What the parts of a share of `nbytes` are to one another: 1, 3, 9, 27, 9, 3, 1, or less of it."""
     for most in range(PARTS // 2, -1, -1):
         sizes = [3 ** min(n, 2 * most - n) for n in range(2 * most + 1)]
         if nbytes >= LEAST_BYTES * sum(sizes):
             break
-    return sizes
+    return [0] * (PARTS - len(sizes)) + sizes
