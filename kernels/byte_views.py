@@ -17,6 +17,12 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises:
         TypeError: the dtype is wider than a byte.
+
+    Examples:
+        >>> weight = torch.tensor([1.0, -1.0]).to(torch.float8_e4m3fn)
+        >>> as_bytes(weight)[1] = 0x40
+        >>> weight.float().tolist()
+        [1.0, 2.0]
     """
     if tensor.dtype not in (*_FP8, torch.uint8):
         raise TypeError(f"expected FP8 or uint8, got {tensor.dtype}")
@@ -28,6 +34,10 @@ def as_fp8(tensor: torch.Tensor, dtype: torch.dtype = torch.float8_e4m3fn) -> to
 
     Raises:
         TypeError: either dtype is not of one byte.
+
+    Examples:
+        >>> as_fp8(torch.tensor([0x38, 0x40], dtype=torch.uint8)).float().tolist()
+        [1.0, 2.0]
     """
     if dtype not in _FP8:
         raise TypeError(f"expected an FP8 dtype, got {dtype}")
@@ -39,6 +49,10 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
     Raises:
         ValueError: the tensor is not contiguous.
+
+    Examples:
+        >>> flat_bytes(torch.ones(2, 3)).shape
+        torch.Size([24])
     """
     if not tensor.is_contiguous():
         raise ValueError(f"not contiguous: shape {tuple(tensor.shape)}, strides {tensor.stride()}")
@@ -52,6 +66,13 @@ def typed_part(
 
     Raises:
         ValueError: the part runs past the buffer, or does not start at a multiple of its itemsize.
+
+    Examples:
+        >>> bucket = torch.zeros(48, dtype=torch.uint8)
+        >>> typed_part(bucket, 32, (2, 2), torch.float32).fill_(1.0).shape
+        torch.Size([2, 2])
+        >>> int(bucket.count_nonzero())
+        8
     """
     size = dtype.itemsize
     for extent in shape:
