@@ -17,6 +17,19 @@ def test_operator_is_traceable():
     )
 
 
+def test_operator_is_exported_as_one_node():
+    class Quantizer(torch.nn.Module):
+        def forward(self, x):
+            return quantize_matrix(x, "pow2")
+
+    exported = torch.export.export(Quantizer(), (hard(130, 140),))
+    calls = [node.target for node in exported.graph.nodes if node.op == "call_function"]
+    assert calls.count(torch.ops.fp8sync_kernels.quantize_matrix.default) == 1
+    x = hard(130, 140, seed=1)
+    for ours, expected in zip(exported.module()(x), quantize_blockwise(x, "pow2"), strict=True):
+        assert torch.equal(ours.float(), expected.float())
+
+
 def test_operator_is_the_reference_on_cpu():
     x = hard(130, 140)
     for ours, expected in zip(
