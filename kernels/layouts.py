@@ -85,11 +85,12 @@ def pack_ue8m0(scale_inv: torch.Tensor, rows: int) -> torch.Tensor:
     memory is MN-major (rows adjacent), with the rows' extent aligned to 16 bytes for TMA.
 
     Args:
-        scale_inv: float32 ``[ceil(rows/128), C]``, powers of two.
-        rows: of the weight.
+        scale_inv: float32 ``[ceil(rows/128), C]``, powers of two; of a stack of experts ``[E, ...]``.
+        rows: of a weight.
 
     Returns:
-        int32 ``[rows, ceil(C/4)]``, strides (1, round_up(rows, 4)).
+        int32 ``[rows, ceil(C/4)]``, strides (1, round_up(rows, 4)); of a stack ``[E, ...]``, each
+        expert's behind the other's.
 
     Raises:
         ValueError: shapes that do not match, or scales that are no powers of two.
@@ -99,14 +100,14 @@ def pack_ue8m0(scale_inv: torch.Tensor, rows: int) -> torch.Tensor:
         >>> tuple(packed.shape), packed.stride(), hex(packed[0, 0].item())
         ((128, 1), (1, 128), '0x7c7d7e7f')
     """
-    if scale_inv.shape[0] != -(-rows // BLOCK):
-        raise ValueError(f"{scale_inv.shape[0]} rows of scales for {rows} rows of weight")
-    exponents = to_ue8m0(scale_inv).repeat_interleave(BLOCK, dim=0)[:rows]
-    cols = exponents.shape[1]
+    if scale_inv.shape[-2] != -(-rows // BLOCK):
+        raise ValueError(f"{scale_inv.shape[-2]} rows of scales for {rows} rows of weight")
+    exponents = to_ue8m0(scale_inv).repeat_interleave(BLOCK, dim=-2)[..., :rows, :]
+    stack, cols = exponents.shape[:-2], exponents.shape[-1]
     words = -(-cols // 4)
     aligned_rows = -(-rows // (_TMA_BYTES // 4)) * (_TMA_BYTES // 4)
-    packed = exponents.new_zeros(words, aligned_rows, 4)
-    quads = exponents.new_zeros(rows, words * 4)
-    quads[:, :cols] = exponents
-    packed[:, :rows] = quads.view(rows, words, 4).transpose(0, 1)
-    return packed.view(torch.int32).squeeze(-1)[:, :rows].transpose(0, 1)
+    quads = exponents.new_zeros(*stack, rows, words * 4)
+    quads[..., :cols] = exponents
+    packed = exponents.new_zeros(*stack, words, aligned_rows, 4)
+    packed[..., :rows, :] = quads.view(*stack, rows, words, 4).transpose(-3, -2)
+    return packed.view(torch.int32).squeeze(-1)[..., :rows].transpose(-2, -1)

@@ -61,6 +61,17 @@ def test_packed_ue8m0(rows, cols):
             assert byte == (exponents[row // 128, col] if col < cols else 0)
 
 
+def test_packed_ue8m0_of_a_stack_of_experts():
+    """Each as if alone, one behind the other."""
+    scale_inv = powers(6, 5).view(3, 2, 5)
+    packed = pack_ue8m0(scale_inv, 130)
+    assert packed.stride() == (2 * 132, 1, 132)
+    for grid, words in zip(scale_inv, packed, strict=True):
+        assert torch.equal(words, pack_ue8m0(grid, 130))
+    with pytest.raises(ValueError, match="2 rows of scales for 300 rows"):
+        pack_ue8m0(scale_inv, 300)
+
+
 def test_byte_views_alias():
     weight = torch.randn(6, 8).to(torch.float8_e4m3fn)[:, 2:6]
     view = as_bytes(weight)
