@@ -198,7 +198,7 @@ def canonical_digest(weight: Memory, scale_inv: Memory, part: Part = Part()) -> 
         >>> canonical_digest(torch.zeros(256, 128, dtype=torch.uint8), torch.ones(2, 1)).op.name
         'CANONICAL'
     """
-    source, scales = _matrix(weight), _matrix(scale_inv)
+    source, scales = _matrix("weight", weight), _matrix("scale_inv", scale_inv)
     _require_elements("weight", source, _CODES)
     _require_grid("scale_inv", scales, source, (0, 0))
     return Job(Op.CANONICAL, source, None, scales, None, (0, 0), part)
@@ -215,8 +215,8 @@ def copy(source: Memory, destination: Memory | None, part: Part = Part()) -> Job
         >>> copy(torch.ones(128), bucket, Part(slot=1)).source.cols
         512
     """
-    moved = _matrix(source).as_bytes()
-    target = None if destination is None else _matrix(destination).as_bytes()
+    moved = _matrix("source", source).as_bytes()
+    target = None if destination is None else _matrix("destination", destination).as_bytes()
     if target is not None:
         _require_destination("destination", target, moved)
     return Job(Op.COPY, moved, target, None, None, (0, 0), part)
@@ -234,7 +234,7 @@ def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) 
         >>> copy_codes(weight, torch.empty_like(weight)).op.name
         'COPY_CODES'
     """
-    codes = _matrix(source)
+    codes = _matrix("source", source)
     _require_elements("source", codes, _CODES)
     return replace(copy(codes, destination, part), op=Op.COPY_CODES)
 
@@ -251,7 +251,7 @@ def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
         >>> cast(torch.ones(128), torch.empty(128, dtype=torch.bfloat16)).op.name
         'CAST'
     """
-    given, target = _matrix(source), _matrix(destination)
+    given, target = _matrix("source", source), _matrix("destination", destination)
     _require_elements("source", given, _FLOATS)
     _require_elements("destination", target, _FLOATS)
     _require_destination("destination", target, given)
@@ -267,11 +267,11 @@ def _blockwise(
     origin: tuple[int, int],
     part: Part,
 ) -> Job:
-    source = _matrix(x)
+    source = _matrix("x", x)
     _require_elements("x", source, _FLOATS)
     if not all(0 <= start < BLOCK for start in origin):
         raise ValueError(f"origin {origin} lies outside a {BLOCK}x{BLOCK} block")
-    target = None if weight is None else _matrix(weight)
+    target = None if weight is None else _matrix("weight", weight)
     if target is not None:
         _require_elements("weight", target, _CODES)
         _require_destination("weight", target, source)
@@ -284,8 +284,13 @@ def _blockwise(
     return Job(op, source, target, scales, maxima, origin, part)
 
 
-def _matrix(memory: Memory) -> Matrix:
-    return memory if isinstance(memory, Matrix) else Matrix.of(memory)
+def _matrix(name: str, memory: Memory) -> Matrix:
+    if isinstance(memory, Matrix):
+        return memory
+    try:
+        return Matrix.of(memory)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
 
 
 def _require_elements(name: str, given: Matrix, allowed: tuple[torch.dtype, ...]) -> None:
@@ -313,7 +318,7 @@ def _require_apart(name: str, written: Matrix) -> None:
 
 
 def _require_grid(name: str, memory: Memory, source: Matrix, origin: tuple[int, int]) -> Matrix:
-    given = _matrix(memory)
+    given = _matrix(name, memory)
     _require_elements(name, given, (torch.float32,))
     grid = (-(-(origin[0] + source.rows) // BLOCK), -(-(origin[1] + source.cols) // BLOCK))
     if (given.rows, given.cols) != grid:

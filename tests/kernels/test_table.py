@@ -62,6 +62,19 @@ def test_digest_positions_that_overlap_are_refused(part, found):
         build_table([quantize(x, "pow2", weight, torch.zeros(2, 2), part)], "cpu")
 
 
+def test_what_is_no_rectangle_is_refused_by_its_name():
+    x, codes = torch.zeros(128, 128), torch.zeros(128, 128, dtype=torch.uint8)
+    for name, job in (
+        ("x", lambda: quantize(x.T[:, :64], "pow2", codes[:, :64], None)),
+        ("weight", lambda: quantize(x, "pow2", codes.T, None)),
+        ("amax", lambda: partial_amax(x, torch.zeros(()))),
+        ("source", lambda: copy(x.view(2, 64, 128), None)),
+        ("destination", lambda: cast(x, x.bfloat16().T)),
+    ):
+        with pytest.raises(ValueError, match=f"^{name}: expected 2-D with unit inner stride"):
+            job()
+
+
 def test_written_rows_that_overlap_are_refused():
     """Which of the programs that write an element wrote it last is chance."""
     x, codes = torch.zeros(256, 256), torch.zeros(256, 256, dtype=torch.uint8)
