@@ -8,6 +8,7 @@ import triton.language as tl
 
 from fp8sync_kernels.descriptor import CODES, CUT, DIVISION, Path
 from fp8sync_kernels.launch import launch_kernel
+from fp8sync_kernels.reference.table import run_table_reference
 from fp8sync_kernels.table import build_table
 from tests.kernels.cases import Arena, check, run
 from tests.kernels.interpreter.cast_kernel import cast_kernel
@@ -77,3 +78,16 @@ def test_counters_may_be_absent():
     with_counters, without = (run(jobs, launch)[0] for launch in (launch_kernel, launch_without))
     assert with_counters
     assert all(map(torch.equal, with_counters, without))
+
+
+def test_fewer_programs_than_blocks_take_them_all():
+    def launch_four(table, digests, nonfinite):
+        assert table.blocks > 8
+        launch_kernel(table, digests, nonfinite, programs=4)
+
+    def jobs(arena):
+        names = ("200x304-bfloat16-fp32", "canonical-144", "copy-33x1040")
+        return [job for name in names for job in SCENARIOS[name](arena)]
+
+    for ours, expected in zip(run(jobs, launch_four), run(jobs, run_table_reference), strict=True):
+        assert all(map(torch.equal, ours, expected))
