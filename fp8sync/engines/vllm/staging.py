@@ -171,22 +171,24 @@ class Expected:
             CorruptBucket: naming every tensor that differs.
         """
         copies: list[Copy] = []
-        sent: list[int] = []
+        sent: list[np.ndarray] = []
         found: list[torch.Tensor] = []
         for source_rank, run in self._runs.items():
-            digests = np.frombuffer(base64.b64decode(written[source_rank]), dtype="<i8").tolist()
+            digests = np.frombuffer(base64.b64decode(written[source_rank]), dtype="<i8")
             first = self._verified[source_rank]
             own = run[first : first + len(digests)]
             self._verified[source_rank] = first + len(digests)
             if own:
-                copies, sent = copies + own, sent + digests[: len(own)]
+                copies += own
+                sent.append(digests[: len(own)])
                 found.append(self._digests(source_rank, first, own))
-        here = torch.cat(found).tolist() if found else []
+        if not copies:
+            return
+        theirs, ours = np.concatenate(sent), torch.cat(found).cpu().numpy()
         faults = [
-            f"{copy.tensor}: engine rank {self._rank} expected digest {theirs:#x} from "
-            f"trainer rank {copy.source_rank}, found {ours:#x}"
-            for copy, theirs, ours in zip(copies, sent, here, strict=True)
-            if theirs != ours
+            f"{copies[i].tensor}: engine rank {self._rank} expected digest {theirs[i]:#x} from "
+            f"trainer rank {copies[i].source_rank}, found {ours[i]:#x}"
+            for i in np.flatnonzero(theirs != ours)
         ]
         if faults:
             raise CorruptBucket("staged bytes are not the bytes that were written", faults)
