@@ -17,7 +17,7 @@ from tests.kernels.cases import DEVICE, FLOATS, KERNEL, check, hard, run
 from tests.kernels.scenarios import quantized, random_bytes
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     st.tuples(st.integers(1, 140), st.integers(1, 150)),
     st.tuples(st.integers(0, 3), st.sampled_from([0, 1, 8, 16, 33])),
@@ -29,7 +29,7 @@ from tests.kernels.scenarios import quantized, random_bytes
     st.booleans(),
 )
 def test_any_rectangle(shape, start, dtype, formula, factor, every, base, aligned):
-    """A rectangle of a larger tensor, of any alignment, magnitude and digest position."""
+    """A rectangle of a larger tensor into others, of any alignment, magnitude and digest position."""
     multiple, gap = (16, 16) if aligned else (1, 7)
     rows, (cols, left) = shape[0], (-(-n // multiple) * multiple for n in (shape[1], start[1]))
     whole = torch.randn(
@@ -37,10 +37,11 @@ def test_any_rectangle(shape, start, dtype, formula, factor, every, base, aligne
     )
     whole[::every, ::every] *= factor
     x = whole.to(dtype)[start[0] :, left : left + cols]
-    part = Part(1, base=base // multiple * 4, pitch=cols + gap, scale_base=40_000)
+    base = base // multiple * 4
+    part = Part(1, base, pitch=cols + gap, scale_base=40_000, scale_pitch=4 * gap)
 
     def jobs(arena):
-        made = [quantized(arena, x, formula, part)]
+        made = [quantized(arena, x, formula, part, gap)]
         wide = Path.WIDE_BF16 | Path.WIDE_FP16 | Path.WIDE_FP32
         assert bool(build_table(made, "cpu").paths & wide) or not aligned
         return made
@@ -116,8 +117,9 @@ def test_any_origin(shape, origin, dtype, formula, largest):
     grid = [-(-(first + extent) // 128) for first, extent in zip(origin, shape, strict=True)]
 
     def jobs(arena):
-        amax = arena.output(*grid, torch.float32)
-        given = arena.input(torch.full(grid, largest))
+        amax = arena.output(*grid, torch.float32, stride=grid[1] + 3)
+        given = arena.input(torch.full((grid[0], grid[1] + 1), largest)[:, :-1])
+        given[:, 1:] *= 2
         return [
             partial_amax(arena.input(x), amax, Part(1), origin=origin),
             quantized(arena, x, formula, Part(2), amax=given, origin=origin),
@@ -137,8 +139,8 @@ def test_any_canonical_digest(shape, largest, scale, base):
     """Codes up to any magnitude under scales that can, and that cannot, be made smaller."""
     weight = random_bytes(*shape)
     weight = weight & 0x80 | (weight & 0x7F).clamp(max=largest)
-    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128)), scale)
-    part = Part(slot=3, base=base)
+    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128) + 1), scale)[:, :-1]
+    part = Part(slot=3, base=base, scale_base=40_000, scale_pitch=12)
     check(lambda arena: [canonical_digest(arena.input(weight), arena.input(scale_inv), part)])
 
 

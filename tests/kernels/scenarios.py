@@ -23,13 +23,13 @@ SHAPES = [(128, 128), (200, 304), (130, 77), (1, 16), (3, 1)]
 STRIDED = [((33, 1040), 2048), ((3, 5000), 5000), ((33, 36), 40), ((5, 31), 33)]
 
 
-def quantized(arena, x, formula, part=WHOLE, **given):
-    """A quantize job into fresh outputs."""
+def quantized(arena, x, formula, part=WHOLE, gap=0, **given):
+    """A quantize job into fresh outputs, rectangles of larger tensors if there is a gap between rows."""
     rows, cols = x.shape
     origin = given.get("origin", (0, 0))
     grid = (-(-(origin[0] + rows) // 128), -(-(origin[1] + cols) // 128))
-    weight = arena.output(rows, cols)
-    scale_inv = arena.output(*grid, torch.float32)
+    weight = arena.output(rows, cols, stride=cols + gap)
+    scale_inv = arena.output(*grid, torch.float32, stride=grid[1] + gap)
     return quantize(arena.input(x), formula, weight, scale_inv, part, **given)
 
 
