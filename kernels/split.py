@@ -61,9 +61,7 @@ def slice_pair(pair: Pair, dim: int, start: int, stop: int, *, what: str = "slic
         >>> slice_pair(pair, -1, 128, 384).scale_inv.tolist()
         [[2.0, 3.0], [5.0, 6.0]]
     """
-    if dim not in (-2, -1):
-        raise ValueError(f"dim {dim} has no blocks; use -2 or -1")
-    size = pair.weight.shape[dim]
+    size = _size(pair, dim)
     if not 0 <= start <= stop <= size:
         raise ValueError(f"{what}: [{start}, {stop}) of a dim of {size}")
     blocks, found = -(-size // BLOCK), pair.scale_inv.shape[dim]
@@ -86,14 +84,17 @@ def shard_pair(pair: Pair, dim: int, rank: int, world_size: int) -> Pair:
 
     Raises:
         MisalignedCutError: the shards' size is not a multiple of 128.
-        ValueError: the dim does not divide by `world_size`.
+        ValueError: the dim does not divide by `world_size`, there is no such rank, another dim, or
+            scales that do not fit.
 
     Examples:
         >>> pair = Pair(torch.zeros(512, 128), torch.tensor([[1.0], [2.0], [3.0], [4.0]]))
         >>> shard_pair(pair, -2, rank=1, world_size=2).scale_inv.tolist()
         [[3.0], [4.0]]
     """
-    size = pair.weight.shape[dim]
+    size = _size(pair, dim)
+    if not 0 <= rank < world_size:
+        raise ValueError(f"no rank {rank} of {world_size}")
     if size % world_size:
         raise ValueError(f"a dim of {size} does not divide among {world_size} ranks")
     each = size // world_size
@@ -187,6 +188,12 @@ def split_qkv(
             parts[name].append(slice_pair(pair, -2, at, at + rows, what=what))
             at += rows
     return {name: _concatenate(pieces) for name, pieces in parts.items()}
+
+
+def _size(pair: Pair, dim: int) -> int:
+    if dim not in (-2, -1):
+        raise ValueError(f"dim {dim} has no blocks; use -2 or -1")
+    return pair.weight.shape[dim]
 
 
 def _concatenate(pieces: list[Pair]) -> Pair:

@@ -93,6 +93,22 @@ def test_shards(dim):
         shard_pair(pair_of(hard(384, 384)), dim, 0, 2)
 
 
+@pytest.mark.parametrize(
+    ("dim", "rank", "world_size", "found"),
+    [
+        (0, 0, 2, "dim 0 has no blocks"),
+        (3, 0, 2, "dim 3 has no blocks"),
+        (-1, 2, 2, "no rank 2 of 2"),
+        (-1, -1, 2, "no rank -1 of 2"),
+        (-1, 0, 0, "no rank 0 of 0"),
+        (-1, 0, 3, "a dim of 512 does not divide among 3 ranks"),
+    ],
+)
+def test_shards_that_there_are_not(dim, rank, world_size, found):
+    with pytest.raises(ValueError, match=found):
+        shard_pair(Pair(torch.zeros(512, 512), torch.ones(4, 4)), dim, rank, world_size)
+
+
 def test_a_ragged_end_is_no_cut():
     x = hard(300, 130)
     assert same(slice_pair(pair_of(x), -2, 256, 300), pair_of(x[256:]))
