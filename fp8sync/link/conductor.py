@@ -269,16 +269,20 @@ class Conductor:
             "recipe": self._recipe.to_json(),
             "bucket_bytes": self._bucket_bytes,
         }
+        team = {"team": secrets.token_hex(8), "host": listener.host}
         self._peers.tell("engine", opening)
+        # The rest while workers trace: indexing here, and reading on the trainer's other ranks.
+        self._peers.tell("trainer", {**opening, **team})
+        self._member.learn(held, self._recipe)
         wanted = merge_ranks(self._manifests("engine"))
         laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
         check_all_used(wanted)
-        plan = self._feed(self._member.make_plan(held, wanted, self._recipe))
+        self._peers.tell("trainer", {"type": "destination", "manifest": wanted.to_json()})
+        plan = self._feed(self._member.make_plan(wanted))
         self.sends_kv_scales = any(map(is_kv_scale, plan.tensors.values()))
-        team = {"team": secrets.token_hex(8), "host": listener.host}
-        common = {**opening, "destination": wanted.to_json(), "nodes": self._nodes}
-        self._peers.tell("trainer", {**common, **team})
+        # Who could not plan says so where its digests are due.
+        self._peers.spread("trainer", {"type": "nodes", "nodes": self._nodes})
         self._compare(plan)
         laps.end("plan")
         self._open_transport(plan, **team)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.audit.report import AuditReport
+from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm import check_in_flight
 from fp8sync.errors import (
@@ -131,10 +132,10 @@ class Follower:
         own, seat = member.source.manifest().to_json(), member.seat.to_json()
         channel.send({"type": "manifest", "manifest": own, "seat": seat})
         message = channel.receive("source")
-        wanted = Manifest.from_json(message["destination"])
-        recipe = Recipe.from_json(message["recipe"])
-        plan = member.make_plan(Manifest.from_json(message["manifest"]), wanted, recipe)
-        if nodes := dict(message["nodes"]):
+        member.learn(Manifest.from_json(message["manifest"]), Recipe.from_json(message["recipe"]))
+        wanted = Manifest.from_json(channel.receive("destination")["manifest"])
+        plan = member.make_plan(wanted)
+        if nodes := dict(channel.receive("nodes")["nodes"]):
             plan = member.adopt(with_forwarding(plan, shared(plan, nodes)))
         mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
         channel.send({"type": "plan", "digests": mine})
@@ -257,7 +258,8 @@ class FollowerLink:
         source = LiveSource(partial(as_source, self._model))
         follower = Follower(channel, Member(source, rank_and_size()[0], channel.progress))
         try:
-            follower.agree()
+            with uncollected():
+                follower.agree()
         except BaseException:
             follower.close()
             raise

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fp8sync.audit.trainer import trainer_ledger
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
-from fp8sync.plan import Plan, build_plan, in_portions
+from fp8sync.plan import Plan, Planner, in_portions
 from fp8sync.sending.ahead import look_ahead
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.outgoing import open_senders
@@ -50,6 +50,7 @@ class Member:
         self._later: list[Copy] = []
         self._plan: Plan | None = None
         self._held = Manifest({})
+        self._planner: Planner | None = None
         self._bucket_bytes = 0
         self._scales: dict[str, torch.Tensor] = {}
 
@@ -70,11 +71,16 @@ class Member:
         """Where this rank's weights are."""
         return Seat.at(reader_of(self.source.storages()))
 
-    def make_plan(self, held: Manifest, wanted: Manifest, recipe: Recipe) -> Plan:
-        """Plan between all trainer ranks and all engine workers."""
+    def learn(self, held: Manifest, recipe: Recipe) -> None:
+        """Take in what all trainer ranks hold, and what the engine is to hold."""
         self._held = held
-        requantize = recipe.requantizes
-        self._plan = build_plan(held, wanted, exchange_amax=True, requantize=requantize)
+        self._planner = Planner(held, exchange_amax=True, requantize=recipe.requantizes)
+
+    def make_plan(self, wanted: Manifest) -> Plan:
+        """Plan between all trainer ranks and all engine workers."""
+        if self._planner is None:
+            raise Fp8SyncError("no trainer's boxes yet")
+        self._plan, self._planner = self._planner.plan(wanted), None
         return self._plan
 
     def adopt(self, plan: Plan) -> Plan:

@@ -102,8 +102,12 @@ def _holes(source: Manifest) -> Iterator[str]:
 def _incomplete(side: Manifest) -> Iterator[tuple[str, int]]:
     """Yield each tensor of which a side has only a part, and how many elements that part has."""
     rects = _rects(side)
+    known: dict[frozenset[Rect], int] = {}  # most tensors of a model are cut alike
     for name, info in side.tensors.items():
-        found = union_volume(rects[name])
+        own = frozenset(rects[name])
+        found = known.get(own)
+        if found is None:
+            found = known[own] = union_volume(own)
         if found != info.numel:
             yield name, found
 
