@@ -260,8 +260,8 @@ def _quantize(
         raise ValueError(f"{copy.tensor}: a blockwise copy without a formula or scales")
     index = [a - b for a, b in zip(piece.rect[0], copy.start, strict=True)]
     blocks = touched_blocks(piece.rect)
-    across = copy.scale_shape[1]
-    begin = [a - b for a, b in zip(blocks[0], copy.scale_rect[0], strict=True)]
+    first, (_, across) = copy.scale_rect
+    begin = [a - b for a, b in zip(blocks[0], first, strict=True)]
     part = Part(
         where.slot,
         where.base + index[0] * copy.shape[1] + index[1],
@@ -291,6 +291,8 @@ def _quantize(
 
 def _inner(whole: Matrix, index: Sequence[int], shape: Sequence[int]) -> Matrix:
     """The rectangle of `shape` that begins at `index` of a matrix."""
+    if (whole.rows, whole.cols) == tuple(shape):
+        return whole
     first = (index[0] * whole.stride + index[1]) * whole.itemsize
     return replace(whole, address=whole.address + first, rows=shape[0], cols=shape[1])
 
