@@ -110,10 +110,12 @@ def test_casts_count_nan(source, target):
     st.sampled_from(FLOATS),
     st.sampled_from(FORMULAS),
     st.sampled_from([0.0, 1e-44, 1e-5, 3.0, 3e38, float("inf"), float("nan")]),
+    st.sampled_from([1.0, float("inf"), float("nan")]),
 )
-def test_any_origin(shape, origin, dtype, formula, largest):
+def test_any_origin(shape, origin, dtype, formula, largest, last):
     """Both steps of blocks of which this is a part, with any amax that the others may have found."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(sum(origin))).to(dtype)
+    x[-1, -1] = last
     grid = [-(-(first + extent) // 128) for first, extent in zip(origin, shape, strict=True)]
 
     def jobs(arena):
@@ -130,7 +132,7 @@ def test_any_origin(shape, origin, dtype, formula, largest):
 
 @settings(max_examples=10, deadline=None)
 @given(
-    st.tuples(st.integers(1, 140), st.sampled_from([1, 16, 77, 128, 144])),
+    st.tuples(st.sampled_from([1, 30, 128, 140]), st.sampled_from([1, 16, 77, 128, 144])),
     st.integers(0, 0x7F),
     st.sampled_from([1.0, 2.0**-9, 2.0**-126, 2.0**-140, 2.0**100, 0.37, 0.0, -1.0, float("nan")]),
     st.sampled_from([0, 16, 48]),
@@ -139,7 +141,8 @@ def test_any_canonical_digest(shape, largest, scale, base):
     """Codes up to any magnitude under scales that can, and that cannot, be made smaller."""
     weight = random_bytes(*shape)
     weight = weight & 0x80 | (weight & 0x7F).clamp(max=largest)
-    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128) + 1), scale)[:, :-1]
+    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128) + 1), 8.0)[:, :-1]
+    scale_inv[0] = scale
     part = Part(slot=3, base=base, scale_base=40_000, scale_pitch=12)
     check(lambda arena: [canonical_digest(arena.input(weight), arena.input(scale_inv), part)])
 

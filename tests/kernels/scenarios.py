@@ -117,10 +117,14 @@ def given(arena, origin, formula):
 
 
 def canonical(arena, cols):
-    """Every code, NaN of both signs too, under scales that are and are not powers of two."""
+    """Every code, NaN of both signs too, under scales that are and are not powers of two.
+
+    Zeros of both signs under one whose ratio to the canonical scale overflows.
+    """
     weight = random_bytes(200, cols)
     weight[:128, :128] = weight[:128, :128].clamp(max=0x70)
-    scale_inv = torch.tensor([[2.0**-9, 2.0**100], [0.37, -1.0]])
+    weight[:128, 128:] &= 0x80
+    scale_inv = torch.tensor([[2.0**-9, 2.0**120], [0.37, -1.0]])
     return [canonical_digest(arena.input(weight), arena.input(scale_inv))]
 
 
