@@ -141,7 +141,8 @@ def test_any_canonical_digest(shape, largest, scale, base):
     """Codes up to any magnitude under scales that can, and that cannot, be made smaller."""
     weight = random_bytes(*shape)
     weight = weight & 0x80 | (weight & 0x7F).clamp(max=largest)
-    scale_inv = torch.full((-(-shape[0] // 128), -(-shape[1] // 128) + 1), 8.0)[:, :-1]
+    grid = [-(-extent // 128) for extent in shape]
+    scale_inv = torch.exp2(torch.arange(3.0 * grid[0])).view(grid[0], 3)[:, : grid[1]]
     scale_inv[0] = scale
     part = Part(slot=3, base=base, scale_base=40_000, scale_pitch=12)
     check(lambda arena: [canonical_digest(arena.input(weight), arena.input(scale_inv), part)])
