@@ -59,7 +59,10 @@ class Source(Protocol):
         """
 
     def storages(self) -> Storages:
-        """Return the live storages that the boxes point into, as they are now, all on one device."""
+        """Return the live storages that the boxes point into, as they are now, all on one device.
+
+        They may be parameters: they are read without autograd.
+        """
 
 
 def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source:

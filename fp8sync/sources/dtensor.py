@@ -16,10 +16,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
 from fp8sync.plan.boxes import overlap
+from fp8sync.sources.places import LazyTensors, ModuleState
 from fp8sync.sources.stacks import hf_parts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fp8sync.plan.boxes import Rect
 
@@ -54,11 +55,16 @@ class DTensorSource:
     """
 
     def __init__(self, module: torch.nn.Module, rank: int) -> None:
-        self._module, self._rank = module, rank
+        self._state, self._rank = ModuleState(module, id), rank
 
-    def storages(self) -> dict[str, torch.Tensor]:
-        """Return this rank's live local tensors by name; nothing is copied or gathered."""
-        return {name: _local(value) for name, value in self._values().items()}
+    def storages(self) -> Mapping[str, torch.Tensor]:
+        """Return this rank's live local tensors by name; nothing is copied or gathered.
+
+        Raises:
+            TensorMismatch: parameters that were tied in the last manifest are not any more.
+        """
+        held = self._state.read()
+        return LazyTensors(held.keys(), lambda name: {name: _local(held[name])})
 
     def manifest(self) -> Manifest:
         """Return this rank's boxes, and the infos of all tensors.
@@ -70,7 +76,7 @@ class DTensorSource:
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
         faults: list[str] = []
-        values = self._values()
+        values = self._state.walk()
         shapes = {name: value.shape for name, value in values.items()}
         for name, value in values.items():
             local = _local(value)
@@ -97,15 +103,6 @@ class DTensorSource:
         if faults:
             raise UnsupportedLayout("the module's shards cannot be read where they lie", faults)
         return Manifest.of(infos, {self._rank: boxes})
-
-    def _values(self) -> dict[str, torch.Tensor]:
-        seen: set[int] = set()
-        found: dict[str, torch.Tensor] = {}
-        for name, value in self._module.state_dict(keep_vars=True).items():
-            if isinstance(value, torch.Tensor) and id(value) not in seen:
-                seen.add(id(value))
-                found[name] = value
-        return found
 
     def _intervals(self, value: torch.Tensor) -> tuple[str, list[list[Interval]]]:
         """Return (fault, indices held by dim); no indices where this rank is not in the mesh."""
@@ -204,5 +201,5 @@ def _shards(
 
 
 def _local(value: torch.Tensor) -> torch.Tensor:
-    local = value.to_local() if isinstance(value, DTensor) else value
-    return local.detach()
+    # `to_local` makes a new tensor of what it wraps, at several times the price of all else.
+    return value._local_tensor if isinstance(value, DTensor) else value

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import ITEMSIZE, Box, Manifest, Placement, TensorInfo
+from fp8sync.sources.places import ModuleState
 from fp8sync.sources.stacks import hf_parts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["ModuleSource"]
 
@@ -30,11 +36,15 @@ class ModuleSource:
     """
 
     def __init__(self, module: torch.nn.Module, rank: int = 0) -> None:
-        self._module, self._rank = module, rank
+        self._state, self._rank = ModuleState(module, _shown), rank
 
-    def storages(self) -> dict[str, torch.Tensor]:
-        """Return the live parameters and buffers by name; nothing is copied."""
-        return {name: value.detach() for name, value in self._values().items()}
+    def storages(self) -> Mapping[str, torch.Tensor]:
+        """Return the live parameters and buffers by name, not detached; nothing is copied.
+
+        Raises:
+            TensorMismatch: parameters that were tied in the last manifest are not any more.
+        """
+        return self._state.read()
 
     def manifest(self) -> Manifest:
         """Return one box per HF tensor.
@@ -43,7 +53,7 @@ class ModuleSource:
             UnsupportedLayout: a parameter that is distributed, quantized or of an unknown dtype, or a
                 stack of experts that lies in an unknown way; all of them at once.
         """
-        values = self._values()
+        values = self._state.walk()
         shapes = {name: tensor.shape for name, tensor in values.items()}
         infos: list[TensorInfo] = []
         boxes: list[Box] = []
@@ -64,20 +74,12 @@ class ModuleSource:
             raise UnsupportedLayout("not a plain module", faults)
         return Manifest.of(infos, {self._rank: boxes})
 
-    def _values(self) -> dict[str, torch.Tensor]:
-        """What the module holds, not detached: detached, a subclass of Parameter looks plain."""
-        seen: set[tuple[object, ...]] = set()
-        found: dict[str, torch.Tensor] = {}
-        for name, value in self._module.state_dict(keep_vars=True).items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            # Two views of one memory are tied only if they show it alike; meta tensors have none.
-            key = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-            if value.numel() and not value.is_meta and key in seen:
-                continue
-            seen.add(key)
-            found[name] = value
-        return found
+
+def _shown(value: torch.Tensor) -> object:
+    """What tied tensors have in common: two views of one memory are tied only if they show it alike."""
+    if value.is_meta or not value.numel():
+        return id(value)
+    return value.data_ptr(), value.shape, value.stride(), value.dtype
 
 
 def _check_plain(tensor: torch.Tensor) -> None:

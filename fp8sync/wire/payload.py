@@ -39,8 +39,8 @@ class PartReport:
 
 
 def view(storages: Storages, at: Placement, shape: Sequence[int]) -> torch.Tensor:
-    """Return the strided rectangle of `shape` at a placement; shares memory with the storage."""
-    base = storages[at.storage]
+    """Return the strided rectangle of `shape` at a placement; shares memory with the storage, detached."""
+    base = storages[at.storage].detach()
     return base.as_strided(tuple(shape), at.strides, base.storage_offset() + at.offset)
 
 

@@ -236,7 +236,7 @@ class Passing(Edited):
 
     def storages(self) -> Any:
         own = {"codes": self.pair.weight, "scales": self.pair.scale_inv}
-        return super().storages() | own
+        return {**super().storages(), **own}
 
 
 @pytest.mark.parametrize("transport", ["auto", "golden"])

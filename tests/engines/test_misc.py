@@ -103,7 +103,7 @@ class CutPair:
         return Manifest.of([*({**own.tensors, GATE: pair}).values()], {0: boxes})
 
     def storages(self) -> dict[str, torch.Tensor]:
-        found = self._source.storages()
+        found = dict(self._source.storages())
         for n, part in enumerate(self.parts):
             found[f"part{n}"], found[f"part{n}_scale_inv"] = part.weight, part.scale_inv
         return found

@@ -52,7 +52,6 @@ def test_storages_are_live() -> None:
     with torch.no_grad():
         module.weight.fill_(7.0)
     assert source.storages()["weight"].unique().tolist() == [7.0]
-    assert not source.storages()["weight"].requires_grad
     module.weight = nn.Parameter(torch.full((4, 4), 8.0))  # as some optimizers replace them
     assert source.storages()["weight"].unique().tolist() == [8.0]
     assert source.manifest().digest() == before

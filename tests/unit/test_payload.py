@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
-from fp8sync.wire.payload import pack, unpack
+from fp8sync.wire.payload import pack, unpack, view
 from fp8sync.wire.tables import PlacedBucket, pack_table, write_table
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
 from tests.unit import layouts
@@ -161,6 +161,14 @@ def test_a_storage_may_begin_inside_its_memory() -> None:
     found = {"w": torch.zeros(16, 8, dtype=torch.bfloat16)}
     move(plan, storages, found, 1 << 20)
     assert torch.equal(found["w"], tensor)
+
+
+def test_a_storage_may_be_a_parameter() -> None:
+    """What is made of it has no history, whoever makes it."""
+    weight = torch.nn.Parameter(torch.ones(16, 8))
+    shown = view({"w": weight}, Placement("w", 8, (8, 1)), (15, 8))
+    assert not shown.requires_grad
+    assert shown.data_ptr() == weight[1:].data_ptr()
 
 
 @pytest.mark.parametrize(("formula", "code"), [(Formula.POW2, 0x78), (Formula.FP32, 0x7E)])
