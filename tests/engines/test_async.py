@@ -160,6 +160,9 @@ def test_kept_between_two_steps(
                 assert tokens[0] == before[0]
     assert mixed
     assert 0 < report.pause_s < report.seconds["total"]
+    link._engine._encodes = True  # what a model has seen of pictures is forgotten in a pause
+    assert link._engine.pause("keep", once=True)
+    link._engine.resume()
     link.close()
     engine.close()
 

@@ -246,6 +246,18 @@ def test_cache_that_is_not_emptied(engine: Any, link: fp8sync.Link, monkeypatch:
     assert link.refit().version == 3
 
 
+def test_what_an_encoder_made_of_a_picture_is_forgotten(engine: Any, link: fp8sync.Link) -> None:
+    """A worker keeps it under the picture's hash, for other requests with the same one."""
+
+    def see(worker: Any) -> None:
+        worker.model_runner.encoder_cache["picture"] = torch.zeros(1)
+
+    engine.collective_rpc(see)
+    link._engine._encodes = True  # this model does not
+    link.refit()
+    assert engine.collective_rpc(lambda worker: len(worker.model_runner.encoder_cache)) == [0]
+
+
 def test_link_that_lost_its_engine_to_another(engine: Any, link: fp8sync.Link) -> None:
     fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
     with pytest.raises(fp8sync.EngineLost, match="another link"):

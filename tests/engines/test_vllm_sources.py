@@ -37,13 +37,15 @@ SIGNATURES = {
         "AsyncLLM.update_weights": ["request"],
         "AsyncLLM.finish_weight_update": [],
         "AsyncLLM.resume_generation": [],
-        "AsyncLLM.reset_prefix_cache": ["reset_running_requests"],
+        "AsyncLLM.reset_prefix_cache": ["reset_running_requests", "reset_connector"],
+        "AsyncLLM.reset_encoder_cache": [],
         "AsyncLLM.errored": [],
     },
     "v1/engine/core_client.py": {"AsyncMPClient.pause_scheduler_async": ["mode", "clear_cache"]},
     "v1/engine/llm_engine.py": {
         "LLMEngine.get_num_unfinished_requests": [],
         "LLMEngine.abort_request": ["request_ids", "internal"],
+        "LLMEngine.reset_encoder_cache": [],
     },
 }
 LLM_CALLS = {
@@ -62,6 +64,7 @@ ROUTES = {
     "/update_weights",
     "/finish_weight_update",
     "/reset_prefix_cache",
+    "/reset_encoder_cache",
 }
 
 

@@ -167,7 +167,9 @@ class Handle(ABC):
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
-        """Forget prefixes computed with the old weights; they live in the scheduler.
+        """Forget what was computed with the old weights.
+
+        Prefixes, in the scheduler and in external caches, and what an encoder made of pictures.
 
         Args:
             in_flight: what became of requests; those that are kept are recomputed.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
 from fp8sync.errors import Fp8SyncError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fp8sync.engines.vllm.handle import InFlight
 
 __all__ = ["LLMHandle"]
@@ -32,6 +35,8 @@ class LLMHandle(Handle):
         parallel = config.parallel_config
         super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
         self._llm = llm
+        self._caches = bool(config.cache_config.enable_prefix_caching)
+        self._encodes = bool(config.model_config.is_multimodal_model)
         self._resources = getattr(llm.llm_engine.engine_core, "resources", None)
         self.in_process = self._resources is None
 
@@ -68,9 +73,10 @@ class LLMHandle(Handle):
         pass
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
-        caches = self._llm.llm_engine.vllm_config.cache_config.enable_prefix_caching
-        if caches or (stale and in_flight == "keep"):
-            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
+        if self._caches or self._encodes or (stale and in_flight == "keep"):
+            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep", True))
+        if self._encodes:
+            self._answer("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache)
 
     def label(self, version: str) -> bool:
         known = hasattr(self._llm, "update_weight_version")
@@ -79,9 +85,11 @@ class LLMHandle(Handle):
         return known
 
     def _call(self, method: str, *args: Any) -> Any:
-        call = getattr(self._llm, method)
+        return self._answer(method, partial(getattr(self._llm, method), *args))
+
+    def _answer(self, method: str, call: Callable[[], Any]) -> Any:
         resources = self._resources
         if resources is None:
-            return call(*args)
-        answer = in_thread(lambda: call(*args))
+            return call()
+        answer = in_thread(call)
         return settled(answer, method, self.timeout_s, lambda: resources.engine_dead)

@@ -47,6 +47,7 @@ class AsyncHandle(Handle):
         self._loop = loop or handler.get_loop()
         # Several schedulers step together, and a label is changed by a call of its own.
         self._caches = bool(config.cache_config.enable_prefix_caching)
+        self._encodes = bool(config.model_config.is_multimodal_model)
         self._alone = config.parallel_config.data_parallel_size == 1
         self._labels = hasattr(engine, "update_weight_version")
 
@@ -75,7 +76,8 @@ class AsyncHandle(Handle):
         self._call("finish_weight_update")
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
-        if in_flight == "keep" and once and self._alone and not (self._caches or self._labels):
+        changes = self._caches or self._encodes or self._labels  # more than weights
+        if in_flight == "keep" and once and self._alone and not changes:
             return False
         self._run("pause", compat.pause(self._engine, in_flight))
         return True
@@ -84,8 +86,10 @@ class AsyncHandle(Handle):
         self._call("resume_generation")
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
-        if self._caches or (stale and in_flight == "keep"):
-            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep"))
+        if self._caches or self._encodes or (stale and in_flight == "keep"):
+            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep", True))
+        if self._encodes:
+            self._call("reset_encoder_cache")
 
     def label(self, version: str) -> bool:
         if self._labels:

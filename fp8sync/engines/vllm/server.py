@@ -93,8 +93,12 @@ class Server(Handle):
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:  # noqa: ARG002  (it may cache)
         recompute = str(in_flight == "keep").lower()
-        answer = self._post("/reset_prefix_cache", reset_running_requests=recompute)
+        answer = self._post(
+            "/reset_prefix_cache", reset_running_requests=recompute, reset_external="true"
+        )
         check_forgotten(answer.get("success"))
+        if in_flight == "keep":  # else it went when the server was paused
+            self._post("/reset_encoder_cache")
 
     def label(self, version: str) -> bool:
         path = "/update_weight_version"
