@@ -309,13 +309,14 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
 def test_plans_that_differ(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both sides plan for themselves; here the trainer's version of the code plans otherwise."""
     import fp8sync.link.member as member
-    from fp8sync.plan import Plan, build_plan
+    from fp8sync.plan import Plan, Planner
 
-    def reversed_plan(*args: Any, **options: Any) -> Plan:
-        plan = build_plan(*args, **options)
-        return Plan(plan.tensors, plan.copies[::-1])
+    class Reversing(Planner):
+        def plan(self, *args: Any) -> Plan:
+            plan = super().plan(*args)
+            return Plan(plan.tensors, plan.copies[::-1])
 
-    monkeypatch.setattr(member, "build_plan", reversed_plan)
+    monkeypatch.setattr(member, "Planner", Reversing)
     before = world.logprobs(engine)
     with pytest.raises(fp8sync.PlanMismatch, match="engine rank 0"):
         fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
