@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import Fp8SyncError, TensorMismatch
 from fp8sync.transport.memory import reader_of
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class LiveTable:
         self._names = list(dict.fromkeys(at.storage for at in places))
         self._build, self._device = build, device
         self._pointers: list[int] = []
+        self._lie: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         self._table: Table | None = None
 
     def at(self, storages: Storages) -> Table:
@@ -47,6 +48,7 @@ class LiveTable:
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
+            TensorMismatch: they have another shape, or other strides, than when they were first read.
         """
         # No bytecode for each storage: there may be as many as tensors.
         pointers = list(map(torch.Tensor.data_ptr, map(storages.__getitem__, self._names)))
@@ -58,8 +60,22 @@ class LiveTable:
                         f"{name}: expected weights that {self._device} reads, as when the link was made, "
                         f"found them on {storages[name].device}"
                     )
+            self._check_how_they_lie(storages)
             dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
             found = dict(zip(self._names, zip(pointers, dtypes, strict=True), strict=True))
             self._table = self._build(found.__getitem__)
             self._pointers = pointers
         return self._table
+
+    def _check_how_they_lie(self, storages: Storages) -> None:
+        """What has moved must lie as it did: the plan counts elements from a storage's first."""
+        found = {name: (storages[name].shape, storages[name].stride()) for name in self._names}
+        first = self._lie = self._lie or found
+        faults = [
+            f"{name}: expected {tuple(first[name][0])} with strides {first[name][1]}, "
+            f"found {tuple(shape)} with strides {strides}"
+            for name, (shape, strides) in found.items()
+            if first[name] != (shape, strides)
+        ]
+        if faults:
+            raise TensorMismatch("weights lie otherwise than when the link was made", faults)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import Fp8SyncError, TensorMismatch
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan
 from fp8sync.sending.live import LiveTable
@@ -43,3 +43,17 @@ def test_weights_that_were_moved_to_the_host_are_refused() -> None:
     text = "norm: expected weights that cuda:0 reads, as when the link was made, found them on cpu"
     with pytest.raises(Fp8SyncError, match=text):
         table.at({"norm": torch.ones(64, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("found", [torch.ones(128)[::2], torch.ones(65), torch.ones(63)])
+def test_weights_that_moved_must_lie_as_they_did(found: torch.Tensor) -> None:
+    """An embedding with more rows, or a transposed weight: the same places hold something else."""
+    table = LiveTable(copies(), lambda _: "table", torch.device("cpu"))
+    table.at({"norm": torch.ones(64)})
+    with pytest.raises(TensorMismatch) as refusal:
+        table.at({"norm": found})
+    shape, strides = tuple(found.shape), found.stride()
+    assert refusal.value.violations == (
+        f"norm: expected (64,) with strides (1,), found {shape} with strides {strides}",
+    )
+    assert table.at({"norm": torch.zeros(64)}) == "table"
