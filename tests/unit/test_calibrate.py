@@ -70,6 +70,27 @@ def test_hidden_tokens_do_not_count(model: Any) -> None:
         assert rounds_up_to(tokens[:, 5:].max() / 448, scale)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_window_forgets_no_token(masked: bool) -> None:
+    SEEN.clear()
+    kinds = ["full_attention", "sliding_attention"]
+    model = world.tiny_model(
+        "dense", 1, sliding_window=8, use_sliding_window=True, layer_types=kinds
+    )
+    model = model.cpu()
+    model.set_attn_implementation("spy")
+    (_, long) = batches()
+    mask = torch.ones_like(long)
+    mask[:, 20:] = 0
+    given = {"input_ids": long, "attention_mask": mask} if masked else {"input_ids": long}
+    found = fp8sync.calibrate_kv(model, [given])
+    assert len(found) == 4
+    for name, scale in found.items():
+        (tokens,) = SEEN[name]
+        assert tokens.shape == (2, 24)
+        assert rounds_up_to(tokens[:, : 20 if masked else 24].max() / 448, scale)
+
+
 def test_any_number_of_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own quantile refuses more than 2^24."""
     tokens = {"a.attn.k_scale": torch.arange((1 << 24) + 1, dtype=torch.float32)}
