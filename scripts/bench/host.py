@@ -92,10 +92,11 @@ def main() -> None:
     writer = Writer(share_of(source, plan, cpu), {0: place})
     seconds, reading = [], []
     for version in range(options.refits + 1):
-        host = HostTime()
         source.prepare()
+        host = HostTime()
         source.storages()
         reading.append(host.seconds)
+        host = HostTime()  # in which the writer reads the module again
         told: list[Written | None] = []
         sent = writer.send(version, told.append)
         messages = [json.dumps({"type": "written", "digests": written}) for written in told]
