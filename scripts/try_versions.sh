@@ -58,7 +58,8 @@ without_torch() {
 lowest_triton() {
     "$builder" -m pip --quiet --quiet --disable-pip-version-check install --no-deps --target "$home/triton" \
         "triton==$TRITON" "numpy<2" # its interpreter needs the older NumPy
-    said=$(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter)
+    # What hypothesis finds is the same under every Triton, and takes as long as all else.
+    said=$(TRITON_INTERPRET=1 tests "$home/kernels" tests/kernels/interpreter -k "not test_any_")
     echo "Triton $TRITON, interpreted: $said"
 }
 
