@@ -72,7 +72,7 @@ class Member:
         return Seat.at(reader_of(self.source.storages()))
 
     def learn(self, held: Manifest, recipe: Recipe) -> None:
-        """Take in what all trainer ranks hold, and what the engine is to hold."""
+        """Index what all trainer ranks hold, before anyone knows what the engine wants."""
         self._held = held
         self._planner = Planner(held, exchange_amax=True, requantize=recipe.requantizes)
 

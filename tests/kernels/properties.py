@@ -16,6 +16,17 @@ from fp8sync_kernels.table import build_table
 from tests.kernels.cases import DEVICE, FLOATS, KERNEL, check, hard, run
 from tests.kernels.scenarios import quantized, random_bytes
 
+__all__ = [
+    "test_any_canonical_digest",
+    "test_any_cast",
+    "test_any_move",
+    "test_any_origin",
+    "test_any_rectangle",
+    "test_blocks_cut_between_holders",
+    "test_canonical_digest_survives_reencoding",
+    "test_casts_count_nan",
+]
+
 
 @settings(max_examples=20, deadline=None)
 @given(

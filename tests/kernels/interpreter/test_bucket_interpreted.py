@@ -12,16 +12,7 @@ from fp8sync_kernels.reference.table import run_table_reference
 from fp8sync_kernels.table import build_table
 from tests.kernels.cases import Arena, check, run
 from tests.kernels.interpreter.cast_kernel import cast_kernel
-from tests.kernels.properties import (  # noqa: F401  (collected here)
-    test_any_canonical_digest,
-    test_any_cast,
-    test_any_move,
-    test_any_origin,
-    test_any_rectangle,
-    test_blocks_cut_between_holders,
-    test_canonical_digest_survives_reencoding,
-    test_casts_count_nan,
-)
+from tests.kernels.properties import *  # noqa: F403  (tests that are collected here)
 from tests.kernels.scenarios import scenarios
 
 SCENARIOS = scenarios()
