@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 
 import fp8sync
 from tests.engines import world
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    import torch
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +118,25 @@ def test_refit_between_the_wakes(tmp_path: Path) -> None:
         assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
         assert world.generate(llm) == expected[turn][1]
     world.stop_engine(llm)
+
+
+def test_first_forward_on_a_full_gpu(tmp_path: Path) -> None:
+    """vLLM has taken all that others leave: after a refit the largest step it allows finds its memory."""
+    length, spare = 8192, 64 << 20
+    sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8}
+    model = world.tiny_model("dense", 1, max_position_embeddings=length, **sizes)
+    folder = world.write_config(model, tmp_path / "config")
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    others = torch.empty(free - total // 2 - spare, dtype=torch.uint8, device="cuda")
+    options: dict[str, Any] = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": None}
+    options |= {"max_model_len": length, "max_num_batched_tokens": length}
+    llm = world.start_engine(folder, load_format="dummy", **options)
+    prompt = [(i * 37 + 11) % 256 for i in range(length - 1)]
+    for version in (1, 2, 3):
+        report = fp8sync.refit(model, llm, "blockwise")
+        assert (report.version, report.bytes_sent > spare) == (version, True)
+        assert len(world.generate(llm, 1, prompt)) == 1
+    assert torch.cuda.mem_get_info()[0] < report.bytes_sent
+    del llm, others
+    world.forget_engines()

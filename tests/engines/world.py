@@ -269,12 +269,12 @@ def rows_of(prompt_logprobs: Any) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def generate(llm: Any, tokens: int = 12) -> list[int]:
-    """Greedy continuation of the prompt; goes through the prefix cache, unlike `logprobs`."""
+def generate(llm: Any, tokens: int = 12, prompt: list[int] = PROMPT) -> list[int]:
+    """Greedy continuation of a prompt; goes through the prefix cache, unlike `logprobs`."""
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     return list(output.outputs[0].token_ids)
 
 
