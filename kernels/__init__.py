@@ -11,7 +11,7 @@ Importing this needs neither a GPU nor Triton.
 from __future__ import annotations
 
 from fp8sync_kernels.job import Job, Matrix, Part
-from fp8sync_kernels.launch import run_table
+from fp8sync_kernels.launch import compile_ahead, run_table
 from fp8sync_kernels.reference import (
     Quantized,
     canonical_pair,
@@ -30,6 +30,7 @@ __all__ = [
     "Table",
     "build_table",
     "canonical_pair",
+    "compile_ahead",
     "dequantize_blockwise",
     "digest",
     "partial_amax",

@@ -101,6 +101,47 @@ def compile_options(paths: int, one_row: bool = False) -> dict[str, int]:
     return {"num_warps": 8}
 
 
+def compile_ahead(table: Table, *, digests: bool = True, nonfinite: bool = True) -> None:
+    """Compile and load the kernel that `run_table` launches for such a table, if it is on a GPU.
+
+    Only the kinds of its jobs matter: a table of jobs like those that will come does as well. Nothing
+    that it lists is read or written.
+
+    Args:
+        table: on the device that will work.
+        digests: whether launches will have them.
+        nonfinite: likewise.
+
+    Examples:
+        >>> from fp8sync_kernels import build_table
+        >>> from fp8sync_kernels.job import copy
+        >>> table = build_table([copy(torch.ones(128), None)], "cpu")
+        >>> compile_ahead(table)  # no GPU: nothing to do
+    """
+    if table.blocks == 0 or table.rows.device.type != "cuda":
+        return
+    key = _key(table, digests=digests, nonfinite=nonfinite, loop=False)
+    if key in _COMPILED:
+        return
+    with torch.cuda.device(table.rows.device):
+        kernel = warm_up(table, digests=digests, nonfinite=nonfinite)
+        kernel[(1, 1, 1)]  # loads it
+    _COMPILED[key] = kernel
+
+
+def warm_up(table: Table, *, digests: bool, nonfinite: bool) -> Any:
+    """Compile for the current device what `launch_kernel` would; needs no memory of it."""
+    from fp8sync_kernels.gpu.bucket import bucket_kernel
+
+    one_row = _one_row(table)
+    counters = (torch.int64 if digests else None, torch.int64 if nonfinite else None)
+    types = (torch.int64, None if one_row else torch.int32, *counters)
+    options = compile_options(table.paths, one_row)
+    return bucket_kernel.warmup(
+        *types, table.blocks, PATHS=table.paths, LOOP=False, grid=(1, 1, 1), **options
+    )
+
+
 def launch_kernel(
     table: Table,
     digests: torch.Tensor | None,
@@ -111,12 +152,10 @@ def launch_kernel(
     """The launch itself, on the current device and stream (or in Triton's interpreter)."""
     loop = programs is not None and programs < table.blocks
     grid = (programs if loop else table.blocks, 1, 1)
-    one_row = table.rows.numel() == COLUMNS
+    one_row = _one_row(table)
     tensors = (table.rows, None if one_row else table.block_row, digests, nonfinite)
-    # What Triton specializes on. Its own search for the compiled kernel takes the host longer than
-    # everything else together, as it compares every constant that the kernels refer to.
-    kinds = tuple(None if t is None else t.data_ptr() % 16 == 0 for t in tensors)
-    key = (table.rows.device, table.paths, loop, kinds)
+    counted = {"digests": digests is not None, "nonfinite": nonfinite is not None}
+    key = _key(table, **counted, loop=loop)
     kernel = _COMPILED.get(key)
     if kernel is not None:
         kernel[grid](*tensors, table.blocks, table.paths, loop)
@@ -132,3 +171,17 @@ def launch_kernel(
     )
     if kernel is not None:  # None: interpreted
         _COMPILED[key] = kernel
+
+
+def _key(table: Table, *, digests: bool, nonfinite: bool, loop: bool) -> tuple[object, ...]:
+    """What Triton specializes on.
+
+    Its own search for the compiled kernel takes the host longer than everything else together, as it
+    compares every constant that the kernels refer to.
+    """
+    return table.rows.device, table.paths, _one_row(table), digests, nonfinite, loop
+
+
+def _one_row(table: Table) -> bool:
+    """Then no block looks its row up."""
+    return table.rows.numel() == COLUMNS

@@ -65,6 +65,33 @@ class Table:
         """The same table on another device (its addresses are not translated)."""
         return replace(self, rows=self.rows.to(device), block_row=self.block_row.to(device))
 
+    def part(self, start: int, stop: int) -> Table:
+        """The rows of slots start..stop-1 as a table, with slots counted from `start`.
+
+        `paths` are the whole table's, so all parts are run by one kernel (but for one of a single row).
+
+        Raises:
+            ValueError: rows do not lie in the order of their slots.
+
+        Examples:
+            >>> from fp8sync_kernels.job import Part, copy
+            >>> whole = build_table([copy(torch.ones(64), None, Part(n)) for n in range(4)], "cpu")
+            >>> whole.part(1, 3).blocks, whole.part(1, 3).slots
+            (2, 2)
+        """
+        slots = self.rows[:, Column.SLOT].contiguous()
+        if bool((slots[1:] < slots[:-1]).any()):
+            raise ValueError("rows do not lie in the order of their slots")
+        first, last = torch.searchsorted(slots, slots.new_tensor([start, stop])).tolist()
+        rows = self.rows[first:last].clone()
+        before, blocks = torch.searchsorted(
+            self.block_row, self.block_row.new_tensor([first, last])
+        ).tolist()
+        rows[:, Column.SLOT] -= start
+        rows[:, Column.FIRST_BLOCK] -= before
+        block_row = self.block_row[before:blocks] - first
+        return Table(rows, block_row, blocks - before, self.paths, stop - start)
+
 
 def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
     """Lay out jobs as one table, in order.

@@ -40,7 +40,11 @@ _LARGEST_FP16 = tl.constexpr(65504.0)
 _LARGEST_FP32 = tl.constexpr(3.4028234663852886e38)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+# Everything is read and added to one element at a time: alignment would make other kernels, no other code.
+@triton.jit(
+    do_not_specialize=["blocks"],
+    do_not_specialize_on_alignment=["table", "block_row", "digests", "nonfinite"],
+)
 def bucket_kernel(
     table: tl.tensor,
     block_row: tl.tensor,

@@ -81,9 +81,7 @@ def build(paths, capability, one_row):
     types = {"table": "*i64", "block_row": block_row, "digests": "*i64", "nonfinite": "*i64"}
     signature = {**types, "blocks": "i32", "PATHS": "constexpr", "LOOP": "constexpr"}
     constants = {"PATHS": paths, "LOOP": False, **({"block_row": None} if one_row else {})}
-    pointers = [i for i, kind in enumerate(types.values()) if kind.startswith("*")]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in pointers}
-    source = ASTSource(bucket_kernel, signature, constants, aligned)
+    source = ASTSource(bucket_kernel, signature, constants)
     target = GPUTarget("cuda", capability, 32)
     return triton.compile(source, target=target, options=compile_options(paths, one_row))
 

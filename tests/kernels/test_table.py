@@ -123,3 +123,23 @@ def test_addresses_between_elements_are_refused(name):
     scale_inv, amax = (Matrix(places[n], 1, 1, 1, torch.float32) for n in ("scale_inv", "amax"))
     with pytest.raises(ValueError, match=rf"^{name} lies at {places[name]:#x}, no multiple of"):
         quantize(x, "pow2", None, scale_inv, amax=amax)
+
+
+def test_parts_of_a_table_do_what_the_whole_does():
+    sizes = (64, 5000, 0, 3 * 32768 + 100, 16)
+    sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    whole = build_table([copy(x, None, Part(n)) for n, x in enumerate(sources)], "cpu")
+    expected, found = torch.zeros(2, len(sizes), dtype=torch.int64)
+    run_table(whole, expected, None)
+    for start, stop in ((0, 1), (1, 4), (4, 4), (4, 5)):
+        part = whole.part(start, stop)
+        assert (part.paths, part.slots) == (whole.paths, stop - start)
+        run_table(part, found[start:stop], None)
+    assert found.tolist() == expected.tolist()
+    assert expected.count_nonzero() == 4
+
+
+def test_a_table_whose_slots_are_out_of_order_has_no_parts():
+    x = torch.zeros(64)
+    with pytest.raises(ValueError, match="in the order of their slots"):
+        build_table([copy(x, None, Part(1)), copy(x, None, Part(0))], "cpu").part(0, 1)
