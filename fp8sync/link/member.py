@@ -13,6 +13,7 @@ from fp8sync.sending.ahead import look_ahead
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.outgoing import open_senders
 from fp8sync.sending.share import Outgoing, Share, named_error
+from fp8sync.sending.usual import compile_writing
 from fp8sync.trainers import join_team
 from fp8sync.transport.memory import reader_of
 from fp8sync.transport.seat import Seat
@@ -72,9 +73,10 @@ class Member:
         return Seat.at(reader_of(self.source.storages()))
 
     def learn(self, held: Manifest, recipe: Recipe) -> None:
-        """Index what all trainer ranks hold, before anyone knows what the engine wants."""
+        """Index what all trainer ranks hold, and compile kernels, before anyone knows what the engine wants."""
         self._held = held
         self._planner = Planner(held, exchange_amax=True, requantize=recipe.requantizes)
+        compile_writing(held.tensors.values(), recipe, reader_of(self.source.storages()))
 
     def make_plan(self, wanted: Manifest) -> Plan:
         """Plan between all trainer ranks and all engine workers."""

@@ -20,7 +20,7 @@ from fp8sync.transport.nccl import NcclGroup
 from fp8sync.waiting import waiting
 from fp8sync.wire.payload import PartReport
 from fp8sync.wire.tables import pack_table
-from fp8sync_kernels import run_table
+from fp8sync_kernels import compile_ahead, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,7 +79,7 @@ class GroupSender:
         ]
         storages = share.source.storages()
         for table in self._tables:
-            table.at(storages)
+            compile_ahead(table.at(storages))
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GroupSender]:

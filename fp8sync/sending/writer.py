@@ -23,7 +23,7 @@ from fp8sync.transport.memory import ExportedMemory, MappedMemory, gpu_id, reade
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
 from fp8sync.wire.tables import write_table
-from fp8sync_kernels import run_table
+from fp8sync_kernels import compile_ahead, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -110,7 +110,7 @@ class Writer:
             self._parts.append(self._part(copies, slice(2 * first, 2 * (first + len(copies)))))
             first += len(copies)
         for part in self._parts:
-            part.table.at(storages)
+            compile_ahead(part.table.at(storages))
 
     def _part(self, copies: tuple[Copy, ...], counters: slice) -> _Part:
         ranks = [copy.destination_rank for copy in copies]

@@ -33,6 +33,7 @@ __all__ = [
     "check_table",
     "decoded",
     "matrix",
+    "moved",
     "pack_table",
     "unpack_table",
     "unwritable",
@@ -225,22 +226,25 @@ def _write(
     amax: Amax,
 ) -> Iterator[Job]:
     if copy.scale_at is None:
-        yield _moved(x, out, part)
+        yield moved(x, out, part)
         return
     scale_base = destination(copy.scale_at.storage)
     if copy.source_scale_at is not None:
         scales = _scales(copy, scale_base, copy.scale_at)
         held = _scales(copy, source(copy.source_scale_at.storage)[0], copy.source_scale_at)
-        yield _moved(x, out, part)
-        yield _moved(held, scales, Part(part.slot, part.base + _scale_base(copy)))
+        yield moved(x, out, part)
+        yield moved(held, scales, Part(part.slot, part.base + _scale_base(copy)))
         return
     given = amax.get(copy.tensor, ())
     for piece in pieces(copy, [group for group, _ in given]):
         yield _quantize(copy, piece, x, out, part, scale_base, given)
 
 
-def _moved(x: Matrix, out: Matrix, part: Part) -> Job:
-    """Nothing is sent that is not examined: a cast to the same dtype counts NaN and Inf, a copy does not."""
+def moved(x: Matrix, out: Matrix, part: Part) -> Job:
+    """Return the job that sends what stays as it is.
+
+    Nothing is sent that is not examined: a cast to the same dtype counts NaN and Inf, a copy does not.
+    """
     if x.dtype in _FLOATS and out.dtype in _FLOATS:
         return job.cast(x, out, part)
     fp8 = x.dtype == torch.float8_e4m3fn

@@ -24,6 +24,7 @@ from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
 from fp8sync.errors import RefitInProgress
+from fp8sync.sending.usual import compile_taking
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,12 +71,13 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     def __init__(
         self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
     ) -> None:
-        """Reserve staging memory; vLLM sizes its KV cache afterwards."""
+        """Reserve staging memory, and load kernels; vLLM sizes its KV cache afterwards."""
         super().__init__(config, vllm_config, device, model)
         with set_current_vllm_config(vllm_config):
             watch_scales(model)
         nbytes = reserved_bytes(model, engine_commit(vllm_config))
         self._staging = Staging(device, nbytes if device.type == "cuda" else 0)
+        compile_taking(device)
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left, unless it is refitting."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fp8sync_kernels import Table, build_table, job, run_table
+from fp8sync_kernels import Table, build_table, compile_ahead, job, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -41,6 +41,8 @@ class DirectInstall:
                 jobs.append(job.copy(*flat))
                 self.nbytes += staged.numel() * staged.element_size()
         self._table: Table | None = build_table(jobs, device) if jobs else None
+        if self._table is not None:
+            compile_ahead(self._table, digests=False, nonfinite=False)
 
     def commit(self) -> None:
         """Copy, on the current stream."""

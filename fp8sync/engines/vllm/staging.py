@@ -20,7 +20,7 @@ from fp8sync.plan import DEFAULT_BUCKET_BYTES
 from fp8sync.sending.writer import as_written
 from fp8sync.transport.memory import ExportedMemory, allocate, export_memory
 from fp8sync.wire.tables import check_table
-from fp8sync_kernels import Table, run_table
+from fp8sync_kernels import Table, compile_ahead, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -137,7 +137,7 @@ class Staging:
 class Expected:
     """The bytes of one portion, as trainers will write them.
 
-    Writers decide how they cut their shares, so the tables that digest a part are made in the first version.
+    Writers decide how they cut their shares, so the tables of parts are cut in the first version.
 
     Args:
         copies: that arrive.
@@ -153,11 +153,15 @@ class Expected:
         locate: Callable[[str], int],
         device: torch.device,
     ) -> None:
-        self._rank, self._locate, self._device = rank, locate, device
+        self._rank, self._device = rank, device
         self._runs: dict[int, list[Copy]] = defaultdict(list)
         for copy in as_written(copies):
             self._runs[copy.source_rank].append(copy)
-        self._tables: dict[tuple[int, int, int], Table] = {}
+        cpu = torch.device("cpu")
+        self._wholes = {r: check_table(run, locate, cpu) for r, run in self._runs.items()}
+        for whole in self._wholes.values():
+            compile_ahead(whole.to(device), nonfinite=False)
+        self._parts: dict[tuple[int, int, int], Table] = {}
         self.begin()
 
     def begin(self) -> None:
@@ -181,7 +185,7 @@ class Expected:
             if own:
                 copies += own
                 sent.append(digests[: len(own)])
-                found.append(self._digests(source_rank, first, own))
+                found.append(self._digests(source_rank, first, len(own)))
         if not copies:
             return
         theirs, ours = np.concatenate(sent), torch.cat(found).cpu().numpy()
@@ -208,13 +212,13 @@ class Expected:
         if faults:
             raise CorruptBucket("not all that was written is verified", faults)
 
-    def _digests(self, source_rank: int, first: int, copies: Sequence[Copy]) -> torch.Tensor:
-        """Digest what a source rank's copies from its `first` on have left here."""
-        key = source_rank, first, len(copies)
-        if key not in self._tables:
-            self._tables[key] = check_table(copies, self._locate, self._device)
-        found = torch.zeros(len(copies), dtype=torch.int64, device=self._device)
-        run_table(self._tables[key], found, None)
+    def _digests(self, source_rank: int, first: int, count: int) -> torch.Tensor:
+        """Digest what `count` of a source rank's copies, from its `first` on, have left here."""
+        key = source_rank, first, first + count
+        if key not in self._parts:
+            self._parts[key] = self._wholes[source_rank].part(*key[1:]).to(self._device)
+        found = torch.zeros(count, dtype=torch.int64, device=self._device)
+        run_table(self._parts[key], found, None)
         return found
 
 
