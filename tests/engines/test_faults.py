@@ -248,17 +248,7 @@ def test_cache_that_is_not_emptied(engine: Any, link: fp8sync.Link, monkeypatch:
 
 def test_what_an_encoder_made_of_a_picture_is_forgotten(engine: Any, link: fp8sync.Link) -> None:
     """A worker keeps it under the picture's hash, for other requests with the same one."""
-
-    def see(worker: Any) -> None:
-        runner = worker.model_runner
-        if runner.encoder_cache is None:  # vLLM's newer runner makes it for models that encode
-            from vllm.v1.worker.gpu.mm.encoder_cache import EncoderCache
-
-            runner.encoder_cache = EncoderCache()
-        cache = runner.encoder_cache
-        getattr(cache, "encoder_outputs", cache)["picture"] = torch.zeros(1)
-
-    engine.collective_rpc(see)
+    engine.collective_rpc(world.keep_a_picture)
     link._engine._encodes = True  # this model does not
     link.refit()
     assert engine.collective_rpc(lambda worker: len(worker.model_runner.encoder_cache)) == [0]
