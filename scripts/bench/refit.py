@@ -1,12 +1,16 @@
 """Refit at full size between GPUs of one host, shard to shard, against the wire's own limit.
 
-    NCCL_NVLS_ENABLE=0 python scripts/bench/refit.py [--cases NAME ...] [--repeats 7] [--out FILE.jsonl]
+    NCCL_NVLS_ENABLE=0 python scripts/bench/refit.py [--cases NAME ...] [--repeats 7] [--share] [--out FILE.jsonl]
 
-One process per GPU: the first ranks are the trainer's (BF16), the next the engine's (blockwise FP8 in
-staging memory, without a model). A refit is timed on trainer rank 0 from the announcement of the version
-until every worker has voted that all its bytes are staged and verified. The floor is the largest number
-of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the same run. After timing, every byte
-is compared with the reference quantization of the whole tensor.
+One process per member: the first are the trainer's ranks (BF16), the next the engine's workers (blockwise
+FP8 in staging memory, without a model). A refit is timed on trainer rank 0 from the announcement of the
+version until every worker has voted that all its bytes are staged and verified. The floor is the largest
+number of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the same run. After timing, every
+byte is compared with the reference quantization of the whole tensor.
+
+Each member has a GPU of its own. With `--share`, those of a mapping with more members than GPUs share them,
+crosswise (`refit_traffic.placed`). Processes on one GPU take turns at it: what ranks write and what workers
+verify there is not at the same time. Bytes that stay on their GPU take time, too, but are not in the floor.
 """
 
 from __future__ import annotations
@@ -18,7 +22,6 @@ import os
 import platform
 import statistics
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,10 +31,13 @@ import refit_world
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from refit_traffic import placed, processes_of, traffic
 
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.layouts.presets import PRESETS
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, build_plan
+from fp8sync.sending.outgoing import not_linked
+from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,13 +59,23 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        """GPUs needed."""
+        """Members: trainer ranks and workers."""
         return self.trainer.ranks + self.engine.ranks
+
+    def lying(self, gpus: int) -> list[int]:
+        """The GPU of each member, of so many."""
+        trainers = self.trainer.ranks
+        return placed(trainers // self.trainer.pp, trainers, self.engine.ranks, gpus)
+
+    def processes(self, gpus: int) -> list[int]:
+        """The process that each member is."""
+        return processes_of(self.lying(gpus), gpus)
 
 
 QWEN, LLAMA = "qwen3-30b-a3b", "llama-3.1-8b"
 CASES = {
     "1 -> 1": Case(QWEN, TrainerLayout(), EngineLayout()),
+    "1 unfused -> 1": Case(QWEN, TrainerLayout(fused=False), EngineLayout()),
     "TP2.EP2.ETP1 -> TP2": Case(QWEN, TrainerLayout(tp=2, ep=2, etp=1), EngineLayout(tp=2)),
     "TP2 -> TP2.EP2": Case(QWEN, TrainerLayout(tp=2), EngineLayout(tp=2, expert_parallel=True)),
     "FSDP2 -> TP2": Case(QWEN, TrainerLayout(dp=2, fsdp=2), EngineLayout(tp=2)),
@@ -87,11 +103,15 @@ def main() -> None:
     parser.add_argument(
         "--peer-cases", nargs="*", default=["1 -> 1", "TP2 -> TP2.EP2", "FSDP2 -> TP2"]
     )
+    parser.add_argument(
+        "--share", action="store_true", help="let members share GPUs, where there are too few"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-bytes", type=int, nargs="*", default=[DEFAULT_BUCKET_BYTES])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     gpus = torch.cuda.device_count()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
     print(
         f"{gpus} x {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL "
@@ -99,42 +119,52 @@ def main() -> None:
         f"{os.environ.get('NCCL_NVLS_ENABLE') == '0'}",
         flush=True,
     )
-    mp.spawn(run_rank, (gpus, store.port, options), gpus)
+    size = gpus
+    if options.share:
+        size = max(max(CASES[name].processes(gpus)) + 1 for name in options.cases)
+    mp.spawn(run_process, (gpus, max(size, gpus), store.port, options), max(size, gpus))
 
 
-def run_rank(rank: int, gpus: int, port: int, options: argparse.Namespace) -> None:
-    """Everything that one GPU does."""
-    device = torch.device("cuda", rank)
+def run_process(process: int, gpus: int, size: int, port: int, options: argparse.Namespace) -> None:
+    """Everything that one of `size` processes does; it has GPU `process` modulo `gpus`."""
+    device = torch.device("cuda", process % gpus)
     torch.cuda.set_device(device)
     store = dist.TCPStore("127.0.0.1", port, None, False)
-    dist.init_process_group("nccl", store=store, rank=rank, world_size=gpus, device_id=device)
-    wire = bandwidth(rank, device)
-    if rank == 0:
+    # NCCL takes no two ranks on one GPU, so only groups of processes with their own are NCCL's.
+    dist.init_process_group("gloo", store=store, rank=process, world_size=size)
+    wire = bandwidth(process, device)
+    if process == 0:
         print(f"send/recv of 1 GiB, GPU 0 -> GPU 1: {wire / 1e9:.1f} GB/s", flush=True)
         for name, why in refit_peers.absent().items() if options.peers else ():
             print(f"{name:26s} {why}")
         print(HEADING, flush=True)
     for name in options.cases:
         case = CASES[name]
-        if case.ranks > gpus:
-            if rank == 0:
+        if case.ranks > gpus and not options.share:
+            if process == 0:
                 print(f"{name:26s} needs {case.ranks} GPUs", flush=True)
             continue
-        Run(rank, device, store, name, case, wire, options).all()
+        members = case.processes(gpus)
+        rank = members.index(process) if process in members else case.ranks
+        Run(rank, device, gpus, store, name, wire, options).all()
     dist.barrier()
     dist.destroy_process_group()
 
 
-def bandwidth(rank: int, device: torch.device) -> float:
+def bandwidth(process: int, device: torch.device) -> float:
     """Bytes per second of 1 GiB messages from GPU 0 to GPU 1 (10 after 3)."""
-    seconds = torch.zeros(1, device=device)
-    if rank < 2:
+    pair = dist.new_group([0, 1], backend="nccl")
+    seconds = torch.zeros(1, dtype=torch.float64)
+    if process < 2:
         message = torch.empty(GIB, dtype=torch.uint8, device=device)
         for count in (3, 10):
             torch.cuda.synchronize(device)
             began = time.perf_counter()
             for _ in range(count):
-                dist.send(message, 1) if rank == 0 else dist.recv(message, 0)
+                if process == 0:
+                    dist.send(message, 1, group=pair)
+                else:
+                    dist.recv(message, 0, group=pair)
             torch.cuda.synchronize(device)
             seconds[0] = (time.perf_counter() - began) / count
     dist.broadcast(seconds, 0)
@@ -143,25 +173,33 @@ def bandwidth(rank: int, device: torch.device) -> float:
 
 HEADING = (
     f"{'mapping':26s} {'way':18s} {'median s':>9s} {'floor s':>8s} {'ratio':>6s} "
-    f"{'kept GB/s':>10s} {'sender MiB':>11s} {'receiver MiB':>13s} {'equal':>6s}"
+    f"{'kept GB/s':>10s} {'crossed GB':>11s} {'stayed GB':>10s} {'host ms':>8s} "
+    f"{'sender MiB':>11s} {'receiver MiB':>13s} {'equal':>6s}"
 )
 
 
 class Run:
-    """One mapping, by every way, on one rank."""
+    """One mapping, by every way, on one member; who has a higher rank than there are only looks on."""
 
     def __init__(
         self,
         rank: int,
         device: torch.device,
+        gpus: int,
         store: Any,
         name: str,
-        case: Case,
         wire: float,
         options: argparse.Namespace,
     ) -> None:
+        case = CASES[name]
         self._rank, self._device, self._store, self._options = rank, device, store, options
         self._name, self._case, self._wire = name, case, wire
+        lying = case.lying(gpus)
+        self._trainers, self._workers = lying[: case.trainer.ranks], lying[case.trainer.ranks :]
+        seats = [Seat("", f"GPU {gpu}", "") for gpu in self._trainers]
+        self._no_nccl = not_linked(
+            seats, {w: {"gpu": f"GPU {gpu}"} for w, gpu in enumerate(self._workers)}
+        )
         model = PRESETS[case.model]
         self._source = manifest(case.trainer, model)
         self._wanted = manifest(case.engine, model)
@@ -184,16 +222,30 @@ class Run:
             worker = refit_world.Worker(wanted, self._engine_rank, self._device)
         torch.cuda.synchronize(self._device)
         for way in self._options.transports:
+            if way == "nccl" and self._no_nccl:
+                self._impossible(way)
+                continue
             sizes = self._options.bucket_bytes
             for size in sizes if way == "nccl" else sizes[:1]:
                 self._refit(way, size, held, worker, expected)
         for peer in self._options.peers:
-            unfused = 1 < self._case.trainer.fsdp == self._case.trainer.ranks
-            if self._name in self._options.peer_cases and (peer == "packed" or unfused):
+            if self._name not in self._options.peer_cases:
+                continue
+            layout = self._case.trainer
+            unfused = layout.fsdp == layout.ranks and (layout.fsdp > 1 or not layout.fused)
+            if self._no_nccl:
+                self._impossible(peer)
+            elif peer == "packed" or unfused:
                 self._peer(peer, held, worker, expected)
         del held, expected, worker
         gc.collect()
         torch.cuda.empty_cache()
+
+    def _impossible(self, way: str) -> None:
+        """Say in a row of its own why there is no figure."""
+        if self._rank == 0:
+            print(f"{self._name:26s} {way:18s} not possible: {self._no_nccl}", flush=True)
+            self._write({"mapping": self._name, "way": way, "not_possible": self._no_nccl})
 
     def _refit(
         self,
@@ -246,8 +298,8 @@ class Run:
         """Time a peer; its floor is ours, for the shards that are kept."""
         trainers = self._case.trainer.ranks
         groups = (
-            dist.new_group([0, *range(trainers, self._case.ranks)]),
-            dist.new_group(list(range(trainers))),
+            dist.new_group([0, *range(trainers, self._case.ranks)], backend="nccl"),
+            dist.new_group(list(range(trainers)), backend="nccl"),
         )
         sides = self._source, self._wanted
         staged = worker.staged if worker else {}
@@ -277,55 +329,48 @@ class Run:
             for tensor in worker.staged.values():
                 tensor.zero_()
         said = torch.tensor([wrong, extra if self._trains else 0, extra if self._serves else 0])
-        said = said.to(self._device)
         dist.all_reduce(said, dist.ReduceOp.MAX)
         wrong, sender, receiver = said.tolist()
         assert not wrong, f"{wrong} storages differ after {self._name} by {way}"
         if plan is None:
             return
         median = statistics.median(seconds)
-        out, into = _link_bytes(plan)
-        floor = max([*out.values(), *into.values()]) / self._wire
-        kept = max(into.values()) / median
+        moved = traffic(plan, self._trainers, self._workers)
+        floor = moved.most / self._wire
+        kept = max(moved.into.values()) / median
+        parts = stages[0] if stages else {}
         row = {
             "mapping": self._name,
             "model": self._case.model,
             "way": way,
+            "gpus": {"trainer": self._trainers, "engine": self._workers},
             "seconds": seconds,
             "median_s": median,
-            "stages_s": {key: statistics.median(s[key] for s in stages) for key in stages[0]}
-            if stages
-            else {},
+            "stages_s": {key: statistics.median(s[key] for s in stages) for key in parts},
             "floor_s": floor,
             "ratio": median / floor,
             "kept_bytes_per_s": kept,
-            "link_bytes": max([*out.values(), *into.values()]),
+            "link_bytes": moved.most,
+            "crossed_bytes": moved.crossed,
+            "stayed_bytes": moved.stayed,
             "wire_bytes_per_s": self._wire,
             "sender_extra_bytes": sender,
             "receiver_extra_bytes": receiver,
             "equal": True,
         }
+        host = f"{row['stages_s']['host'] * 1e3:.2f}" if stages else ""
         print(
             f"{self._name:26s} {way:18s} {median:9.4f} {floor:8.4f} {median / floor:6.2f} "
-            f"{kept / 1e9:10.1f} {sender / 2**20:11.0f} {receiver / 2**20:13.0f} {'yes':>6s}",
+            f"{kept / 1e9:10.1f} {moved.crossed / 1e9:11.2f} {moved.stayed / 1e9:10.2f} {host:>8s} "
+            f"{sender / 2**20:11.0f} {receiver / 2**20:13.0f} {'yes':>6s}",
             flush=True,
         )
+        self._write(row)
+
+    def _write(self, row: dict[str, Any]) -> None:
         if self._options.out:
             with self._options.out.open("a") as out_file:
                 out_file.write(json.dumps(row) + "\n")
-
-
-def _link_bytes(plan: Plan) -> tuple[Counter[str], Counter[int]]:
-    """Bytes out of every trainer rank and every worker that forwards, and into every worker."""
-    out: Counter[str] = Counter()
-    into: Counter[int] = Counter()
-    for copy in plan.copies:
-        nbytes = copy.weight_bytes + copy.scale_bytes
-        out[f"engine {copy.via}" if copy.via is not None else f"trainer {copy.source_rank}"] += (
-            nbytes
-        )
-        into[copy.destination_rank] += nbytes
-    return out, into
 
 
 if __name__ == "__main__":

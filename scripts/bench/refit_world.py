@@ -32,6 +32,7 @@ from fp8sync.recipe import Encoding, Recipe
 from fp8sync.sources import LiveSource
 from fp8sync.transport.memory import gpu_id
 from fp8sync.transport.seat import Seat
+from fp8sync.waiting import HostTime
 from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
 
@@ -160,15 +161,16 @@ def timed_refit(
 ) -> float:
     """Seconds from the announcement until every worker has voted, all bytes verified in staging.
 
-    What the conductor says of the stages is appended to `stages`.
+    What the conductor says of the stages is appended to `stages`, with `host`: seconds of these in which it
+    waited for nobody.
     """
-    began = time.perf_counter()
+    began, host = time.perf_counter(), HostTime()
     conductor.open(version)
     conductor.send(version)
-    seconds = time.perf_counter() - began
+    seconds, own = time.perf_counter() - began, host.seconds
     outcome = conductor.commit()
     if stages is not None:
-        stages.append(outcome.seconds)
+        stages.append({**outcome.seconds, "host": own})
     return seconds
 
 
