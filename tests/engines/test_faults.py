@@ -71,14 +71,8 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def link(engine: Any) -> Iterator[fp8sync.Link]:
     """A link whose engine serves version 1; small buckets, so that there are many."""
     model = world.tiny_model("dense", 2)
-    link = fp8sync.connect(
-        model,
-        engine,
-        world.recipe("blockwise"),
-        timeout_s=TIMEOUT_S,
-        bucket_bytes=1 << 18,
-        transport="gloo",
-    )
+    small: Any = {"timeout_s": TIMEOUT_S, "bucket_bytes": 1 << 18}
+    link = fp8sync.connect(model, engine, world.recipe("blockwise"), transport="gloo", **small)
     link.refit()
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)
