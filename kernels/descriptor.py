@@ -63,6 +63,9 @@ class Op(IntEnum):
     COPY = 6  # move bytes
     CAST = 7  # convert between bf16, fp16 and fp32
     COPY_CODES = 8  # move FP8 codes and count the NaN among them
+    COPY_BF16 = 9  # move elements of that type and count the NaN and infinities among them
+    COPY_FP16 = 10
+    COPY_FP32 = 11
 
 
 class Dtype(IntEnum):
@@ -99,8 +102,8 @@ class Path(IntEnum):
 DIVISION = 1 << 12
 # Some block of a wide path is not 128x128. Masks cost a third of all instructions.
 CUT = 1 << 13
-# Some row is COPY_CODES.
-CODES = 1 << 14
+# Some row is a copy that counts.
+COUNTED = 1 << 14
 
 # Rows and columns, in elements, that one program handles on each path.
 TILE_OF_PATH = {
@@ -109,6 +112,14 @@ TILE_OF_PATH = {
     Path.COPY_4: (8, 1024),
     Path.COPY_1: (8, 256),
     Path.CAST: (4, 256),
+}
+
+# The copies that count, by the elements that they do it for. To the rest of them, all are bytes.
+DTYPE_COUNTED = {
+    Op.COPY_CODES: torch.float8_e4m3fn,
+    Op.COPY_BF16: torch.bfloat16,
+    Op.COPY_FP16: torch.float16,
+    Op.COPY_FP32: torch.float32,
 }
 
 DTYPE_OF_TORCH = {

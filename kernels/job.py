@@ -13,11 +13,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fp8sync_kernels.descriptor import DTYPE_OF_TORCH, Op
+from fp8sync_kernels.descriptor import DTYPE_COUNTED, DTYPE_OF_TORCH, Op
 from fp8sync_kernels.formulas import BLOCK, FP32, check_formula
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _CODES = (torch.float8_e4m3fn, torch.uint8)
+_COPY_OF = {dtype: op for op, dtype in DTYPE_COUNTED.items()}
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) 
 def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
     """Convert between bf16, fp16 and fp32 (nearest even), count NaN and Inf, digest the result.
 
+    To the same dtype that is a copy, of NaN too; which NaN a NaN becomes in another is not defined.
+
     Raises:
         TypeError: another dtype.
         ValueError: shapes differ, an address that is no multiple of its elements' size, or rows of
@@ -250,11 +253,15 @@ def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
     Examples:
         >>> cast(torch.ones(128), torch.empty(128, dtype=torch.bfloat16)).op.name
         'CAST'
+        >>> cast(torch.ones(128), torch.empty(128)).op.name
+        'COPY_FP32'
     """
     given, target = _matrix("source", source), _matrix("destination", destination)
     _require_elements("source", given, _FLOATS)
     _require_elements("destination", target, _FLOATS)
     _require_destination("destination", target, given)
+    if given.dtype == target.dtype:
+        return replace(copy(given, target, part), op=_COPY_OF[given.dtype])
     return Job(Op.CAST, given, target, None, None, (0, 0), part)
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync_kernels.descriptor import (
-    CODES,
     COLUMNS,
+    COUNTED,
     CUT,
     DIVISION,
+    DTYPE_COUNTED,
     DTYPE_OF_TORCH,
     TILE_OF_PATH,
     Column,
@@ -32,7 +33,7 @@ _WIDE_PATH = {
     torch.float8_e4m3fn: Path.WIDE_CODES,
     torch.uint8: Path.WIDE_CODES,
 }
-_COPIES = (Op.COPY, Op.COPY_CODES)
+_COPIES = (Op.COPY, *DTYPE_COUNTED)
 _DIVIDING = (Op.FP32, Op.FP32_GIVEN)
 _WIDE_TO_ANY = Path.ANY_BF16 // Path.WIDE_BF16
 
@@ -45,7 +46,7 @@ class Table:
         rows: int64 ``[rows, 24]``, laid out by `fp8sync_kernels.descriptor.Column`.
         block_row: int32 ``[blocks]``, the row that each block belongs to.
         blocks: number of blocks (programs that have work).
-        paths: bit set of the paths in use, DIVISION, CUT and CODES.
+        paths: bit set of the paths in use, DIVISION, CUT and COUNTED.
         slots: smallest length that digests and counts must have.
 
     Examples:
@@ -122,7 +123,7 @@ def build_table(jobs: Iterable[Job], device: torch.device | str) -> Table:
         blocks += count
         paths |= row[Column.PATH] | (DIVISION if job.op in _DIVIDING else 0)
         paths |= CUT if _is_cut(job, row[Column.PATH]) else 0
-        paths |= CODES if job.op == Op.COPY_CODES else 0
+        paths |= COUNTED if job.op in DTYPE_COUNTED else 0
         slots = max(slots, job.part.slot + 1)
     if blocks >= 1 << 31:
         raise ValueError(f"{blocks} blocks are too many for one table; split it")

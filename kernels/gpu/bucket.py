@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fp8sync_kernels.descriptor import CODES, CUT, DIVISION, Path
+from fp8sync_kernels.descriptor import COUNTED, CUT, DIVISION, Path
 from fp8sync_kernels.gpu.canonical import canonical_block
 from fp8sync_kernels.gpu.columns import BLOCK_COLS, FIRST_BLOCK, PATH, ROW_LENGTH
 from fp8sync_kernels.gpu.copy import cast_elements, copy_bytes, copy_words
@@ -32,7 +32,7 @@ _COPY_1 = tl.constexpr(int(Path.COPY_1))
 _CAST = tl.constexpr(int(Path.CAST))
 _DIVISION = tl.constexpr(DIVISION)
 _CUT = tl.constexpr(CUT)
-_CODES = tl.constexpr(CODES)
+_COUNTED = tl.constexpr(COUNTED)
 _PATH_BITS = tl.constexpr(DIVISION - 1)
 
 _LARGEST_BF16 = tl.constexpr(3.3895313892515355e38)
@@ -85,7 +85,7 @@ def _run_block(
     path = tl.load(desc + PATH)
     divides: tl.constexpr = (_DIVISION & PATHS) != 0
     cut: tl.constexpr = (_CUT & PATHS) != 0
-    codes: tl.constexpr = (_CODES & PATHS) != 0
+    counted: tl.constexpr = (_COUNTED & PATHS) != 0
     only: tl.constexpr = _PATH_BITS & PATHS
     alone: tl.constexpr = only % _COPY_16 == 0
     local = (block - tl.load(desc + FIRST_BLOCK).to(tl.int32)).to(tl.uint32)
@@ -172,13 +172,13 @@ def _run_block(
                 canonical_block(desc, later, i, j, digests, False, cut)
     if _COPY_16 & PATHS:
         if only == _COPY_16 or path == _COPY_16:
-            copy_words(desc, i, j, digests, nonfinite, True, 32 if alone else 16, codes)
+            copy_words(desc, i, j, digests, nonfinite, True, 32 if alone else 16, counted)
     if _COPY_4 & PATHS:
         if only == _COPY_4 or path == _COPY_4:
-            copy_words(desc, i, j, digests, nonfinite, False, 8, codes)
+            copy_words(desc, i, j, digests, nonfinite, False, 8, counted)
     if _COPY_1 & PATHS:
         if only == _COPY_1 or path == _COPY_1:
-            copy_bytes(desc, i, j, digests, nonfinite, codes)
+            copy_bytes(desc, i, j, digests, nonfinite, counted)
     if _CAST & PATHS:
         if only == _CAST or path == _CAST:
             cast_elements(desc, i, j, digests, nonfinite)

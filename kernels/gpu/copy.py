@@ -26,7 +26,10 @@ from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
 
 DTYPE_BF16 = tl.constexpr(int(Dtype.BF16))
 DTYPE_FP16 = tl.constexpr(int(Dtype.FP16))
+OP_COPY = tl.constexpr(int(Op.COPY))
 OP_COPY_CODES = tl.constexpr(int(Op.COPY_CODES))
+OP_COPY_BF16 = tl.constexpr(int(Op.COPY_BF16))
+OP_COPY_FP16 = tl.constexpr(int(Op.COPY_FP16))
 
 
 @triton.jit
@@ -38,12 +41,12 @@ def copy_words(
     nonfinite: tl.tensor,
     WIDE: tl.constexpr,
     AT_ONCE: tl.constexpr,
-    CODES: tl.constexpr,
+    COUNTED: tl.constexpr,
 ) -> None:
     """Move and digest 1024 bytes of each of 32 rows, all addresses and widths multiples of 16.
 
     Without WIDE: of 8 rows, multiples of 4. AT_ONCE: rows that are held in registers together.
-    CODES: some rows of the table hold FP8 codes, whose NaN are counted.
+    COUNTED: some rows of the table are copies that count.
     """
     LINES: tl.constexpr = 32 if WIDE else 8
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint32))
@@ -68,25 +71,35 @@ def copy_words(
                 destination = tl.multiple_of(destination, 16)
                 stride_out = tl.multiple_of(stride_out, 4)
             tl.store(destination + row[:, None] * stride_out + col[None, :], words, mask=inside)
-        if CODES:
+        if COUNTED:
             if nonfinite is not None:
-                if tl.load(desc + OP) == OP_COPY_CODES:
-                    count += _nan_codes(words)
+                if tl.load(desc + OP) != OP_COPY:
+                    count += _not_finite(desc, words)
         if digests is not None:
             pitch = (tl.load(desc + DIGEST_PITCH) >> 2).to(tl.uint32)
             word_row = (tl.load(desc + DIGEST_BASE) >> 2).to(tl.uint32) + row.to(tl.uint32) * pitch
             value += total(word_terms(words, word_row[:, None] + col.to(tl.uint32)[None, :]))
     if digests is not None:
         add_digest(digests, tl.load(desc + SLOT), value)
-    if CODES:
+    if COUNTED:
         _add_count(desc, nonfinite, count)
 
 
 @triton.jit
-def _nan_codes(words: tl.tensor) -> tl.tensor:
-    """Number of codes 0x7F and 0xFF in uint32 [n, 256], n below 64: a byte holds what four lines sum to."""
-    nan = (((words & 0x7F7F7F7F) + 0x01010101) >> 7) & 0x01010101
-    return tl.sum(((tl.sum(nan, axis=0) * 0x01010101) >> 24).to(tl.int32))
+def _not_finite(desc: tl.tensor, words: tl.tensor) -> tl.tensor:
+    """Number of NaN and infinite elements of the row's type in uint32 [n, any], n below 64.
+
+    Such an element has all bits of its exponent set (a code: all but its sign). Then 1 added to the
+    lowest of them carries into the sign's place, which was cleared, and no further. n lines sum to less
+    than 64 in each byte, and these to less than 256.
+    """
+    op = tl.load(desc + OP)
+    bits = tl.where(op == OP_COPY_FP16, 0x7C007C00, 0x7F800000)
+    bits = tl.where(op == OP_COPY_BF16, 0x7F807F80, bits)
+    bits = tl.where(op == OP_COPY_CODES, 0x7F7F7F7F, bits).to(tl.uint32)
+    lowest = bits & ~(bits << 1)
+    carried = (((words & bits) + lowest) & (bits + lowest)) >> 7
+    return tl.sum(((tl.sum(carried, axis=0) * 0x01010101) >> 24).to(tl.int32))
 
 
 @triton.jit
@@ -103,9 +116,12 @@ def copy_bytes(
     tile_col: tl.tensor,
     digests: tl.tensor,
     nonfinite: tl.tensor,
-    CODES: tl.constexpr,
+    COUNTED: tl.constexpr,
 ) -> None:
-    """Move and digest 8 rows of 256 bytes with no alignment at all."""
+    """Move and digest 8 rows of 256 bytes with no alignment at all.
+
+    Rows and tiles begin with whole elements: those to count are put together from their bytes.
+    """
     source = tl.load(desc + SOURCE).to(tl.pointer_type(tl.uint8))
     row = (tile_row * 8 + tl.arange(0, 8)).to(tl.int64)[:, None]
     col = (tile_col * 256 + tl.arange(0, 256)).to(tl.int64)[None, :]
@@ -120,10 +136,12 @@ def copy_bytes(
         line = tl.load(desc + DIGEST_BASE) + row * tl.load(desc + DIGEST_PITCH)
         terms = element_terms(values.to(tl.uint32), line, col.to(tl.uint32))
         add_digest(digests, tl.load(desc + SLOT), total(terms))
-    if CODES:
-        if tl.load(desc + OP) == OP_COPY_CODES:
-            nan = ((values & 0x7F) == 0x7F).to(tl.int32)
-            _add_count(desc, nonfinite, tl.sum(tl.sum(nan, axis=1), axis=0))
+    if COUNTED:
+        if nonfinite is not None:
+            if tl.load(desc + OP) != OP_COPY:
+                placed = values.to(tl.uint32) << ((col & 3) * 8).to(tl.uint32)
+                words = tl.sum(tl.reshape(placed, [8, 64, 4]), axis=2)
+                _add_count(desc, nonfinite, _not_finite(desc, words))
 
 
 @triton.jit

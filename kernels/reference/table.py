@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync_kernels.descriptor import TORCH_OF_DTYPE, Column, Dtype, Op
-from fp8sync_kernels.formulas import BLOCK, CODE_NAN, FP32, POW2
+from fp8sync_kernels.descriptor import DTYPE_COUNTED, TORCH_OF_DTYPE, Column, Dtype, Op
+from fp8sync_kernels.formulas import BLOCK, FP32, POW2
 from fp8sync_kernels.memory import rectangle_at
 from fp8sync_kernels.reference.blockwise import count_nonfinite, partial_amax, quantize_blockwise
 from fp8sync_kernels.reference.canonical import canonical_pair
@@ -31,7 +31,7 @@ def run_table_reference(
         slot = row[Column.SLOT]
         if nonfinite is not None:
             nonfinite[slot] += _nonfinite(row)
-        if row.op in (Op.COPY, Op.COPY_CODES):
+        if row.op == Op.COPY or row.op in DTYPE_COUNTED:
             value = _move(row, row.source())
         elif row.op == Op.CAST:
             value = _move(row, row.source().to(row.dtype(Column.DESTINATION_DTYPE)))
@@ -101,8 +101,8 @@ class Row:
 def _nonfinite(row: Row) -> int | torch.Tensor:
     if row.op in (Op.COPY, Op.CANONICAL):
         return 0
-    if row.op == Op.COPY_CODES:
-        return (row.source() & CODE_NAN == CODE_NAN).sum()
+    if row.op in DTYPE_COUNTED:
+        return count_nonfinite(row.source().contiguous().view(DTYPE_COUNTED[row.op]).float())
     return count_nonfinite(row.source())
 
 

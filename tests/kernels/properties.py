@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -66,22 +68,27 @@ def test_any_rectangle(shape, start, dtype, formula, factor, every, base, aligne
     st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 4, 16])),
     st.sampled_from([0, 3, 8, 16]),
     st.sampled_from([0, 5, 16, 4096]),
-    st.sampled_from([copy, copy_codes]),
+    st.sampled_from([(copy, torch.uint8), (copy_codes, torch.uint8), *((cast, d) for d in FLOATS)]),
 )
-def test_any_move(shape, start, gap, base, move):
-    """Rectangles out of and into larger ones; random bytes have every code, and NaN of both signs."""
+def test_any_move(shape, start, gap, base, kind):
+    """Rectangles out of and into larger ones; half of the rows are of the largest exponents, or NaN."""
+    move, dtype = kind
     rows, cols = shape
     width = start[1] + cols + gap
-    x = random_bytes(start[0] + rows, width)[start[0] :, start[1] : start[1] + cols]
-    part = Part(slot=1, base=base, pitch=cols + gap)
+    x = random_bytes(start[0] + rows, width * dtype.itemsize)
+    x[::2] |= 0x7F
+    x = x.view(dtype)[start[0] :, start[1] : start[1] + cols]
+    part = Part(slot=1, base=base, pitch=(cols + gap) * dtype.itemsize)
 
     def jobs(arena):
-        out = arena.output(rows, cols, stride=width, offset=start[1])
-        return [move(arena.input(x), out, part), move(arena.input(x), None, part)]
+        out = arena.output(rows, cols, dtype, stride=width, offset=start[1] * dtype.itemsize)
+        return [move(arena.input(x), out, part), copy(arena.input(x), None, replace(part, slot=2))]
 
-    _, _, nonfinite = check(jobs)
-    nan = int((x & 0x7F == 0x7F).sum())
-    assert nonfinite[1] == (2 * nan if move is copy_codes else 0)
+    _, digests, nonfinite = check(jobs)
+    values = x.view(torch.float8_e4m3fn) if move is copy_codes else x
+    assert nonfinite.count_nonzero() == nonfinite[1].count_nonzero()
+    assert nonfinite[1] == (~values.float().isfinite()).sum()
+    assert digests[1] == digests[2]
 
 
 @settings(max_examples=15, deadline=None)

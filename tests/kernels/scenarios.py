@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import permutations
 
 import torch
 
@@ -96,6 +97,18 @@ def only_nan(arena):
     return [copy_codes(arena.input(x), arena.output(64, 1024), Part(slot=5))]
 
 
+def same(arena, dtype):
+    """Every pattern of the elements, or of their upper halves; some also from other alignments."""
+    x = all_bf16_patterns().view(torch.int16)
+    if dtype == torch.float32:
+        x = (x.int() << 16) + torch.arange(256, dtype=torch.int32)
+    x = x.view(dtype)
+    return [
+        cast(arena.input(part), arena.output(*part.shape, dtype), Part(slot))
+        for slot, part in enumerate((x, x[0x78:0x88, 1:], x[0x78:0x88, 2:]))
+    ]
+
+
 def casts(arena, source, target):
     x = hard(17, 300, source)
     return [cast(arena.input(x), arena.output(17, 300, target, stride=320))]
@@ -148,10 +161,11 @@ def scenarios():
                 named[name] = partial(one, x=hard(*shape, dtype), formula=formula)
         for origin in ((64, 48), (100, 33)):
             named[f"given-{origin}-{formula}"] = partial(given, origin=origin, formula=formula)
-    for source in FLOATS:
-        for target in FLOATS:
-            name = f"cast-{str(source)[6:]}-{str(target)[6:]}"
-            named[name] = partial(casts, source=source, target=target)
+    for dtype in FLOATS:
+        named[f"same-{str(dtype)[6:]}"] = partial(same, dtype=dtype)
+    for source, target in permutations(FLOATS, 2):
+        name = f"cast-{str(source)[6:]}-{str(target)[6:]}"
+        named[name] = partial(casts, source=source, target=target)
     for shape, stride in STRIDED:
         named[f"copy-{shape[0]}x{shape[1]}"] = partial(copies, shape=shape, stride=stride)
         named[f"codes-{shape[0]}x{shape[1]}"] = partial(codes, shape=shape, stride=stride)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fp8sync_kernels.descriptor import CODES, CUT, DIVISION
+from fp8sync_kernels.descriptor import COUNTED, CUT, DIVISION
 from fp8sync_kernels.descriptor import Path as KernelPath
 from fp8sync_kernels.launch import compile_options
 
@@ -23,7 +23,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 BULK = KernelPath.WIDE_BF16
-BUCKET = BULK | KernelPath.ANY_BF16 | KernelPath.COPY_16 | KernelPath.COPY_4 | KernelPath.CAST
+COPIES = KernelPath.COPY_16 | KernelPath.COPY_4 | KernelPath.COPY_1 | COUNTED
+BUCKET = BULK | KernelPath.ANY_BF16 | COPIES | KernelPath.CAST
 TABLES = {
     "bf16": BULK,
     "bf16 cut": BULK | CUT,
@@ -34,14 +35,14 @@ TABLES = {
     "fp16 cut fp32": KernelPath.WIDE_FP16 | DIVISION | CUT,
     "bucket fp32": BUCKET | DIVISION | CUT,
     "two sources cut fp32": BULK | KernelPath.WIDE_FP16 | KernelPath.CAST | DIVISION | CUT,
-    "all sources cut fp32": sum(KernelPath) | DIVISION | CUT | CODES,
+    "all sources cut fp32": sum(KernelPath) | DIVISION | CUT | COUNTED,
     "fp32 source": KernelPath.WIDE_FP32,
     "fp32 source cut fp32": KernelPath.WIDE_FP32 | DIVISION | CUT,
     "codes": KernelPath.WIDE_CODES,
     "codes cut": KernelPath.WIDE_CODES | CUT,
-    "bucket with codes": BUCKET ^ BULK | KernelPath.WIDE_CODES | KernelPath.COPY_1 | CODES | CUT,
+    "bucket with codes": BUCKET ^ BULK | KernelPath.WIDE_CODES | CUT,
     "copies": KernelPath.COPY_16,
-    "copies of codes": KernelPath.COPY_16 | CODES,
+    "copies that count": KernelPath.COPY_16 | COUNTED,
 }
 LIMITS = {
     "fp32": 168,

@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton.language as tl
 
-from fp8sync_kernels.descriptor import CODES, CUT, DIVISION, Path
+from fp8sync_kernels.descriptor import COUNTED, CUT, DIVISION, Path
 from fp8sync_kernels.launch import launch_kernel
 from fp8sync_kernels.reference.table import run_table_reference
 from fp8sync_kernels.table import build_table
@@ -55,7 +55,7 @@ def test_scenarios_take_every_path():
     taken = 0
     for make_jobs in SCENARIOS.values():
         taken |= build_table(make_jobs(Arena("cpu")), "cpu").paths
-    assert taken == sum(Path) | DIVISION | CUT | CODES
+    assert taken == sum(Path) | DIVISION | CUT | COUNTED
 
 
 def test_counters_may_be_absent():
