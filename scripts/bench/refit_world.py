@@ -74,10 +74,15 @@ def allocated(manifest: Manifest, rank: int, device: torch.device) -> Tensors:
 
 
 def whole(info: TensorInfo, device: torch.device) -> torch.Tensor:
-    """A full HF tensor in BF16, the same on every rank that asks."""
+    """A full HF tensor in BF16, the same on every rank that asks; neighbouring blocks differ in their scales."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(info.name.encode()))
     tensor = torch.empty(info.shape, dtype=torch.bfloat16, device=device)
-    return tensor.normal_(std=0.02, generator=generator)
+    tensor.normal_(std=0.02, generator=generator)
+    counts = [-(-n // 128) for n in info.shape]
+    powers = torch.randint(-9, 5, counts, generator=generator, device=device).to(tensor.dtype)
+    for dim, size in enumerate(info.shape):
+        powers = powers.repeat_interleave(128, dim).narrow(dim, 0, size)
+    return tensor.mul_(powers.exp2_())
 
 
 def by_tensor(boxes: Sequence[Box]) -> Iterator[tuple[str, list[Box]]]:
