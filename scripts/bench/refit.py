@@ -284,7 +284,9 @@ class Run:
                 worker.take()
             worker.leave()
         extra = torch.cuda.max_memory_allocated(self._device) - before
-        assert extra <= 2 * size * (way == "nccl") + TABLES, f"rank {self._rank} took {extra} bytes by {way}"
+        assert extra <= 2 * size * (way == "nccl") + TABLES, (
+            f"rank {self._rank} took {extra} bytes by {way}"
+        )
         name = way if size == DEFAULT_BUCKET_BYTES else f"{way}, {size >> 20} MiB"
         self._row(name, seconds[2:], plan, extra, worker, expected, stages[2:])
 
