@@ -34,6 +34,8 @@ __all__ = [
 
 _HANDLE_BYTES = 64
 _LAZY_PEER_ACCESS = 1
+_NO_MEMORY = 2
+_PEER_ACCESS_ENABLED = 704
 
 
 @cache
@@ -95,8 +97,13 @@ class _Allocation:
         self._device = device
         self._free = _runtime().cudaFree
         self._free.argtypes = [ctypes.c_void_p]
+        request = ctypes.byref(pointer), ctypes.c_size_t(nbytes)
         with torch.cuda.device(device):
-            status = _runtime().cudaMalloc(ctypes.byref(pointer), ctypes.c_size_t(nbytes))
+            status = _runtime().cudaMalloc(*request)
+            if status == _NO_MEMORY:
+                _runtime().cudaGetLastError()
+                torch.cuda.empty_cache()  # what torch keeps for later is free, too
+                status = _runtime().cudaMalloc(*request)
         _check(status, f"cudaMalloc of {nbytes} bytes")
         self._address = int(pointer.value or 0)
         self.__cuda_array_interface__ = {
@@ -181,8 +188,9 @@ class MappedMemory:
     def _enable_peer(self, peer: int) -> None:
         with torch.cuda.device(self._device):
             status = _runtime().cudaDeviceEnablePeerAccess(peer, 0)
-        already_enabled = 704
-        if status != already_enabled:
+        if status == _PEER_ACCESS_ENABLED:
+            _runtime().cudaGetLastError()
+        else:
             _check(status, "cudaDeviceEnablePeerAccess")
 
 
@@ -214,5 +222,7 @@ def _runtime() -> Any:
 
 
 def _check(status: int, what: str) -> None:
+    """Raise a failure, and have CUDA forget it: torch would find it when it next launches a kernel."""
     if status:
+        _runtime().cudaGetLastError()
         raise Fp8SyncError(f"{what} failed with CUDA error {status}")
