@@ -121,6 +121,11 @@ class _Watch(TorchDispatchMode):
         self._tainted: dict[int, frozenset[str]] = {}
         self._alive: list[torch.Tensor] = []  # an identity must not be reused while we watch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nobody compiles what is traced here, and to keep compilers out of each call takes a fifth of the time."""
+        return False
+
     def __torch_dispatch__(
         self,
         func: Any,
