@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.manifest import ITEMSIZE, Placement
@@ -111,6 +112,7 @@ class Copy:
         return data
 
 
+@lru_cache(1 << 10)  # experts are many, and alike
 def carried_blocks(rect: Rect, *, whole_grid: bool) -> Rect:
     """Return the blocks whose first element lies in `rect`, or with `whole_grid` all it touches."""
     if whole_grid:
