@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,6 +63,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if reason := skips.missing_hardware(item):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Let engines in processes of their own compile nothing, where there is no GPU.
+
+    It would be how log-probabilities are ranked, for seconds of each engine's start. This process, which
+    compiles what is under test, reads the variable before it is set.
+    """
+    if "torch" in sys.modules and not skips.cuda_devices():
+        import torch._dynamo  # noqa: F401
+
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+from pathlib import Path
 
 FOR_VLLM, EACH = 10, 20
 _given = itertools.count()
@@ -16,8 +17,12 @@ _given = itertools.count()
 def for_vllm() -> str:
     """Where vLLM begins to look for ports, as `VLLM_PORT`.
 
-    It chooses the port of its workers seconds before one of them listens on it.
+    It chooses the port of its workers seconds before one of them listens on it. On the processor it names by
+    it the memory that they share, which it leaves behind, and does not start where it finds it.
     """
+    for port in range(_first(), _first() + FOR_VLLM):
+        for left in Path("/dev/shm").glob(f"{port}-*"):
+            left.unlink(missing_ok=True)
     return str(_first())
 
 

@@ -67,7 +67,7 @@ class Engine:
 
     def close(self) -> None:
         fp8sync.close(engine=self.llm)  # while what they wrote to is still there
-        self.llm.shutdown()
+        self.llm.shutdown(timeout=world.END_S)
         self.loop.close()
 
 

@@ -140,7 +140,7 @@ class Served:
 
     def close(self) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGTERM)
+            os.killpg(self.process.pid, signal.SIGKILL if world.END_S == 0.0 else signal.SIGTERM)
         try:
             self.process.wait(20)
         except subprocess.TimeoutExpired:

@@ -30,6 +30,8 @@ GRAPHS = {
     },
 }
 """Options of an engine that decodes by CUDA graphs."""
+END_S = None if skips.cuda_devices() else 0.0
+"""How long vLLM's processes may take to end; on the processor they would collect garbage for seconds."""
 ONE_PROCESS = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
 FP8 = bool(skips.cuda_devices()) or skips.has_amx()
 """Whether vLLM can hold FP8 weights here; if not, engines are BF16 and the bytes are dequantized."""
@@ -222,7 +224,7 @@ def stop_engine(llm: Any) -> None:
     """
     core = llm.llm_engine.engine_core
     if type(core).__name__ != "InprocClient":
-        core.shutdown()
+        core.shutdown(timeout=END_S)
     gc.collect()
 
 
