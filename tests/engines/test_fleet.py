@@ -46,9 +46,10 @@ def test_two_engines_get_one_version_and_the_loss_of_one_leaves_the_other_as_it_
     assert sum(t.bytes for t in report.tensors) == sum(
         c.weight_bytes + c.scale_bytes for c in copies
     )
-    fresh = engine(world.write_checkpoint(model, tmp_path / "fresh", "pow2"))
+    fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "fresh", "pow2"))
     first = world.logprobs(fresh)
-    world.stop_engine(fresh)
+    del fresh
+    world.forget_engines()
     for llm in engines:
         assert (world.logprobs(llm) - first).abs().max().item() == 0.0
 
@@ -102,6 +103,7 @@ def test_two_engines_of_a_trainer_of_two_ranks(tmp_path: Path) -> None:
     """Each rank sends its share to both engines; what one rank finds, stops both."""
     torchrun("tests.engines.fleet_ranks", 2, str(tmp_path))
     ranks = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(2)]
+    assert ranks[0]["other"] > 0.0
     assert ranks[0]["difference"] == [0.0, 0.0]
     assert ranks[0]["kept"] == [0.0, 0.0]
     for rank in ranks:

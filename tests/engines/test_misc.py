@@ -59,8 +59,9 @@ def test_each_worker_takes_its_shard_of_whole_tensors(
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(n) for n in range(workers)))
     options = {"multiprocess": True, "tensor_parallel_size": workers, "kv_cache_dtype": "fp8"}
     models = [world.tiny_model("neox", seed) for seed in (1, 2)]
-    folder = world.write_config(models[0], tmp_path / "config", fp8=False)
-    live = world.start_engine(folder, load_format="dummy", **options)
+    checkpoint = world.write_checkpoint(models[1], tmp_path / "1", None, fp8=False)
+    llm = world.start_engine(checkpoint, **options)
+    fresh = torch.cat([world.logprobs(llm), world.decoded_logprobs(llm)])
     scales = {
         f"gpt_neox.layers.{layer}.attention.attn.{kind}_scale": 0.01 * (layer + 1)
         for layer in range(2)
@@ -71,15 +72,11 @@ def test_each_worker_takes_its_shard_of_whole_tensors(
         scales, 1.0
     )  # what a fresh BF16 engine has, and vLLM cannot load otherwise
     for turn, given in ((0, scales), (1, scales), (1, ones)):
-        report = fp8sync.refit(models[turn], live, "bf16", kv_scales=given)
+        report = fp8sync.refit(models[turn], llm, "bf16", kv_scales=given)
         assert sum(t.route == "misc" for t in report.tensors) == 4 + len(scales)
-        found.append(torch.cat([world.logprobs(live), world.decoded_logprobs(live)]))
-    world.stop_engine(live)
-    checkpoint = world.write_checkpoint(models[1], tmp_path / "1", None, fp8=False)
-    fresh = world.start_engine(checkpoint, **options)
-    expected = torch.cat([world.logprobs(fresh), world.decoded_logprobs(fresh)])
-    world.stop_engine(fresh)
-    differences = [(f - expected).abs().max().item() for f in found]
+        found.append(torch.cat([world.logprobs(llm), world.decoded_logprobs(llm)]))
+    world.stop_engine(llm)
+    differences = [(f - fresh).abs().max().item() for f in found]
     assert differences[2] == 0.0 < min(differences[:2])
 
 

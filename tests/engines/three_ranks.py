@@ -58,26 +58,25 @@ def main(folder: Path) -> None:
     result: dict[str, Any] = {}
     whole = world.tiny_model("dense", 1)
     model = sharded(world.tiny_model("dense", 1))
+    grow(whole)
     llm = None
     if rank == 0:
-        config = world.write_config(whole, folder / "config")
-        llm = without_torchrun(lambda: engine(config, load_format="dummy"))
+        checkpoint = world.write_checkpoint(whole, folder / "fresh", "pow2")
+        llm = without_torchrun(lambda: world.start_engine(checkpoint, multiprocess=True))
+        fresh = world.logprobs(llm)
     dist.barrier()
     source = Failing(model)
     link = fp8sync.connect(source, llm, world.recipe("blockwise-pow2"), timeout_s=TIMEOUT_S)
     result["transport"] = getattr(link, "transport", "")
     result["teams"] = [list(group.ranks) for group in link.plan.plan.amax]
     link.refit()
-    with torch.no_grad():  # a step, seen by the next refit
-        for parameter in (*model.parameters(), *whole.parameters()):
-            parameter.mul_(1.25)
+    result["other"] = (world.logprobs(llm) - fresh).abs().max().item() if llm else None
+    dist.barrier()
+    grow(model)  # a step, seen by the next refit
     result["version"] = link.refit().version
     if llm:
-        checkpoint = world.write_checkpoint(whole, folder / "fresh", "pow2")
-        fresh = without_torchrun(lambda: engine(checkpoint))
         before = world.logprobs(llm)
-        result["difference"] = (before - world.logprobs(fresh)).abs().max().item()
-        world.stop_engine(fresh)
+        result["difference"] = (before - fresh).abs().max().item()
     dist.barrier()
     result["audits"] = audits(link, model.get_parameter(WEIGHT).to_local(), rank)
 
@@ -111,8 +110,10 @@ def main(folder: Path) -> None:
     dist.barrier()
 
 
-def engine(folder: Path, **options: Any) -> Any:
-    return world.start_engine(folder, multiprocess=True, **options)
+@torch.no_grad()
+def grow(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(1.25)
 
 
 def sharded(model: torch.nn.Module) -> torch.nn.Module:
