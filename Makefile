@@ -16,6 +16,9 @@ TORCH  := $(shell sed -n 's/^\(torch==[^ ]*\)$$/\1/p' $(LOCK))
 make_venv = $(1) -c 'import ensurepip' 2>/dev/null && $(1) -m venv $(2) || { \
     $(1) -m venv --without-pip $(2) && $(1) -m pip --quiet --python $(2)/bin/python install pip; }
 
+# CI sets up two environments at a time, and what is installed in place writes into the checkout.
+ALONE = flock setup.py
+
 PYTEST_ARGS ?=
 # Two files of tests at a time: most of a test's time is an engine starting on one core.
 TEST_JOBS   ?= 2
@@ -100,7 +103,7 @@ $(STAMP): pyproject.toml setup.py $(LOCK)
 	@$(PIP) install --constraint $(LOCK) "$(TORCH)"
 	@echo "  vLLM for the processor, and what the tests and the lint need"
 	@$(PIP) install --no-deps --requirement $(LOCK)
-	@$(PIP) install --no-deps --no-build-isolation --editable .
+	@$(ALONE) $(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(MEGATRON_STAMP): pyproject.toml setup.py $(MEGATRON_LOCK)
@@ -108,7 +111,7 @@ $(MEGATRON_STAMP): pyproject.toml setup.py $(MEGATRON_LOCK)
 	@echo "Setting up $(MEGATRON_VENV) with $$($(MEGATRON_PYTHON) --version): some minutes and 4.7 GB, once."
 	@$(call make_venv,$(MEGATRON_PYTHON),$(MEGATRON_VENV))
 	@$(MEGATRON_PIP) install --no-deps --requirement $(MEGATRON_LOCK)
-	@$(MEGATRON_PIP) install --no-deps --no-build-isolation --editable .
+	@$(ALONE) $(MEGATRON_PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(DOCS_STAMP): $(DOCS_LOCK)
