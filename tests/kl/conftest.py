@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session", params=["dense", "moe"])
 def policy(request: pytest.FixtureRequest) -> trained.Trained:
-    """A trained model; trained once for all tests of a session."""
+    """A trained model."""
     return trained.train(request.param)
 
 

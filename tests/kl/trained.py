@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,9 @@ class Trained:
         return logits[:, :-1].float().log_softmax(-1).cpu()
 
 
+@cache
 def train(kind: str) -> Trained:
+    """Once in a process: files of tests ask in turn for the one kind and the other."""
     torch.set_num_threads(1)
     text: Corpus = read_corpus()
     trainer = Trainer(build_model(kind, SEED), text, SEED)
