@@ -1,6 +1,6 @@
 """The control channel: length-prefixed JSON over TCP between the trainer's link and engine workers.
 
-Manifests, votes and errors travel here; weights never do. A worker proves itself with the link's
+Manifests, votes and errors travel here, digests as bytes attached to them; weights never do. A worker proves itself with the link's
 token in its first message. Nothing is ever unpickled. The listener binds loopback unless told otherwise.
 """
 
@@ -14,12 +14,15 @@ import socket
 import struct
 import time
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
 from fp8sync.waiting import waiting
 
-__all__ = ["Channel", "Listener", "Message"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Channel", "Listener", "Message", "framed"]
 
 _LENGTH = struct.Struct("<I")
 _MAX_BYTES = 1 << 30
@@ -28,6 +31,14 @@ _HELLO_BYTES = 1 << 10
 _HELLO_S = 5.0
 
 Message = dict[str, Any]
+
+
+def framed(message: Message, attached: Sequence[bytes] = ()) -> bytes:
+    """Return what travels: length, JSON, and the bytes attached, of which the JSON says how many."""
+    if attached:
+        message = {**message, "attached": [len(each) for each in attached]}
+    data = json.dumps(message, allow_nan=False).encode()
+    return b"".join((_LENGTH.pack(len(data)), data, *attached))
 
 
 class Channel:
@@ -50,27 +61,27 @@ class Channel:
         channel.send({"type": "hello", "token": token})
         return channel
 
-    def send(self, message: Message) -> None:
-        """Send one message.
+    def send(self, message: Message, attached: Sequence[bytes] = ()) -> None:
+        """Send one message; the peer finds bytes under `attached`.
 
         Raises:
             EngineLost: the peer is gone.
             TransferTimeout: the peer does not read.
         """
-        data = json.dumps(message, allow_nan=False).encode()
+        data = framed(message, attached)
         try:
             self._sock.settimeout(self.timeout_s)
             with waiting():
-                self._sock.sendall(_LENGTH.pack(len(data)) + data)
+                self._sock.sendall(data)
         except TimeoutError as error:
             raise self._late("reads nothing", self.timeout_s) from error
         except OSError as error:
             raise EngineLost(f"{self.peer} is gone: {error}") from error
 
-    def try_send(self, message: Message) -> None:
+    def try_send(self, message: Message, attached: Sequence[bytes] = ()) -> None:
         """Send one message to a peer that may be gone."""
         with suppress(EngineLost, TransferTimeout):
-            self.send(message)
+            self.send(message, attached)
 
     def receive(
         self, kind: str, timeout_s: float | None = None, max_bytes: int = _MAX_BYTES
@@ -130,6 +141,11 @@ class Channel:
             raise Fp8SyncError(text) from error
         if not isinstance(message, dict):
             raise Fp8SyncError(f"{self.peer} sent {type(message).__name__}, expected an object")
+        if "attached" in message:
+            sizes = message["attached"]
+            if not _are_sizes(sizes) or sum(sizes) > max_bytes:
+                raise Fp8SyncError(f"{self.peer} attached {sizes!r} bytes to {kind!r}")
+            message["attached"] = [self._read(n, kind, ends, limit_s) for n in sizes]
         return message
 
     def _told(self, error: Any) -> Fp8SyncError:
@@ -156,6 +172,10 @@ class Channel:
 
     def _late(self, what: str, limit_s: float) -> TransferTimeout:
         return TransferTimeout(f"{self.peer} {what} within {limit_s:g} s")
+
+
+def _are_sizes(found: Any) -> bool:
+    return isinstance(found, list) and all(type(n) is int and n >= 0 for n in found)
 
 
 class Listener:

@@ -203,11 +203,12 @@ class Conductor:
     def _pass_on(self, written: Written | None) -> None:
         """This rank has written a part: once the others have theirs, workers verify it."""
         said, lost = self._peers.hear("trainer", "written")
-        shares = [written, *(m["digests"] and dict(m["digests"]) for m in said)]
+        theirs = (m["ranks"] and dict(zip(m["ranks"], m["attached"], strict=True)) for m in said)
+        shares = [written, *theirs]
         whole = not lost and all(share is not None for share in shares)
         for rank, channel in enumerate(self._peers.each("engine")):
-            digests = [share[rank] for share in shares if share] if whole else None
-            channel.try_send({"type": "written", "digests": digests})
+            digests = [share[rank] for share in shares if share] if whole else []
+            channel.try_send({"type": "written", "whole": whole}, digests)
 
     def abandon(self, error: BaseException) -> None:
         """Tell the trainer's other ranks why a version will not be decided."""

@@ -94,8 +94,8 @@ class Follower:
         return version
 
     def _tell(self, written: Written | None) -> None:
-        digests = None if written is None else list(written.items())
-        self._channel.try_send({"type": "written", "digests": digests})
+        ranks = None if written is None else list(written)
+        self._channel.try_send({"type": "written", "ranks": ranks}, [*(written or {}).values()])
 
     def audit(self) -> AuditReport:
         """Show what this rank holds, and return what rank 0 found."""

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Outgoing", "Sent", "Share", "Told", "Written", "named_error", "own_buckets"]
 
-Written = dict[int, str]
-"""By engine rank, the digests of the copies of one part: int64 little-endian, base64."""
+Written = dict[int, bytes]
+"""By engine rank, the digests of the copies of one part: int64 little-endian."""
 
 Told = Callable[[Written | None], None]
 """Takes word of each part that lies in staging memory, in order; None for one that never will."""

@@ -13,7 +13,6 @@ module of its own. Fails above the limit, which is for stacks.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fp8sync.control import framed
 from fp8sync.layouts import EngineLayout, ModelShape, TrainerLayout, manifest
 from fp8sync.plan import build_plan
 from fp8sync.sending.exchange import open_exchange
@@ -99,7 +99,7 @@ def main() -> None:
         host = HostTime()  # in which the writer reads the module again
         told: list[Written | None] = []
         sent = writer.send(version, told.append)
-        messages = [json.dumps({"type": "written", "digests": written}) for written in told]
+        messages = [framed({"type": "written"}, [*(written or {}).values()]) for written in told]
         source.release()
         seconds.append(host.seconds)
         assert sent.error is None, sent.error

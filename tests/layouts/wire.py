@@ -6,7 +6,6 @@ The way data walks is the real one: the exchange of amax over gloo, then buckets
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -175,7 +174,7 @@ def write_out(plan: Plan, source: Ranks, destination: Ranks) -> list[str]:
             table = check_table(copies, lambda n, b=base, o=offsets: b + o[n], torch.device("cpu"))
             found = torch.zeros(len(copies), dtype=torch.int64)
             run_table(table, found, None)
-            if found.numpy().tobytes() != b"".join(base64.b64decode(part[to]) for part in told):
+            if found.numpy().tobytes() != b"".join(part[to] for part in told):
                 faults.append(f"trainer rank {rank} to engine rank {to}")
     for rank, held in destination.items():
         for name, tensor in held.items():

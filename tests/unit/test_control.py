@@ -93,6 +93,22 @@ def test_only_loopback_is_bound_unless_told_otherwise(listener: Listener) -> Non
 
 # --- who gets in ----------------------------------------------------------------------------------
 
+
+def test_bytes_arrive_with_their_message(pair: tuple[Channel, socket.socket]) -> None:
+    channel, peer = pair
+    attached = [b"\x00\xff" * 500_000, b"", b"\x7b}"]
+    with ThreadPoolExecutor(1) as pool:
+        sending = pool.submit(
+            lambda: [
+                channel.send(*each) for each in (({"type": "written"}, attached), ({"type": "a"},))
+            ]
+        )
+        other = Channel(peer, "trainer", timeout_s=WAIT_S)
+        assert other.receive("written")["attached"] == attached
+        assert other.receive("a") == {"type": "a"}
+        sending.result()
+
+
 INTRUDERS: dict[str, bytes] = {
     "wrong token": framed(b'{"type":"hello","token":"0000"}'),
     "no token": framed(b'{"type":"hello"}'),
@@ -111,6 +127,7 @@ INTRUDERS: dict[str, bytes] = {
     "deep nesting": framed(b"[" * 100_000),
     "a very long number": framed(b'{"type":' + b"9" * 5000 + b"}"),
     "oversized length": b"\xff\xff\xff\xff",
+    "bytes attached": framed(b'{"type":"hello","attached":[1025]}'),
     "HTTP": b"GET / HTTP/1.1\r\n\r\n",
     "nothing": b"",
     "half a length": b"\x10\x00",
@@ -183,6 +200,13 @@ BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
     "an empty message": (framed(b""), ""),
     "not UTF-8": (framed(b'{"type":"\xff"}'), ""),
     "deep nesting": (framed(b"[" * 100_000), ""),
+    "more bytes than allowed": (
+        framed(b'{"type":"vote","attached":[1,1073741824]}'),
+        "attached [1, 1073741824] bytes to 'vote'",
+    ),
+    "fewer bytes than none": (framed(b'{"type":"vote","attached":[2,-1]}'), "attached [2, -1]"),
+    "bytes that are no list": (framed(b'{"type":"vote","attached":7}'), "attached 7"),
+    "bytes that are no number": (framed(b'{"type":"vote","attached":[true]}'), "attached [True]"),
     "an error without content": (framed(b'{"type":"error"}'), ""),
     "an error that is a list": (framed(b'{"type":"error","error":[1]}'), ""),
 }

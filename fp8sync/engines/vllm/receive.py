@@ -49,13 +49,13 @@ class StagingReceiver:
         self._expected.begin()
         for _ in range(PARTS):
             # Trainer rank 0 may itself wait that long, for another rank.
-            written = self._channel.receive("written", 2 * self._channel.timeout_s)["digests"]
-            if written is None:
+            said = self._channel.receive("written", 2 * self._channel.timeout_s)
+            if not said["whole"]:
                 failure = failure or PeerFailed("a trainer rank stopped writing")
             if failure is None:
                 try:
                     with torch.cuda.stream(self._stream):
-                        self._expected.verify(written)
+                        self._expected.verify(said["attached"])
                 # Whatever it is, what is still said has to be heard.
                 except Exception as error:  # noqa: BLE001
                     failure = error
