@@ -317,12 +317,13 @@ class Conductor:
     def _compare(self, plan: Plan) -> None:
         """Every peer's digest of its part of the plan must equal ours, which are made while they make theirs."""
         own = {
-            rank: plan.digest(rank)
+            str(rank): plan.digest(rank)
             for role, rank in sorted(self._peers.channels)
             if role == "engine"
         }
         for (role, rank), channel in sorted(self._peers.channels.items()):
-            mine = {str(r): own[r] for r in ([rank] if role == "engine" else own)}
+            whole = {**own, "amax": plan.amax_digest()}
+            mine = {str(rank): own[str(rank)]} if role == "engine" else whole
             found = channel.receive("plan")["digests"]
             channel.send({"type": "agreed", "digests": mine, "commit": self.commit_kind})
             if found != mine:

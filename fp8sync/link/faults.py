@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import (
@@ -73,14 +74,18 @@ def with_refusals(
 
 
 def difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:
-    """Return the error that names the first tensor in which a peer's digests differ."""
-    for rank, found in theirs.items():
-        mine = plan.digests(int(rank))
-        for name in {**mine, **found}:
-            if mine.get(name) != found.get(name):
+    """Return the error that names the first tensor in which a peer's digests, or their order, differ."""
+    summary = f"{peer} computed another plan than trainer rank 0"
+    for part, found in theirs.items():
+        mine = plan.amax_digests() if part == "amax" else plan.digests(int(part))
+        what = "amax of cut blocks" if part == "amax" else f"to engine rank {part}"
+        for own, other in zip_longest(mine.items(), found.items()):
+            if own != other:
+                name, _ = own or other or ("", "")
                 line = (
-                    f"{name}: first tensor that differs (to engine rank {rank}); "
+                    f"{name}: first tensor that differs ({what}); "
                     f"expected {mine.get(name)}, found {found.get(name)}"
                 )
-                return PlanMismatch(f"{peer} computed another plan than trainer rank 0", [line])
-    return PlanMismatch(f"{peer} orders its copies differently from trainer rank 0")
+                order = "" if mine.get(name) != found.get(name) else ", elsewhere in the order"
+                return PlanMismatch(summary, [line + order])
+    return PlanMismatch(f"{summary}, whose tensors' digests are the same")

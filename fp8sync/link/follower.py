@@ -14,7 +14,6 @@ from fp8sync.errors import (
     EngineLost,
     EngineUnusable,
     Fp8SyncError,
-    PlanMismatch,
     TransferTimeout,
     from_wire,
 )
@@ -138,11 +137,13 @@ class Follower:
         if nodes := dict(channel.receive("nodes")["nodes"]):
             plan = member.adopt(with_forwarding(plan, shared(plan, nodes)))
         mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
+        mine["amax"] = plan.amax_digest()
         channel.send({"type": "plan", "digests": mine})
         if channel.receive("agreed")["digests"] != mine:
             details = {str(rank): plan.digests(rank) for rank in wanted.ranks}
+            details["amax"] = plan.amax_digests()
             channel.send({"type": "digests", "digests": details})
-            raise PlanMismatch(f"trainer rank 0 has another plan than trainer rank {member.rank}")
+            channel.receive("error")  # rank 0's, which names the tensor
         choice = channel.receive("transport")
         size, team, host = (message[key] for key in ("bucket_bytes", "team", "host"))
         member.open(choice, size, channel.timeout_s, team, host)

@@ -23,7 +23,7 @@ from fp8sync.plan.spread import Spread, holdings, unsliced_pairs
 from fp8sync.recipe import BLOCK, Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from fp8sync.plan.boxes import Rect
 
@@ -68,15 +68,30 @@ class Plan:
 
     def digests(self, destination_rank: int) -> dict[str, str]:
         """Return one SHA-256 per tensor over the copies that arrive at `destination_rank`."""
-        hashes: dict[str, Any] = defaultdict(hashlib.sha256)
-        for copy in self.to_rank(destination_rank):
-            hashes[copy.tensor].update(canonical_json(copy.to_json()))
-        return {name: h.hexdigest() for name, h in hashes.items()}
+        return _by_tensor(self.to_rank(destination_rank))
 
     def digest(self, destination_rank: int) -> str:
         """Return the SHA-256 of `digests(destination_rank)`, in hex."""
-        items = list(self.digests(destination_rank).items())
-        return hashlib.sha256(canonical_json(items)).hexdigest()
+        return _joint(self.digests(destination_rank))
+
+    def amax_digests(self) -> dict[str, str]:
+        """Return one SHA-256 per tensor over its groups of `amax`."""
+        return _by_tensor(self.amax)
+
+    def amax_digest(self) -> str:
+        """Return the SHA-256 of `amax_digests()`, in hex; for trainer ranks alone, who exchange amax."""
+        return _joint(self.amax_digests())
+
+
+def _by_tensor(parts: Iterable[Copy | AmaxGroup]) -> dict[str, str]:
+    hashes: dict[str, Any] = defaultdict(hashlib.sha256)
+    for part in parts:
+        hashes[part.tensor].update(canonical_json(part.to_json()))
+    return {name: h.hexdigest() for name, h in hashes.items()}
+
+
+def _joint(digests: Mapping[str, str]) -> str:
+    return hashlib.sha256(canonical_json(list(digests.items()))).hexdigest()
 
 
 def build_plan(

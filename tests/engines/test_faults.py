@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.plan import Planner
 from fp8sync.sources import ModuleSource
 from tests import skips
 from tests.engines import world
@@ -297,19 +299,24 @@ def test_second_refit_while_one_runs(engine: Any) -> None:
 
 
 def test_plans_that_differ(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both sides plan for themselves; here the trainer's version of the code plans otherwise."""
-    import fp8sync.link.member as member
-    from fp8sync.plan import Plan, Planner
+    """The trainer's version of the code plans one copy otherwise; the worker hears which, too."""
+    plan_of = Planner.plan
 
-    class Reversing(Planner):
-        def plan(self, *args: Any) -> Plan:
-            plan = super().plan(*args)
-            return Plan(plan.tensors, plan.copies[::-1])
+    def plan(self: Planner, *args: Any) -> Any:
+        made = plan_of(self, *args)
+        *copies, last = made.copies
+        odd = replace(made, copies=(*copies, replace(last, dtype="int8")))
+        return odd if "conductor" in threading.current_thread().name else made
 
-    monkeypatch.setattr(member, "Planner", Reversing)
+    told: list[Any] = []
+    monkeypatch.setattr(Planner, "plan", plan)
+    tell = "fp8sync.engines.vllm.session.WorkerSession._tell"
+    monkeypatch.setattr(tell, lambda _, error: told.append(error))
     before = world.logprobs(engine)
-    with pytest.raises(fp8sync.PlanMismatch, match="engine rank 0"):
+    text = r"engine rank 0 computed another plan.*\n.*weight: first tensor"
+    with pytest.raises(fp8sync.PlanMismatch, match=text) as raised:
         fp8sync.connect(world.tiny_model("dense", 3), engine, world.recipe("blockwise"))
+    assert [str(error) for error in told] == [str(raised.value)]
     assert torch.equal(world.logprobs(engine), before)
 
 

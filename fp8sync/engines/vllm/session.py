@@ -25,7 +25,7 @@ from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_por
 from fp8sync.engines.vllm.receive import open_receivers
 from fp8sync.engines.vllm.storage import module_of
 from fp8sync.engines.vllm.strategy import direct_modules
-from fp8sync.errors import Fp8SyncError, InstallFailed, PlanMismatch
+from fp8sync.errors import Fp8SyncError, InstallFailed
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan, in_portions
 from fp8sync.plan.forward import from_runs, with_forwarding
@@ -278,7 +278,7 @@ class WorkerSession:
         if agreed["digests"] != mine:
             details = {str(self._rank): plan.digests(self._rank)}
             self._channel.send({"type": "digests", "digests": details})
-            raise PlanMismatch(f"trainer rank 0 has another plan than engine rank {self._rank}")
+            self._channel.receive("error")  # the trainer's, which names the tensor
         return str(agreed["commit"])
 
     def _send_place(self, portions: list[list[str]]) -> None:

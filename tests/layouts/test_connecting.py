@@ -1,0 +1,103 @@
+"""What goes wrong while a link is made, between its real members, each in a thread of this process."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed
+
+from fp8sync.errors import Fp8SyncError, PlanMismatch
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.link import member
+from fp8sync.plan import Plan, Planner
+from scripts.bench import refit_world
+from tests.layouts.cases import QWEN
+
+if TYPE_CHECKING:
+    from fp8sync.manifest import Manifest
+
+dist: Any = torch.distributed
+CPU = torch.device("cpu")
+WAIT_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for longer."""
+    monkeypatch.setattr(refit_world, "TIMEOUT_S", WAIT_S / 2)
+
+
+def connect(source: Manifest, wanted: Manifest) -> list[BaseException | None]:
+    """Make a link of two trainer ranks and two workers; what ranks 0 and 1 and the workers raised."""
+    store = dist.HashStore()
+    held = [refit_world.allocated(source, rank, CPU) for rank in (0, 1)]
+    sources = [
+        refit_world.PaperSource(refit_world.own(source, rank), held[rank]) for rank in (0, 1)
+    ]
+    workers = [
+        refit_world.Worker(refit_world.own(wanted, rank), rank, CPU) for rank in wanted.ranks
+    ]
+    raised: BaseException | None = None
+    with ThreadPoolExecutor(1 + len(workers)) as pool:
+        others = [pool.submit(refit_world.follow, sources[1], 1, store, "link")]
+        others += [pool.submit(worker.join, store, "link") for worker in workers]
+        try:
+            counts = 2, len(workers)
+            refit_world.lead(sources[0], store, "link", "gloo", counts, 1 << 15).close()
+        except Fp8SyncError as error:
+            raised = error
+        return [raised, *(each.exception(WAIT_S) for each in others)]
+
+
+def _another_place(plan: Plan) -> Plan:
+    """One element further in the worker's storage."""
+    copies = [*plan.copies]
+    i = next(i for i, copy in enumerate(copies) if "k_proj" in copy.tensor)
+    copies[i] = replace(copies[i], at=copies[i].at.at([0] * (len(copies[i].shape) - 1) + [1]))
+    return replace(plan, copies=tuple(copies))
+
+
+def _another_order(plan: Plan) -> Plan:
+    assert len(plan.amax) > 1
+    return replace(plan, amax=plan.amax[::-1])
+
+
+TWO_HALVES = TrainerLayout(tp=2), EngineLayout(tp=2), QWEN
+CUT = TrainerLayout(dp=2, fsdp=2), EngineLayout(engines=2), replace(QWEN, hidden=320)
+
+
+@pytest.mark.parametrize(
+    ("rank", "layouts", "change", "text"),
+    [
+        (1, TWO_HALVES, _another_place, r"k_proj\.weight: first .* \(to engine rank 0\)"),
+        (1, CUT, _another_order, r"\.weight: first .* \(amax of cut blocks\)"),
+        (0, CUT, _another_order, r"\.weight: first .* \(amax of cut blocks\)"),
+    ],
+)
+def test_trainer_ranks_with_different_plans(
+    rank: int, layouts: Any, change: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of different releases: everyone hears of the first tensor, whichever rank is the odd one."""
+    trainer, engine, model = layouts
+
+    class Odd(Planner):
+        def plan(self, *args: Any) -> Plan:
+            return change(super().plan(*args))
+
+    learn = member.Member.learn
+
+    def learned(self: member.Member, *args: Any) -> None:
+        learn(self, *args)
+        if self.rank == rank:
+            self._planner = Odd(args[0], exchange_amax=True)
+
+    monkeypatch.setattr(member.Member, "learn", learned)
+    for error in connect(manifest(trainer, model), manifest(engine, model)):
+        assert isinstance(error, PlanMismatch)
+        assert str(error).startswith("trainer rank 1 computed another plan than trainer rank 0")
+        assert re.search(text + r"; expected \w+, found \w+", str(error))
