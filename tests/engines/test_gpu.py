@@ -126,12 +126,13 @@ def test_first_forward_on_a_full_gpu(tmp_path: Path) -> None:
     sizes = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 8}
     model = world.tiny_model("dense", 1, max_position_embeddings=length, **sizes)
     folder = world.write_config(model, tmp_path / "config")
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info()
-    others = torch.empty(free - total // 2 - spare, dtype=torch.uint8, device="cuda")
     options: dict[str, Any] = {"gpu_memory_utilization": 0.5, "kv_cache_memory_bytes": None}
     options |= {"max_model_len": length, "max_num_batched_tokens": length}
     llm = world.start_engine(folder, load_format="dummy", **options)
+    (left,) = llm.collective_rpc(
+        lambda worker: worker.init_snapshot.free_memory - worker.requested_memory
+    )
+    others = torch.empty(left - spare, dtype=torch.uint8, device="cuda")
     prompt = [(i * 37 + 11) % 256 for i in range(length - 1)]
     for version in (1, 2, 3):
         report = fp8sync.refit(model, llm, "blockwise")
