@@ -100,7 +100,10 @@ def test_parameters_offloaded_to_the_host(transport: str, tmp_path: Path) -> Non
 
 
 def test_refit_between_the_wakes(tmp_path: Path) -> None:
-    """Asleep at either level, weights awake, refit, KV cache awake: equal to a fresh engine."""
+    """Asleep at either level, weights awake, refit, KV cache awake: equal to a fresh engine.
+
+    While the weights sleep a refit is refused.
+    """
     models = [world.tiny_model("dense", seed) for seed in (1, 2)]
     expected = [
         fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"))
@@ -117,6 +120,12 @@ def test_refit_between_the_wakes(tmp_path: Path) -> None:
         llm.wake_up(tags=["kv_cache"])
         assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
         assert world.generate(llm) == expected[turn][1]
+    llm.sleep(level=1)
+    for model in reversed(models):  # by the link that there is, and by a new one
+        with pytest.raises(fp8sync.InstallFailed, match="asleep"):
+            fp8sync.refit(model, llm, "blockwise-pow2")
+    llm.wake_up()
+    assert (world.logprobs(llm) - expected[1][0]).abs().max().item() == 0.0
     world.stop_engine(llm)
 
 

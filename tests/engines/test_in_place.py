@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 import torch
+from vllm.device_allocator import AllocationData
+from vllm.device_allocator.cumem import CuMemAllocator
 
 import fp8sync
 from fp8sync.engines.vllm import staging
@@ -164,6 +166,31 @@ def test_no_memory_for_staging_leaves_the_old_weights(engine: Any, monkeypatch: 
                 connect(model, engine)
         assert world.live_bytes(engine) == before
         assert link.refit().version == 2
+
+
+@pytest.mark.parametrize("commit", ["staged", "in-place"])
+def test_a_sleeping_engine_is_refused(commit: str, engine: Any, monkeypatch: Any) -> None:
+    """vLLM's own record of what it has unmapped says so, which only a GPU's pool fills by itself."""
+    model = world.tiny_model("dense", 10)
+    pool, text = CuMemAllocator(), r'engine rank 0: .* asleep: call wake_up\(tags=\["weights"\]\)'
+    pool.pointer_to_data = {
+        0: AllocationData((0, 0, 0, 0), "kv_cache", is_asleep=True),
+        1: AllocationData((0, 0, 1, 0), "weights"),
+    }
+    monkeypatch.setattr(CuMemAllocator, "instance", pool)
+    with connect(model, engine, commit) as link:
+        link.refit()
+        before = world.live_bytes(engine)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.0)
+        pool.pointer_to_data[1].is_asleep = True
+        for call in (link.refit, link.audit, lambda: connect(model, engine)):
+            with pytest.raises(fp8sync.InstallFailed, match=text):
+                call()
+            assert world.live_bytes(engine) == before
+        pool.pointer_to_data[1].is_asleep = False
+        link.refit()
+        assert world.live_bytes(engine) != before
 
 
 def test_auto_says_what_it_took_and_why(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:

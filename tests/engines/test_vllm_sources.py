@@ -137,6 +137,13 @@ def test_signatures(tree: Path) -> None:
     assert not faults
 
 
+def test_records_of_sleep(tree: Path) -> None:
+    """What `compat.weights_asleep` reads."""
+    nodes = [*ast.walk(parsed(tree / "device_allocator/cumem.py"))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert used >= {"instance", "pointer_to_data", "is_asleep", "tag"}
+
+
 def test_calls_of_llm(tree: Path) -> None:
     """They moved from the class to a mixin after 0.32."""
     known = set(defined(tree / "entrypoints/llm.py"))

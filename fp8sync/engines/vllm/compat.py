@@ -27,6 +27,7 @@ __all__ = [
     "pause",
     "reads_host_scales",
     "update_request",
+    "weights_asleep",
     "worker_rank",
 ]
 
@@ -66,6 +67,17 @@ def worker_rank(parallel_config: Any) -> int:
     """Return this worker's rank among all workers of the engine, data-parallel replicas included."""
     index = getattr(parallel_config, "data_parallel_index", parallel_config.data_parallel_rank)
     return int(index * parallel_config.world_size + parallel_config.rank)
+
+
+def weights_asleep() -> bool:
+    """Whether this worker's weights are away, at either level of vLLM's own sleep."""
+    from vllm.device_allocator.cumem import CuMemAllocator
+
+    pool = CuMemAllocator.instance
+    # Copied, as another thread may allocate.
+    return pool is not None and any(
+        kept.is_asleep and kept.tag == "weights" for kept in list(pool.pointer_to_data.values())
+    )
 
 
 def is_attention(module: torch.nn.Module) -> bool:

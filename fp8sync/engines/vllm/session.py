@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
+from fp8sync.engines.vllm.compat import weights_asleep
 from fp8sync.engines.vllm.direct import DirectInstall
 from fp8sync.engines.vllm.install import ProcessInstall
 from fp8sync.engines.vllm.intake import Intake
@@ -151,6 +152,7 @@ class WorkerSession:
     def _answer_audit(self) -> None:
         if self._audit is None:
             raise Fp8SyncError("the link was not established")
+        self._check_awake()
         self._audit().answer(self._channel)
 
     def _commit(self, portion: Portion) -> None:
@@ -200,8 +202,15 @@ class WorkerSession:
             portion.receiver.close()
         self._portions = []
 
+    def _check_awake(self) -> None:
+        """Refuse to read or write weights that are not mapped, which ends the process."""
+        if weights_asleep():
+            text = f"engine rank {self._rank}: expected weights that are awake, found them asleep"
+            raise InstallFailed(f'{text}: call wake_up(tags=["weights"]) first')
+
     def _agree(self) -> None:
         message = self._channel.receive("source")
+        self._check_awake()
         recipe = Recipe.from_json(message["recipe"])
         source = Manifest.from_json(message["manifest"])
         layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
@@ -302,6 +311,7 @@ class WorkerSession:
     def _take(self, version: int) -> None:
         self._staged = self._staging.views(self._number)
         self._portions[self._number].receiver.receive(version, self._staged)
+        self._check_awake()  # here, as a trainer that writes has to be heard to the end
 
     def _may_forward(self) -> bool:
         """Wait for the word that every worker has what trainer ranks sent, or that one has not."""
@@ -339,6 +349,7 @@ class WorkerSession:
         if not go or self._failure is not None:
             return False
         try:
+            self._check_awake()
             install.prepare(staged)
         except InstallFailed as error:
             self._failure = error
