@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from fp8sync.calibrate.evaluating import evaluating
 from fp8sync.errors import UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -112,10 +113,7 @@ def _forward(chunks: Sequence[Any], ids: torch.Tensor) -> None:
     def step(_: Any, chunk: Any) -> tuple[torch.Tensor, Callable[..., None]]:
         return chunk(ids, places, None), lambda *_, **__: None
 
-    training = [chunk.training for chunk in chunks]
-    try:
-        for chunk in chunks:
-            chunk.train(False)
+    with evaluating(chunks):
         get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=[None] * len(chunks),
@@ -126,9 +124,6 @@ def _forward(chunks: Sequence[Any], ids: torch.Tensor) -> None:
             forward_only=True,
             collect_non_loss_data=True,
         )
-    finally:
-        for chunk, was in zip(chunks, training, strict=True):
-            chunk.train(was)
 
 
 def _check_padding(mask: torch.Tensor | None) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8sync.calibrate.evaluating import evaluating
 from fp8sync.errors import UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ def largest_cached(
     seen: dict[str, list[torch.Tensor]] = defaultdict(list)
     for given in batches:
         mask = given.get("attention_mask")
-        cache = model(**{**_whole(model), **given}, use_cache=True).past_key_values
+        with evaluating([model]):
+            cache = model(**{**_whole(model), **given}, use_cache=True).past_key_values
         length = given["input_ids"].shape[1] if "input_ids" in given else None
         for index, name in places.items():
             for kind, tensor in _cached(cache, index, name):

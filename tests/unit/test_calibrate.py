@@ -91,6 +91,19 @@ def test_a_window_forgets_no_token(masked: bool) -> None:
         assert rounds_up_to(tokens[:, : 20 if masked else 24].max() / 448, scale)
 
 
+def test_a_model_that_is_being_trained() -> None:
+    """Neither dropout nor gradient checkpointing counts, and each module goes on in its mode."""
+    model = world.tiny_model("dense", 1, attention_dropout=0.5).cpu().eval()
+    expected = fp8sync.calibrate_kv(model, batches())
+    model.gradient_checkpointing_enable()
+    model.train()
+    model.lm_head.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    found = fp8sync.calibrate_kv(model, batches())
+    assert found == expected
+    assert modes == {name: module.training for name, module in model.named_modules()}
+
+
 def test_any_number_of_tokens(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's own quantile refuses more than 2^24."""
     tokens = {"a.attn.k_scale": torch.arange((1 << 24) + 1, dtype=torch.float32)}
