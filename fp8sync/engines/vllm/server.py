@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import time
+from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import closing
 from http import HTTPStatus
 from ipaddress import ip_address
@@ -40,7 +41,7 @@ class Server(Handle):
         ValueError: not such a URL.
         EngineLost, TransferTimeout: nobody is there, or nobody answers within 30 s.
         UnsupportedLayout: the server has no weight-transfer routes.
-        Fp8SyncError: it answers with another error.
+        Fp8SyncError: it answers with another error, or not as vLLM does.
 
     Examples:
         >>> server = Server(
@@ -62,7 +63,10 @@ class Server(Handle):
             raise UnsupportedLayout(
                 f"{self.url} has no weight-transfer routes: start it with VLLM_SERVER_DEV_MODE=1"
             )
-        super().__init__(self.url, int(self._good("/get_world_size", status, body)["world_size"]))
+        workers = self._good("/get_world_size", status, body).get("world_size")
+        if not isinstance(workers, int):
+            raise _unexpected(f"{self.url}/get_world_size", "its world_size", body)
+        super().__init__(self.url, workers)
 
     def check_host(self, host: str) -> None:
         """A server elsewhere cannot reach a rendezvous on this host's loopback."""
@@ -110,7 +114,7 @@ class Server(Handle):
 
     def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
         target = f"{path}?{urlencode(query)}" if query else path
-        answer = in_thread(lambda: self._ask("POST", target, body))
+        answer = in_thread(lambda: self._exchange("POST", target, body, self.timeout_s))
         # A server whose engine has died may leave a call unanswered for ever.
         return self._good(path, *settled(answer, path, self.timeout_s, self._is_dead))
 
@@ -128,17 +132,26 @@ class Server(Handle):
 
     def _good(self, path: str, status: int, body: bytes) -> dict[str, Any]:
         if status == HTTPStatus.OK:
-            return json.loads(body) if body else {}
+            return _parsed(f"{self.url}{path}", body) if body else {}
         self._seen = 0.0
         if self._is_dead():
             raise EngineLost(f"the engine of {self.url} died during {path}")
-        text = body.decode(errors="replace").strip()[:500]
-        raise Fp8SyncError(f"{self.url}{path} answered {status}: {text}")
+        raise Fp8SyncError(f"{self.url}{path} answered {status}: {_text(body)}")
 
     def _ask(
         self, method: str, target: str, body: Any = None, timeout_s: float | None = None
     ) -> tuple[int, bytes]:
-        parts, limit_s = self._parts, timeout_s or self.timeout_s
+        """Return status and body within the limit, also if the server goes on sending, bit by bit."""
+        limit_s = timeout_s or self.timeout_s
+        answer = in_thread(lambda: self._exchange(method, target, body, limit_s))
+        try:
+            return answer.result(limit_s)
+        except FutureTimeout:
+            text = f"{self.url} did not answer {target} within {limit_s:g} s"
+            raise TransferTimeout(text) from None
+
+    def _exchange(self, method: str, target: str, body: Any, limit_s: float) -> tuple[int, bytes]:
+        parts = self._parts
         secure = parts.scheme == "https"
         connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
         headers = {"Content-Type": "application/json", **self._headers}
@@ -153,6 +166,24 @@ class Server(Handle):
                 raise TransferTimeout(text) from error
             except (OSError, http.client.HTTPException) as error:
                 raise EngineLost(f"{self.url} is gone during {target}: {error}") from error
+
+
+def _parsed(url: str, body: bytes) -> dict[str, Any]:
+    try:
+        answer = json.loads(body)
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict):
+        raise _unexpected(url, "a JSON object", body)
+    return answer
+
+
+def _unexpected(url: str, expected: str, body: bytes) -> Fp8SyncError:
+    return Fp8SyncError(f"{url} answered 200: expected {expected}, found {_text(body)}")
+
+
+def _text(body: bytes) -> str:
+    return body.decode(errors="replace").strip()[:500]
 
 
 def _is_loopback(host: str) -> bool:
