@@ -76,7 +76,7 @@ class Link:
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._closed = False
         self._mixed = False
-        """Whether the engine holds parts of two versions."""
+        """Whether the engine holds parts of two versions, or what was computed with another one."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None
         with self._engine.exclusive():
@@ -121,12 +121,11 @@ class Link:
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
         After an error the engine serves its old weights, if it serves at all; but a worker that is lost,
-        or fails, after all had agreed to install leaves the others with the new ones: then refit again
-        before the engine is used. If `version` is the new one, only the prefix cache could not be emptied.
-
-        With commit `in-place` that holds until the first portion is installed. What goes wrong later is
-        `EngineUnusable`: the engine holds parts of both versions, and an `AsyncLLM` or a server stays
-        paused, until a complete refit has succeeded; `wait` then freezes requests, like `keep`.
+        or fails, after all had agreed to install leaves the others with the new ones. If `version` is the
+        new one, only the prefix cache could not be emptied. With commit `in-place`, what goes wrong after
+        the first portion was installed is `EngineUnusable`: the engine holds parts of both versions. In all
+        three an `AsyncLLM` or a server stays paused, and an `LLM` must not be used, until a complete refit
+        has succeeded; `wait` then freezes requests, like `keep`.
 
         Raises:
             ValueError: unknown `in_flight`.
@@ -274,14 +273,14 @@ class Link:
             # With `wait` it generates until the last request has ended.
             stopped = drained if in_flight == "wait" else arrived
             outcome = self._commit(conductor)
+            self._mixed = True
             for portion in range(1, conductor.portions):
-                self._mixed = True
                 outcome = self._install(conductor, version, portion)
-            self._mixed = False
             self.version = version
             ended = time.perf_counter()
             with waiting():
                 self._engine.reset_caches(in_flight, stale=conductor.sends_kv_scales)
+                self._mixed = False
                 labelled = self._engine.label(str(version))
         if stands:
             ended = time.perf_counter()
@@ -323,9 +322,14 @@ class Link:
             with waiting(), uncollected():
                 return together(task, self._engine.finish, conductor.close, self._timeout_s)
         except BaseException:
-            if conductor.decided:  # some workers may hold the new weights
-                with suppress(Exception):
-                    self._engine.reset_caches("keep", stale=conductor.sends_kv_scales)
+            if conductor.decided:  # some workers may hold the new weights, or parts of them
+                self._mixed = True
+                stop = partial(self._engine.pause, "keep", once=False)
+                stale = conductor.sends_kv_scales
+                forget = partial(self._engine.reset_caches, "keep", stale=stale)
+                for call in (stop, forget):
+                    with suppress(Exception):
+                        call()
             raise
 
     def _close_update(self, version: int) -> None:

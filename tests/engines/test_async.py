@@ -12,6 +12,7 @@ import torch
 import fp8sync
 from fp8sync.engines.vllm import compat
 from tests.engines import serving, world
+from tests.engines.sabotage import SABOTAGE
 from tests.engines.test_in_place import meddle_with_portion
 from tests.engines.test_kv_scales import scales
 
@@ -80,7 +81,8 @@ def models() -> list[torch.nn.Module]:
 def engine(
     models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
-    engine = Engine(world.write_config(models[0], tmp_path_factory.mktemp("engine")))
+    folder = world.write_config(models[0], tmp_path_factory.mktemp("engine"))
+    engine = Engine(folder, **SABOTAGE)
     yield engine
     engine.close()
 
@@ -225,6 +227,39 @@ def test_an_engine_left_half_installed_generates_nothing(
     assert (len(tokens), reason) == (8, "length")
     assert tokens == engine.greedy(serving.PROMPTS[0], 8)
     assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+
+
+def test_an_engine_that_failed_to_install_generates_nothing(
+    engine: Engine,
+    models: list[torch.nn.Module],
+    fresh: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Requests that queue up see no mixture, nor prefixes of the old version."""
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    old = serving.greedy(engine.greedy)
+
+    async def refuse(*_: Any) -> bool:
+        return False
+
+    def refit() -> fp8sync.RefitReport:
+        engine.loop.run(engine.llm.collective_rpc("fail_to_install"))
+        with pytest.raises(fp8sync.InstallFailed, match="after the decision"):
+            link.refit()
+        assert (link.version, engine.loop.run(engine.llm.is_paused())) == (0, True)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.llm, "reset_prefix_cache", refuse)
+            with pytest.raises(fp8sync.InstallFailed, match="kept prefixes"):
+                link.refit()
+        assert (link.version, engine.loop.run(engine.llm.is_paused())) == (1, True)
+        return link.refit()
+
+    with fp8sync.connect(models[1], engine.llm, recipe) as link:
+        found, _ = engine.loop.run(serving.refit_under_load(engine.stream, refit))
+    assert not engine.loop.run(engine.llm.is_paused())
+    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+    serving.judge("wait", found, old, serving.greedy(engine.greedy), engine.greedy)
 
 
 def test_called_in_its_own_loop(engine: Engine, models: list[torch.nn.Module]) -> None:

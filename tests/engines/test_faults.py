@@ -231,11 +231,11 @@ def test_engine_that_cannot_be_paused(link: fp8sync.Link, monkeypatch: pytest.Mo
 
 
 def test_cache_that_is_not_emptied(engine: Any, link: fp8sync.Link, monkeypatch: Any) -> None:
-    """The commit is done by then: the error and the version say that the new weights serve."""
+    """The commit is done by then: the error and the version say that the new weights are there."""
     before = world.logprobs(engine)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "reset_prefix_cache", lambda *_: False)
-        with pytest.raises(fp8sync.InstallFailed, match="the new weights serve"):
+        with pytest.raises(fp8sync.InstallFailed, match="the new weights are installed"):
             link.refit()
     assert link.version == 2
     assert not torch.equal(world.logprobs(engine), before)

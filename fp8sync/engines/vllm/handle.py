@@ -199,7 +199,7 @@ def check_forgotten(answer: object) -> None:
     """Raise InstallFailed where vLLM says that it did not empty its prefix cache."""
     if answer is False:
         raise InstallFailed(
-            "the new weights serve, but vLLM kept prefixes computed with the old ones: "
+            "the new weights are installed, but vLLM kept prefixes computed with the old ones: "
             "expected an empty prefix cache; refit again before the engine is used"
         )
 

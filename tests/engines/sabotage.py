@@ -1,0 +1,31 @@
+"""Steps of a worker that fail once, in whatever process it runs (vLLM's `worker_extension_cls`)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["SABOTAGE", "Sabotage"]
+
+SABOTAGE = {"worker_extension_cls": "tests.engines.sabotage.Sabotage"}
+"""Option of an engine whose workers are to have these methods."""
+
+
+class Sabotage:
+    """Methods of a worker; called by name, with `collective_rpc`."""
+
+    def fail_to_install(self) -> None:
+        """Damage a weight in the next install, and raise."""
+        from fp8sync.engines.vllm.session import WorkerSession
+
+        install = WorkerSession._install
+
+        def fail(session: Any, portion: Any) -> None:
+            WorkerSession._install = install
+            install(session, portion)
+            with torch.no_grad():
+                next(session._model.parameters()).zero_()
+            raise RuntimeError("the device is lost")
+
+        WorkerSession._install = fail
