@@ -119,6 +119,11 @@ class Conductor:
         return self._peers.left_open
 
     @property
+    def left_mixed(self) -> bool:
+        """Whether a worker joined with parts of two versions, be it of other links."""
+        return self._peers.left_mixed
+
+    @property
     def lost(self) -> Fp8SyncError | None:
         """The loss of workers among the faults of the version that is open, all of them by name.
 

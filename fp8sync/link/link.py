@@ -202,7 +202,7 @@ class Link:
     def _has_engine(self) -> bool:
         """Whether no other link has taken the engine, be it of this process or of another."""
         known = self._conductor
-        return known is not None and self._engine.follows(known) and not known.hung_up
+        return known is not None and self._engine.follows(self._name) and not known.hung_up
 
     def _connected(self) -> Conductor:
         if self._conductor is None:
@@ -244,7 +244,9 @@ class Link:
         finally:
             listener.close()
         self._conductor = conductor
-        self._engine.claim(conductor)
+        # What another link has made whole since is no mixture any more.
+        self._mixed = conductor.left_mixed or (self._mixed and self._engine.follows(self._name))
+        self._engine.claim(self._name)
         if conductor.left_open:
             with suppress(Exception):  # engines of a list that have none open say so
                 self._engine.finish()

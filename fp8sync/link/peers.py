@@ -36,6 +36,8 @@ class Peers:
         """Why somebody was hung up on."""
         self.left_open = False
         """Whether an engine's update was left open by a trainer that is gone."""
+        self.left_mixed = False
+        """Whether a worker holds parts of two versions, be it of other links."""
 
     @property
     def all(self) -> list[Channel]:
@@ -64,6 +66,7 @@ class Peers:
                 several = self._engine_of[-1] > 0
                 channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
                 self.left_open |= bool(joined["updating"])
+                self.left_mixed |= bool(joined["mixed"])
             self.channels[role, rank] = channel
 
     def tell(self, role: str, message: Message) -> None:

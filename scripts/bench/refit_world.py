@@ -215,7 +215,8 @@ class Worker:
     def join(self, store: Any, key: str) -> None:
         """Join the link as `WorkerSession` does."""
         self._channel = channel = _reach(store, key)
-        channel.send({"type": "join", "role": "engine", "rank": self._rank, "updating": False})
+        found = {"updating": False, "mixed": False}
+        channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
         source = Manifest.from_json(channel.receive("source")["manifest"])
         seat = Seat.at(self._device).to_json()
         own = {"manifest": self._wanted.to_json(), "seat": seat, "short": ""}

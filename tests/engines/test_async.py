@@ -193,40 +193,45 @@ def in_place(model: torch.nn.Module, engine: Engine) -> fp8sync.Link:
 
 
 def test_in_place_while_requests_are_frozen(
-    engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor]
+    engine: Engine,
+    models: list[torch.nn.Module],
+    fresh: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They see no portion: each goes on from its tokens with the new version, whole."""
+    """They see no portion, whichever link fails, until one has installed all: then they go on with that."""
     fp8sync.refit(models[0], engine.llm, world.recipe("blockwise-pow2"))
     old = serving.greedy(engine.greedy)
-    with in_place(models[1], engine) as link:
-        assert link._conductor.portions > 4
-        found, _ = engine.loop.run(
-            serving.refit_under_load(engine.stream, lambda: link.refit(in_flight="keep"))
-        )
-    assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
-    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
 
-
-def test_an_engine_left_half_installed_generates_nothing(
-    engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor]
-) -> None:
     def flip(_: int, message: torch.Tensor) -> None:
         message[64 + 100] ^= 0x10
 
-    fp8sync.refit(models[0], engine.llm, world.recipe("blockwise-pow2"))
-    with in_place(models[1], engine) as link:
+    def busy(_: str, *, once: bool) -> bool:
+        raise RuntimeError("the scheduler is busy")
+
+    def fail_in_pause(link: fp8sync.Link) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(link._engine, "pause", busy)
+            with pytest.raises(fp8sync.Fp8SyncError, match="is busy"):
+                link.refit()
+
+    def refit() -> fp8sync.RefitReport:
         meddle_with_portion(link, 2, flip)
         with pytest.raises(fp8sync.EngineUnusable, match="2 of"):
-            link.refit()
+            link.refit("keep")
         assert engine.loop.run(engine.llm.is_paused())
-        asked = engine.loop.begin(engine.stream(serving.PROMPTS[0], 8))
-        with pytest.raises(TimeoutError):
-            asked.result(2)
-        assert link.refit().version == 1
-        tokens, reason = asked.result(60)
-    assert (len(tokens), reason) == (8, "length")
-    assert tokens == engine.greedy(serving.PROMPTS[0], 8)
+        with in_place(models[1], engine) as other:
+            assert other._conductor.portions > 4
+            fail_in_pause(other)
+            assert engine.loop.run(engine.llm.is_paused())
+            report = other.refit()
+        fail_in_pause(link)  # which finds that the engine is whole again
+        assert not engine.loop.run(engine.llm.is_paused())
+        return report
+
+    with in_place(models[1], engine) as link:
+        found, _ = engine.loop.run(serving.refit_under_load(engine.stream, refit))
     assert (engine.logprobs() - fresh[1]).abs().max().item() == 0.0
+    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
 
 
 def test_an_engine_that_failed_to_install_generates_nothing(

@@ -21,6 +21,7 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.compat import engine_commit, worker_rank
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
+from fp8sync.engines.vllm.portions import Installed
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
 from fp8sync.errors import RefitInProgress
@@ -77,6 +78,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
             watch_scales(model)
         nbytes = reserved_bytes(model, engine_commit(vllm_config))
         self._staging = Staging(device, nbytes if device.type == "cuda" else 0)
+        self._installed = Installed()
         compile_taking(device)
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
@@ -87,8 +89,8 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
         rank = info.first_rank + worker_rank(self.parallel_config)
-        join = {"type": "join", "role": "engine", "rank": rank, "updating": self._updating}
-        channel.send(join)
+        found = {"updating": self._updating, "mixed": self._installed.mixed}
+        channel.send({"type": "join", "role": "engine", "rank": rank, **found})
         if self._session is not None and self._session.busy:
             text = f"engine rank {rank} is being refitted by {self._owner}"
             channel.send({"type": "error", "error": RefitInProgress(text).to_wire()})
@@ -97,7 +99,8 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self.shutdown()
         self._owner = info.owner
         dtype = self.model_config.dtype
-        session = WorkerSession(channel, self.model, rank, self._staging, self.device, dtype)
+        own = self._staging, self._installed, self.device, dtype
+        session = WorkerSession(channel, self.model, rank, *own)
         # 0.25 does not set the current config around these calls; later versions do.
         with set_current_vllm_config(self.vllm_config), uncollected():
             if session.agree():

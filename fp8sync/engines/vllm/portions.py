@@ -23,7 +23,15 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm.intake import Receiver
     from fp8sync.engines.vllm.storage import EngineLayout
 
-__all__ = ["Portion", "memory_short", "storages_by_portion"]
+__all__ = ["Installed", "Portion", "memory_short", "storages_by_portion"]
+
+
+@dataclass
+class Installed:
+    """What links have made of a worker's weights; outlives them."""
+
+    mixed: bool = False
+    """Whether parts of two versions are live."""
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     from fp8sync.audit.ledger import Ledger
     from fp8sync.control import Channel
+    from fp8sync.engines.vllm.portions import Installed
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.engines.vllm.storage import EngineLayout
 
@@ -58,6 +59,7 @@ class WorkerSession:
         model: the live model.
         rank: this worker's rank among the engine's workers.
         staging: this worker's staging memory.
+        installed: what earlier links have made of its weights.
         device: where the model lives.
         dtype: the model's dtype.
     """
@@ -68,11 +70,12 @@ class WorkerSession:
         model: torch.nn.Module,
         rank: int,
         staging: Staging,
+        installed: Installed,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
         self._channel, self._model = channel, model
-        self._rank, self._staging = rank, staging
+        self._rank, self._staging, self._installed = rank, staging, installed
         self._device, self._dtype = device, dtype
         self._caching = caching_modules(model)
         self._portions: list[Portion] = []
@@ -144,7 +147,7 @@ class WorkerSession:
             logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
             go = False
         if prepared and go:
-            self._opened = self._number + 1 < len(self._portions)
+            self._opened = self._number + 1 < len(self._portions)  # more of this version is to come
             self._commit(portion)
         elif prepared:
             portion.process.abandon()
@@ -161,8 +164,10 @@ class WorkerSession:
         Its next step follows on the same stream.
         """
         began, failure, event = time.perf_counter(), "", None
+        self._installed.mixed = True
         try:
             event = self._install(portion)
+            self._installed.mixed = self._opened
         # The live weights may be a mixture now; only the trainer can put that right.
         except Exception as error:
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
@@ -188,7 +193,7 @@ class WorkerSession:
             event.synchronize()
         except RuntimeError as error:  # the GPU's
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
-            failure = str(error)
+            self._installed.mixed, failure = True, str(error)
         self._committed(began, failure)
 
     def _committed(self, began: float, failure: str) -> None:
