@@ -29,3 +29,15 @@ class Sabotage:
             raise RuntimeError("the device is lost")
 
         WorkerSession._install = fail
+
+    def fail_to_prepare(self) -> None:
+        """Raise where the next version is to be processed."""
+        from fp8sync.engines.vllm.install import ProcessInstall
+
+        prepare = ProcessInstall.prepare
+
+        def fail(*_: Any) -> None:
+            ProcessInstall.prepare = prepare
+            raise RuntimeError("no memory left")
+
+        ProcessInstall.prepare = fail

@@ -9,6 +9,7 @@ import torch
 
 import fp8sync
 from tests.engines import serving, world
+from tests.engines.sabotage import SABOTAGE
 from tests.engines.test_async import Engine
 from tests.engines.test_server import Served
 
@@ -23,7 +24,7 @@ def test_both_get_one_version_or_none(tmp_path: Path) -> None:
     config = world.write_config(models[0], tmp_path / "config")
     recipe = world.recipe("blockwise-pow2")
     served = Served(config)
-    engine = Engine(config)
+    engine = Engine(config, **SABOTAGE)
     try:
         engines = [engine.llm, served.url]
         link = fp8sync.connect(models[0], engines, recipe, timeout_s=60.0)
@@ -44,6 +45,12 @@ def test_both_get_one_version_or_none(tmp_path: Path) -> None:
 
         with torch.no_grad():
             models[0].lm_head.weight.copy_(kept * 1.5)
+        engine.loop.run(engine.llm.collective_rpc("fail_to_prepare"))
+        with pytest.raises(fp8sync.InstallFailed, match="engine 0: RuntimeError: no memory left"):
+            link.refit()
+        assert torch.equal(engine.logprobs(), first)
+        assert (served.logprobs() - first).abs().max().item() == 0.0
+
         assert link.refit("keep").version == 2
         second = engine.logprobs()
         assert not torch.equal(second, first)
