@@ -144,6 +144,8 @@ class Link:
         with Opening() as opening, self._engine.exclusive():
             if self._closed:
                 raise Fp8SyncError("this link was closed; connect again")
+            if not self._mixed:  # else they are frozen
+                self._engine.check_requests(in_flight)
             if not self._has_engine():
                 self._disconnect()
                 self._connect(opening)

@@ -186,6 +186,41 @@ def test_dtype_that_nothing_may_be_cast_from(live: Any, name: str, dtype: torch.
         fp8sync.connect(source, live, world.recipe("blockwise"))
 
 
+def test_requests_that_nobody_steps(live: Any) -> None:
+    """`wait` is refused before a weight is looked at; `keep` and `abort` can be had."""
+    from vllm import SamplingParams
+
+    engine, model = live.llm_engine, world.tiny_model("dense", 2)
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
+
+    def ask(name: str) -> None:
+        engine.add_request(name, {"prompt_token_ids": world.PROMPT}, params)
+        while not any(output.outputs[0].token_ids for output in engine.step()):
+            pass
+
+    before = world.generate(live, 8)
+    with fp8sync.connect(model, live, world.recipe("blockwise-pow2")) as link:
+        ask("kept")
+        with torch.no_grad():
+            weight = model.lm_head.weight.clone()
+            model.lm_head.weight[3, 3] = torch.nan
+        with pytest.raises(fp8sync.Fp8SyncError, match="1 requests are in flight"):
+            link.refit()
+        with torch.no_grad():
+            model.lm_head.weight.copy_(weight)
+        assert link.refit("keep").version == 1
+        while engine.has_unfinished_requests():
+            last = engine.step()
+        tokens = list(last[0].outputs[0].token_ids)
+        same = next(i for i, token in enumerate(before) if tokens[i] != token)
+        assert tokens[same:] == world.generate(live, 8 - same, [*world.PROMPT, *tokens[:same]])
+        assert same
+        ask("aborted")
+        assert link.refit("abort").version == 2
+        assert not engine.has_unfinished_requests()
+    fp8sync.refit(world.tiny_model("dense", 1), live, world.recipe("blockwise-pow2"))
+
+
 def test_engine_that_is_not_quantized(tmp_path: Path) -> None:
     model = world.tiny_model("dense", 2)
     llm = world.start_engine(world.write_config(model, tmp_path, fp8=False), load_format="dummy")

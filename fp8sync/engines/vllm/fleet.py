@@ -78,6 +78,9 @@ class Fleet(Handle):
     def check_host(self, host: str) -> None:
         self._each(lambda engine: engine.check_host(host))
 
+    def check_requests(self, in_flight: InFlight) -> None:
+        self._each(lambda engine: engine.check_requests(in_flight))
+
     def initialize(self, info: dict[str, Any]) -> None:
         first = dict(zip(self._engines, accumulate(self.sizes, initial=0), strict=False))
         self._each(lambda engine: engine.initialize({**info, "first_rank": first[engine]}))

@@ -108,6 +108,9 @@ class Handle(ABC):
     def check_host(self, host: str) -> None:  # noqa: B027  (most engines are on this host)
         """Refuse an address for the rendezvous that the workers cannot reach."""
 
+    def check_requests(self, in_flight: InFlight) -> None:  # noqa: B027  (most engines step their own)
+        """Refuse to wait for requests that nobody steps."""
+
     @abstractmethod
     def initialize(self, info: dict[str, Any]) -> None:
         """Let every worker join a link; blocks until they have agreed or refused."""

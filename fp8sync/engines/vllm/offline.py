@@ -52,21 +52,20 @@ class LLMHandle(Handle):
     def finish(self) -> None:
         self._call("finish_weight_update")
 
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (nothing runs)
-        """Treat requests that were added but not stepped to their end.
-
-        Raises:
-            Fp8SyncError: `wait`: only the caller can step them.
-        """
-        engine = self._llm.llm_engine
-        count = engine.get_num_unfinished_requests()
+    def check_requests(self, in_flight: InFlight) -> None:
+        """Only the caller can step requests that were added but have not ended."""
+        count = self._llm.llm_engine.get_num_unfinished_requests()
         if count and in_flight == "wait":
             raise Fp8SyncError(
                 f"{count} requests are in flight in an LLM that nobody steps now: step them to "
                 "their end before the refit, or choose in_flight='keep' or 'abort'"
             )
-        if count and in_flight == "abort":
-            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+
+    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (nothing runs)
+        engine = self._llm.llm_engine
+        requests = list(engine.output_processor.request_states)
+        if requests and in_flight == "abort":
+            engine.abort_request(requests, internal=True)
         return True
 
     def resume(self) -> None:
