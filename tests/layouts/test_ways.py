@@ -22,7 +22,7 @@ from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.intake import Intake, Receiver
 from fp8sync.errors import CorruptBucket, EngineLost, PeerFailed
-from fp8sync.layouts import manifest
+from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.plan import Plan, build_plan, order_of
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
@@ -34,8 +34,9 @@ from fp8sync.sending.turns import BUFFERS
 from fp8sync.transport import GlooGroup, Invitation
 from fp8sync.wire.header import HEADER_BYTES
 from fp8sync.wire.tables import unwritable
+from fp8sync_kernels import dequantize_blockwise
 from tests.layouts import wire
-from tests.layouts.cases import PAIRS
+from tests.layouts.cases import PAIRS, QWEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -153,8 +154,7 @@ def writable(name: str) -> bool:
 
 
 CASES = [("grouped", name) for name in PAIRS if writable(name)]
-CASES += [("buckets", name) for name in PAIRS]
-CASES += [("golden", name) for name in PAIRS if not PAIRS[name].misc]
+CASES += [(way, name) for way in ("buckets", "golden") for name in PAIRS]
 
 
 @pytest.mark.parametrize(("way", "name"), CASES)
@@ -172,6 +172,26 @@ def test_bytes_are_those_of_the_whole_tensor(way: str, name: str) -> None:
     assert not [s.error for s in sent if s.error]
     assert raised == [None] * len(raised)
     wanted = wire.quantized(destination, tensors)
+    assert not wire.differing(found, wire.storages(destination, wanted))
+
+
+@pytest.mark.parametrize("way", ["buckets", "golden"])
+def test_pairs_that_are_quantized_anew(way: str) -> None:
+    trainer, engine = TrainerLayout(tp=2, pairs=Formula.FP32), EngineLayout(formula=Formula.POW2)
+    source, destination = manifest(trainer, QWEN), manifest(engine, QWEN)
+    plan = build_plan(source, destination, requantize=True)
+    pairs = wire.quantized(source, wire.random_tensors(source))
+    found = wire.storages(destination, None)
+    held = wire.storages(source, pairs)
+    sent, raised = Refit(way, (source, destination), plan, held, found).run(1)
+    assert [s.error for s in sent] + raised == [None] * 3
+    values = {
+        name: dequantize_blockwise(x, pairs[name + "_scale_inv"], torch.float32)
+        if name + "_scale_inv" in pairs
+        else x
+        for name, x in pairs.items()
+    }
+    wanted = wire.quantized(destination, values)
     assert not wire.differing(found, wire.storages(destination, wanted))
 
 
