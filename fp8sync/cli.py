@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     plan.add_argument("--bandwidth", default="", help="such as node_gb_s=366,network_gb_s=50")
     plan.add_argument("--bucket-bytes", type=int, default=DEFAULT_BUCKET_BYTES)
+    plan.add_argument(
+        "--on-format-mismatch",
+        choices=("error", "requantize"),
+        default="error",
+        help="of FP8 pairs that the engine cannot take as they are: refuse, or convert them on the way",
+    )
     plan.add_argument("--top", type=int, default=10, help="how many links to print")
     plan.add_argument("--json", action="store_true", help="figures as JSON")
     plan.set_defaults(run=_plan)
@@ -124,7 +130,9 @@ def _plan(arguments: argparse.Namespace) -> int:
     engines = [_side(text, parse_engine, model) for text in arguments.engine]
     bandwidths = parse_settings(Bandwidths, arguments.bandwidth)
     per_node = bandwidths.gpus_per_node
-    found = traffic(source, join_sides(engines), arguments.bucket_bytes, per_node)
+    anew = arguments.on_format_mismatch == "requantize"
+    about = source, join_sides(engines), arguments.bucket_bytes, per_node
+    found = traffic(*about, requantize=anew)
     if arguments.json:
         print(json.dumps(figures(found, bandwidths, arguments.top), indent=1))
     else:

@@ -83,7 +83,10 @@ def _spread(pieces: Iterable[Piece], intern: Interner) -> Spread:
     places: dict[Rect, tuple[int, ...]] = {}
     for piece in pieces:
         rect = piece.box.start, piece.box.shape
-        places[rect] = (*places[rect], *piece.ranks) if rect in places else piece.ranks
+        # As a manifest lists them, whose order decides who sends: tied weights are of two stages.
+        places[rect] = (
+            tuple(sorted((*places[rect], *piece.ranks))) if rect in places else piece.ranks
+        )
     return intern(tuple(places), tuple(places.values()))
 
 

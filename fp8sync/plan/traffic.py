@@ -169,6 +169,8 @@ def traffic(
     destination: Side,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
     gpus_per_node: int = 1,
+    *,
+    requantize: bool = False,
 ) -> Traffic:
     """Count what a refit from `source` to `destination` will move.
 
@@ -177,11 +179,13 @@ def traffic(
         destination: the engine's, all ranks (of several engines, if they are fed together).
         bucket_bytes: payload of a message.
         gpus_per_node: engine ranks fill nodes in order.
+        requantize: see `build_plan`.
 
     Raises:
         TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
     """
-    infos = agree_on_tensors(source.tensors, destination.tensors, source.spreads, source.unsliced)
+    held = source.tensors, destination.tensors, source.spreads, source.unsliced
+    infos = agree_on_tensors(*held, requantize=requantize)
     kinds = _kinds(source, destination, infos)
     router = Router()
     links: Counter[tuple[int, int]] = Counter()

@@ -29,7 +29,7 @@ from fp8sync.plan.route import first_senders, turn
 from fp8sync.plan.spread import side_of
 from fp8sync.plan.traffic import Traffic, traffic
 from fp8sync.recipe import Formula
-from tests.layouts.cases import LATENT, QWEN, RAGGED_MOE
+from tests.layouts.cases import LATENT, LLAMA, QWEN, RAGGED_MOE
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {
@@ -79,6 +79,15 @@ def test_layouts_and_manifests_give_the_same_figures(capsys, tmp_path) -> None:
     assert figures["tensors"] == len(plan.tensors)
 
 
+def test_tied_weights_have_the_same_senders_on_paper_and_in_manifests() -> None:
+    """Their holders are of two stages, whose ranks alternate where stages are not the slowest axis."""
+    trainer = TrainerLayout(tp=2, dp=3, pp=2, order="tp-pp-cp-ep-dp")
+    engine = EngineLayout(pp=2, engines=2)
+    paper = traffic(geometry(trainer, LLAMA), geometry(engine, LLAMA))
+    saved = traffic(side_of(manifest(trainer, LLAMA)), side_of(manifest(engine, LLAMA)))
+    assert paper.links == saved.links
+
+
 def test_the_text_says_what_there_is_to_know(capsys) -> None:
     arguments = ("--model", "qwen3-30b-a3b", "--trainer", "dp=8,fsdp=8", "--top", "3")
     status, out, _ = run(capsys, *arguments, "--engine", "tp=2", "--engine", "tp=4,ep")
@@ -125,6 +134,21 @@ def test_the_misc_list_comes_with_reasons(capsys, tmp_path) -> None:
         f"  model.layers.0.self_attn.q_b_proj.weight: {reason}",
         f"  model.layers.1.self_attn.q_b_proj.weight: {reason}",
     ]
+
+
+def test_pairs_that_do_not_fit_are_refused_or_converted(capsys, tmp_path) -> None:
+    sides = TrainerLayout(tp=2, pairs=Formula.FP32), EngineLayout(formula=Formula.POW2)
+    held, wanted = (manifest(side, QWEN) for side in sides)
+    for name, side in (("held.json", held), ("wanted.json", wanted)):
+        (tmp_path / name).write_text(json.dumps(side.to_json()))
+    paths = str(tmp_path / "held.json"), "--engine", str(tmp_path / "wanted.json")
+    status, _, err = run(capsys, "--trainer", *paths)
+    assert (status, "on_format_mismatch='requantize'" in err) == (1, True)
+    anew = "--on-format-mismatch", "requantize"
+    status, out, _ = run(capsys, "--trainer", *paths, "--json", *anew)
+    plan = build_plan(held, wanted, requantize=True)
+    assert (status, json.loads(out)["copies"]) == (0, len(plan.copies))
+    assert json.loads(out)["bytes"] == sum(c.weight_bytes + c.scale_bytes for c in plan.copies)
 
 
 def test_a_layout_that_cannot_be_is_an_error(capsys) -> None:
