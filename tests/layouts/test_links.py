@@ -14,7 +14,13 @@ import pytest
 import torch
 import torch.distributed
 
-from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, TransferTimeout
+from fp8sync.errors import (
+    CorruptBucket,
+    EngineLost,
+    Fp8SyncError,
+    NonFiniteWeight,
+    TransferTimeout,
+)
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.sending.writer import PARTS
 from fp8sync.transport import GlooGroup
@@ -135,11 +141,22 @@ class Refit:
 
 
 @pytest.fixture
-def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
-    """Afterwards the next version arrives, over a new link if this one is down."""
-    monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("ipc", "asked for"))
+def refit(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
+    """By `ipc`, or as a test asks. Afterwards the next version arrives, over a new link if this one is down."""
+    way = getattr(request, "param", "ipc")
+    choose = "fp8sync.link.conductor.choose_transport"
+    monkeypatch.setattr(choose, lambda *_: (way, "asked for"))
     monkeypatch.setattr(refit_world, "TIMEOUT_S", WAIT_S)
-    refit = Refit("ipc")
+    store = dist.HashStore()
+
+    def join(choice: Any, _: Any, limit_s: float) -> GlooGroup:
+        """Gloo carries `nccl`'s messages, in the order that rank 0 makes, as there is no GPU."""
+        assert [len(order) > 2 for order in choice["orders"]] == [True]
+        return GlooGroup(store, choice["rank"], len(choice["names"]), "127.0.0.1", limit_s)
+
+    monkeypatch.setattr(NcclGroup, "join", join)
+    monkeypatch.setattr("fp8sync.transport.invitation.new_unique_id", lambda **_: "")
+    refit = Refit(way)
     yield refit
     for worker in refit.workers:
         for tensor in worker.staged.values():
@@ -150,6 +167,10 @@ def refit(monkeypatch: pytest.MonkeyPatch) -> Iterator[Refit]:
     refit.close()
 
 
+both_ways = pytest.mark.parametrize("refit", ["ipc", "nccl"], indirect=True)
+
+
+@both_ways
 def test_every_byte_of_every_version(refit: Refit) -> None:
     assert refit.run() == [None] * 4
     assert refit.arrived()
@@ -157,22 +178,19 @@ def test_every_byte_of_every_version(refit: Refit) -> None:
     assert {"quantize", "send", "verify"} <= set(stages)
 
 
-def test_every_byte_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`nccl` with the order of messages that rank 0 makes; gloo carries them, as there is no GPU."""
-    store = dist.HashStore()
-
-    def join(choice: Any, _: Any, limit_s: float) -> GlooGroup:
-        assert [len(order) > 2 for order in choice["orders"]] == [True]
-        return GlooGroup(store, choice["rank"], len(choice["names"]), "127.0.0.1", limit_s)
-
-    monkeypatch.setattr(NcclGroup, "join", join)
-    monkeypatch.setattr("fp8sync.transport.invitation.new_unique_id", lambda **_: "")
-    monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("nccl", "asked for"))
-    refit = Refit("nccl")
-    for _ in range(2):
-        assert refit.run() == [None] * 4
-        assert refit.arrived()
-    refit.close()
+@both_ways
+def test_a_weight_that_is_not_a_number(refit: Refit) -> None:
+    """Where rank 1 alone holds it."""
+    (storage,) = (x for name, x in refit.held[1].items() if "down_proj" in name)
+    kept = storage.clone()
+    storage.view(-1)[7] = float("nan")
+    first, *others = refit.run()
+    storage.copy_(kept)
+    assert isinstance(first, NonFiniteWeight)
+    name = "model.layers.0.mlp.down_proj.weight"
+    expected = f"{name} (trainer rank 1): expected finite values, found 1 NaN or Inf"
+    assert first.violations == (expected,)
+    assert [str(error) for error in others] == [str(first), "None", "None"]
 
 
 def test_a_flipped_byte(refit: Refit) -> None:
