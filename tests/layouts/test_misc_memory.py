@@ -26,6 +26,6 @@ def test_no_rank_stands_out() -> None:
     for rank in said[:2]:
         assert rank["error"] == "None"
         assert whole // 2 <= rank["sent"] < whole // 2 + (1 << 20)
-        assert rank["grown"] < whole // 4  # a gather would add the other half
-    assert abs(said[0]["grown"] - said[1]["grown"]) <= 0.2 * 2**30
+        # A gather would add the other half. Below 0.2 GiB, beyond what they hold, nobody stands out by it.
+        assert rank["grown"] < min(whole // 4, 0.2 * 2**30)
     print(f"grown by {[rank['grown'] >> 20 for rank in said[:2]]} MiB for {whole >> 20} MiB sent")
