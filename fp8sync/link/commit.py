@@ -8,9 +8,11 @@ from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, Unsupported
 from fp8sync.sending.outgoing import check_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
-__all__ = ["Commit", "check_commit", "choose_commit", "half_installed"]
+    from fp8sync.control import Message
+
+__all__ = ["Commit", "check_commit", "choose_commit", "half_installed", "strategies_of"]
 
 Commit = Literal["staged", "in-place", "auto"]
 """`staged`: bytes land beside the live weights, all of them, and are installed at once. `in-place`: in
@@ -42,6 +44,23 @@ def choose_commit(wanted: str, short: Mapping[int, str]) -> tuple[str, str]:
         return wanted, "asked for"
     reasons = [f"engine rank {rank}: {reason}" for rank, reason in short.items() if reason]
     return ("in-place", "; ".join(reasons)) if reasons else ("staged", "it fits into memory")
+
+
+def strategies_of(ready: Sequence[Message]) -> str:
+    """Say how workers install modules, and where the proof of `direct` did not end.
+
+    Args:
+        ready: what each worker said when it was, by engine rank.
+    """
+    counts = [f"{said['direct']} direct, {said['process']} by process" for said in ready]
+    if len(set(counts)) > 1:
+        counts = [f"engine rank {rank}: {count}" for rank, count in enumerate(counts)]
+    failed = [
+        f"engine rank {rank}: {name} by process as its proof failed: {reason}"
+        for rank, said in enumerate(ready)
+        for name, reason in said["unproven"].items()
+    ]
+    return "; ".join([*dict.fromkeys(counts), *failed])
 
 
 def half_installed(error: Exception, portion: int, portions: int) -> Fp8SyncError:

@@ -21,7 +21,7 @@ from fp8sync.errors import (
     UnsupportedLayout,
     gathered,
 )
-from fp8sync.link.commit import choose_commit
+from fp8sync.link.commit import choose_commit, strategies_of
 from fp8sync.link.faults import broken, difference, failures, nonfinite, with_refusals
 from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
@@ -97,6 +97,7 @@ class Conductor:
         self.decided = False
         self.sends_kv_scales = False
         self.connecting = Laps()
+        self.strategies = ""
         self._sent: list[Sent] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._invitation: Invitation | None = None
@@ -293,8 +294,10 @@ class Conductor:
         laps.end("plan")
         self._open_transport(plan, **team)
         laps.end("open")
-        for channel in self._peers.all:
-            channel.receive("ready")
+        ready = {member: c.receive("ready") for member, c in sorted(self._peers.channels.items())}
+        self.strategies = strategies_of(
+            [said for (role, _), said in ready.items() if role == "engine"]
+        )
         laps.end("ready")
 
     def _feed(self, plan: Plan) -> Plan:

@@ -109,6 +109,14 @@ class Link:
         portions = f" in {conductor.portions} portions" if conductor.portions > 1 else ""
         return f"{conductor.commit_kind}{portions}: {conductor.commit_reason}"
 
+    @property
+    def strategies(self) -> str:
+        """How many modules each worker overwrites with staged bytes (`direct`), and how many vLLM processes.
+
+        And what was raised where `direct` could not be tried, out of memory for instance.
+        """
+        return self._connected().strategies
+
     def refit(self, in_flight: InFlight = "wait") -> RefitReport:
         """Move the model's weights, as they are now, into the engine.
 

@@ -23,9 +23,10 @@ from vllm.model_executor.layers.quantization.utils import fp8_utils
 from vllm.model_executor.model_loader.reload.layerwise import record_metadata_for_reloading
 from vllm.model_executor.utils import replace_parameter
 
+from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.install import ProcessInstall, process_module
 from fp8sync.engines.vllm.storage import EngineLayout, StorageSpec
-from fp8sync.engines.vllm.strategy import _keeps_values
+from fp8sync.engines.vllm.strategy import _keeps_values, direct_modules
 from fp8sync.manifest import Manifest
 from fp8sync.recipe import Formula
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
@@ -233,3 +234,23 @@ def test_what_may_be_overwritten_and_what_is_processed(
     assert _keeps_values(module, specs, formulas, CPU, DTYPE) is direct
     for name, tensor in module.named_parameters():
         assert torch.equal(tensor.float(), before[name].float())
+
+
+def test_a_proof_that_fails_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Out of memory is no reason to process a module at every refit without a word."""
+    monkeypatch.setattr(compat, "kernels_live_in_parameters", lambda _: True)
+    root = torch.nn.Module()
+    root.layer, root.other = (linear(CutlassFp8BlockScaledMMKernel) for _ in range(2))
+    for module in (root.layer, root.other):
+        load(module, random_pairs(forms(module), "fp32", 4))
+    before = root.other.weight.clone()
+
+    def full(_: Any) -> None:
+        raise torch.OutOfMemoryError("no 9 bytes")
+
+    root.other.quant_method = Method(full)
+    specs = forms(root.layer)
+    storages = {f"{at}.{n}": spec for at in ("layer", "other") for n, spec in specs.items()}
+    found = direct_modules(root, EngineLayout(Manifest({}), storages), CPU, DTYPE)
+    assert found == ({"layer"}, {"other": "OutOfMemoryError: no 9 bytes"})
+    assert torch.equal(bits(root.other.weight), bits(before))

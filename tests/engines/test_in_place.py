@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -71,6 +72,8 @@ def test_equals_a_fresh_load(kind: str, tmp_path: Path) -> None:
                 if commit == "in-place"
                 else "staged: asked for"
             )
+            assert re.fullmatch(r"\d+ direct, \d+ by process", link.strategies)
+            assert torch.cuda.is_available() or link.strategies.startswith("0 direct, ")
             report = link.refit()
             assert sum(t.bytes for t in report.tensors) == sum(
                 c.weight_bytes + c.scale_bytes for c in link.plan.plan.copies

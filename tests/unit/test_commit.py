@@ -8,7 +8,7 @@ import torch
 import fp8sync
 from fp8sync.engines.vllm.portions import memory_short, storages_by_portion
 from fp8sync.engines.vllm.storage import EngineLayout, StorageSpec
-from fp8sync.link.commit import choose_commit, half_installed
+from fp8sync.link.commit import choose_commit, half_installed, strategies_of
 from fp8sync.manifest import Manifest, Placement, TensorInfo
 from fp8sync.plan import Copy
 from fp8sync.recipe import Encoding
@@ -33,6 +33,16 @@ def layout(*storages: str, **about: object) -> EngineLayout:
 )
 def test_choice(wanted: str, short: dict[int, str], expected: tuple[str, str]) -> None:
     assert choose_commit(wanted, short) == expected
+
+
+def test_how_modules_are_installed_is_said() -> None:
+    alike = {"direct": 12, "process": 3, "unproven": {}}
+    assert strategies_of([alike, alike]) == "12 direct, 3 by process"
+    short = {"direct": 11, "process": 4, "unproven": {"lm_head": "OutOfMemoryError: no 9 bytes"}}
+    assert strategies_of([alike, short]) == (
+        "engine rank 0: 12 direct, 3 by process; engine rank 1: 11 direct, 4 by process; "
+        "engine rank 1: lm_head by process as its proof failed: OutOfMemoryError: no 9 bytes"
+    )
 
 
 @pytest.mark.parametrize("option", ["recipe", "scales", "commit", "transport"])

@@ -76,6 +76,11 @@ class ProcessInstall:
         sent = {module_of(name) for name in layout.storages if not name.startswith(MISC)}
         self._attention = AttentionInstall(model, layout.kv_scales, dtype, sent)
 
+    @property
+    def modules(self) -> int:
+        """How many modules vLLM processes."""
+        return len(self._targets)
+
     @torch.no_grad()
     def prepare(self, staging: Mapping[str, torch.Tensor]) -> None:
         """Process everything into staging.

@@ -82,6 +82,7 @@ class WorkerSession:
         self._number = 0
         self._opened = False
         self._direct_modules: set[str] = set()
+        self._unproven: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
         self._failure: Fp8SyncError | None = None
@@ -240,7 +241,9 @@ class WorkerSession:
         about = self._model, layout, self._direct_modules, self._device, self._dtype
         live = partial(LiveWeights, *about)
         self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
-        self._channel.send({"type": "ready", "direct": len(self._direct_modules)})
+        processed = sum(portion.process.modules for portion in self._portions)
+        strategies = {"direct": len(self._direct_modules), "process": processed}
+        self._channel.send({"type": "ready", **strategies, "unproven": self._unproven})
 
     def _open_portions(
         self, held: Manifest, layout: EngineLayout, plan: Plan, portions: list[list[str]]
@@ -252,7 +255,9 @@ class WorkerSession:
             raise InstallFailed(f"engine rank {self._rank}: {error}") from error
         self._send_place(portions)
         # Trainer ranks open their ways out meanwhile.
-        self._direct_modules = direct_modules(self._model, layout, self._device, self._dtype)
+        self._direct_modules, self._unproven = direct_modules(
+            self._model, layout, self._device, self._dtype
+        )
         choice = self._channel.receive("transport")
         self._forwards = bool(choice["forward_bytes"])
         # Another worker may have more portions; this one receives nothing in them.

@@ -28,10 +28,13 @@ __all__ = ["direct_modules"]
 
 def direct_modules(
     model: torch.nn.Module, layout: EngineLayout, device: torch.device, dtype: torch.dtype
-) -> set[str]:
-    """Return the names of the modules whose live storages may be overwritten with staged bytes."""
+) -> tuple[set[str], dict[str, str]]:
+    """Return the names of the modules whose live storages may be overwritten with staged bytes.
+
+    And what was raised where the proof did not end: vLLM cannot process a module alone, or no memory.
+    """
     if not compat.kernels_live_in_parameters(device):
-        return set()
+        return set(), {}
     staged: dict[str, dict[str, str]] = {}
     for storage in layout.storages:
         prefix, _, local = storage.rpartition(".")
@@ -39,15 +42,20 @@ def direct_modules(
     special = {a.rpartition(".")[0] for a in (*layout.aliases, *layout.aliases.values())}
     special |= layout.processed
     formulas = _formulas(layout)
-    proven = set()
+    proven: set[str] = set()
+    failed: dict[str, str] = {}
     for prefix, module in model.named_modules():
         names = staged.get(prefix)
         if names and prefix not in special:
             specs = {local: layout.storages[storage] for local, storage in names.items()}
             kinds = {local: formulas.get(storage) for local, storage in names.items()}
-            if _keeps_values(module, specs, kinds, device, dtype):
-                proven.add(prefix)
-    return proven
+            try:
+                if _keeps_values(module, specs, kinds, device, dtype):
+                    proven.add(prefix)
+            # Left to the strategy that processes all in order, and says what fails there.
+            except Exception as error:  # noqa: BLE001
+                failed[prefix] = f"{type(error).__name__}: {error}"
+    return proven, failed
 
 
 def _formulas(layout: EngineLayout) -> dict[str, Formula | None]:
@@ -90,9 +98,6 @@ def _keeps_values(
             process_module(module)
         after = {**module._parameters, **module._buffers}
         return _same_values(kept, {local: after.get(local) for local in specs})
-    # A module that vLLM cannot process alone is left to the strategy that processes all in order.
-    except Exception:  # noqa: BLE001
-        return False
     finally:
         state.restore()
 
