@@ -65,8 +65,9 @@ class RefitReport:
             engine that need not be paused: from the call that installs to the word that all is installed;
             steps under way when it is made are part of that.
         tensors: one entry per tensor of the plan.
-        weight_version: what the engine calls its weights from now on (vLLM keeps such a label from 0.27
-            on; later versions put it on every output), None where it cannot tell.
+        weight_version: what the engine calls its weights from now on, of whatever link: the number after
+            its last one (vLLM keeps such a label from 0.27 on; later versions put it on every output), None
+            where it cannot tell.
         host_s: seconds in which this rank's calling thread neither waited (for a GPU, the wire, a peer,
             vLLM) nor, on a trainer without a GPU, quantized.
 

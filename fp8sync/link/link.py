@@ -75,6 +75,8 @@ class Link:
         self.version = 0
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._closed = False
+        self._label = 0
+        """The last number by which vLLM knew its weights."""
         self._mixed = False
         """Whether the engine holds parts of two versions, or what was computed with another one."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
@@ -248,6 +250,7 @@ class Link:
                 calls = partial(self._engine.initialize, info)
                 with uncollected():
                     together(task, calls, listener.close, self._timeout_s)
+                self._label = self._engine.last_label()
             except BaseException:
                 conductor.close()
                 raise
@@ -293,11 +296,12 @@ class Link:
             with waiting():
                 self._engine.reset_caches(in_flight, stale=conductor.sends_kv_scales)
                 self._mixed = False
-                labelled = self._engine.label(str(version))
+                self._label += 1
+                labelled = self._engine.label(str(self._label))
         if stands:
             ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
-        label = str(version) if labelled else None
+        label = str(self._label) if labelled else None
         said = outcome.tensors, label, host.seconds
         return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
 

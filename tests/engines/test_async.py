@@ -112,7 +112,7 @@ def test_requests_in_flight(
     assert (engine.logprobs() - fresh[0]).abs().max().item() == 0.0
     old = serving.greedy(engine.greedy)
     fp8sync.refit(models[1], engine.llm, recipe)  # both links exist; the next one reconnects
-    fp8sync.refit(models[0], engine.llm, recipe)
+    last = fp8sync.refit(models[0], engine.llm, recipe).weight_version
     found, report = engine.loop.run(
         serving.refit_under_load(
             engine.stream, lambda: fp8sync.refit(models[1], engine.llm, recipe, in_flight=mode)
@@ -126,6 +126,7 @@ def test_requests_in_flight(
     assert new == serving.greedy(engine.greedy)
     label = getattr(engine.llm, "get_weight_version", None)
     assert report.weight_version == (engine.loop.run(label()) if label else None)
+    assert last is None or report.weight_version == str(int(last) + 1)
 
 
 def test_kept_between_two_steps(

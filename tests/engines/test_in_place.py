@@ -214,11 +214,15 @@ def test_auto_says_what_it_took_and_why(engine: Any, monkeypatch: pytest.MonkeyP
 
 def test_refit_makes_the_link_anew_when_commit_changes(engine: Any) -> None:
     model, recipe = world.tiny_model("dense", 7), world.recipe("blockwise-pow2")
-    versions = [
-        fp8sync.refit(model, engine, recipe, commit=commit).version
+    reports = [
+        fp8sync.refit(model, engine, recipe, commit=commit)
         for commit in ("staged", "staged", "in-place", "in-place", "staged")
     ]
-    assert versions == [1, 2, 1, 2, 1]
+    assert [report.version for report in reports] == [1, 2, 1, 2, 1]
+    labels = [report.weight_version for report in reports]
+    if labels[0] is not None:  # else this vLLM keeps none
+        first = int(labels[0])
+        assert labels == [str(first + number) for number in range(5)]
     fp8sync.close()
 
 

@@ -157,3 +157,17 @@ def test_routes(tree: Path) -> None:
     for path in sorted((tree / "entrypoints").rglob("api_router.py")):
         known |= set(defined(path))
     assert known >= ROUTES
+
+
+def test_a_label_can_be_read_where_it_can_be_set(tree: Path) -> None:
+    """From 0.27 on; `LLM` has the same two methods."""
+    known = set(defined(tree / "v1/engine/async_llm.py"))
+    for path in sorted((tree / "entrypoints").rglob("api_router.py")):
+        known |= set(defined(path))
+    pairs = {
+        "AsyncLLM.update_weight_version": "AsyncLLM.get_weight_version",
+        "/update_weight_version": "/weight_info",
+    }
+    assert not {
+        setter for setter, getter in pairs.items() if setter in known and getter not in known
+    }

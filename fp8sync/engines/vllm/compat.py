@@ -24,6 +24,7 @@ __all__ = [
     "kept_formula",
     "kernels_live_in_parameters",
     "kv_cache_method",
+    "number_of_label",
     "pause",
     "reads_host_scales",
     "update_request",
@@ -51,6 +52,11 @@ async def pause(engine: Any, mode: str) -> None:
     if mode != "keep":  # the scheduler then clears its half of this cache
         await engine.renderer.clear_mm_cache_async()
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+
+
+def number_of_label(label: str) -> int:
+    """Return the number that vLLM's label of its weights is; 0 for another one, as the first (`default`)."""
+    return int(label) if label.isdecimal() else 0
 
 
 def engine_commit(vllm_config: Any) -> str:

@@ -183,6 +183,10 @@ class Handle(ABC):
         """
 
     @abstractmethod
+    def last_label(self) -> int:
+        """The number by which vLLM knows its weights; 0 for another name, or where it keeps none."""
+
+    @abstractmethod
     def label(self, version: str) -> bool:
         """Name the engine's weights; False where vLLM keeps no such label (before 0.27)."""
 

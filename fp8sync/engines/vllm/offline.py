@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.engines.vllm.compat import number_of_label
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
 from fp8sync.errors import Fp8SyncError
 
@@ -37,6 +38,7 @@ class LLMHandle(Handle):
         self._llm = llm
         self._caches = bool(config.cache_config.enable_prefix_caching)
         self._encodes = bool(config.model_config.is_multimodal_model)
+        self._labels = hasattr(llm, "update_weight_version")
         self._resources = getattr(llm.llm_engine.engine_core, "resources", None)
         self.in_process = self._resources is None
 
@@ -77,11 +79,13 @@ class LLMHandle(Handle):
         if self._encodes:
             self._answer("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache)
 
+    def last_label(self) -> int:
+        return number_of_label(self._call("get_weight_version")) if self._labels else 0
+
     def label(self, version: str) -> bool:
-        known = hasattr(self._llm, "update_weight_version")
-        if known:
+        if self._labels:
             self._call("update_weight_version", version)
-        return known
+        return self._labels
 
     def _call(self, method: str, *args: Any) -> Any:
         return self._answer(method, partial(getattr(self._llm, method), *args))

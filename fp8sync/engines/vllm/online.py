@@ -91,6 +91,9 @@ class AsyncHandle(Handle):
         if self._encodes:
             self._call("reset_encoder_cache")
 
+    def last_label(self) -> int:
+        return compat.number_of_label(self._call("get_weight_version")) if self._labels else 0
+
     def label(self, version: str) -> bool:
         if self._labels:
             self._call("update_weight_version", version)

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
+from fp8sync.engines.vllm.compat import number_of_label
 from fp8sync.engines.vllm.handle import Handle, check_forgotten, in_thread, settled
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
@@ -103,6 +104,13 @@ class Server(Handle):
         check_forgotten(answer.get("success"))
         if in_flight == "keep":  # else it went when the server was paused
             self._post("/reset_encoder_cache")
+
+    def last_label(self) -> int:
+        path = "/weight_info"
+        status, body = self._ask("GET", path)
+        if status == HTTPStatus.NOT_FOUND:
+            return 0
+        return number_of_label(str(self._good(path, status, body).get("weight_version")))
 
     def label(self, version: str) -> bool:
         path = "/update_weight_version"
