@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from fp8sync.manifest import ITEMSIZE, Placement
+from fp8sync.plan import Part, strips
 from fp8sync.plan.boxes import Rect, overlap, touched_blocks
 from fp8sync.recipe import BLOCK, Encoding
 from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwise
 
 if TYPE_CHECKING:
-    from fp8sync.plan import AmaxGroup, Bucket, Copy, Part
+    from fp8sync.plan import AmaxGroup, Bucket, Copy
 
 __all__ = ["Amax", "PartReport", "Storages", "dequantized", "pack", "unpack", "view"]
+
+STRIP_BYTES = 1 << 22
+"""Larger parts are packed and unpacked in strips: in float32, a part takes many times its bytes."""
 
 Storages = Mapping[str, torch.Tensor]
 """Local storages by name; placements index their elements from the storage's first."""
@@ -60,7 +64,17 @@ def pack(
         payload: uint8 [bucket.nbytes] on the same device, zeroed where no part lies.
         amax: for copies that are cut inside a block.
     """
-    return [_pack_part(part, storages, payload, amax or {}) for part in bucket.parts]
+    parts = (strip for whole in bucket.parts for strip in _strips(whole))
+    return [_pack_part(part, storages, payload, amax or {}) for part in parts]
+
+
+def _strips(part: Part) -> Iterator[Part]:
+    """Yield a part in strips, which follow each other in the payload as they do in the part."""
+    offset, scale_offset = part.offset, part.scale_offset
+    for copy in strips([part.copy], STRIP_BYTES):
+        yield Part(copy, offset, scale_offset)
+        offset += copy.weight_bytes
+        scale_offset += copy.scale_bytes
 
 
 def _pack_part(part: Part, storages: Storages, payload: torch.Tensor, amax: Amax) -> PartReport:
@@ -101,7 +115,7 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
     A blockwise part whose destination keeps no scales is dequantized: codes times scale_inv, rounded
     once to the storage's dtype.
     """
-    for part in bucket.parts:
+    for part in (strip for whole in bucket.parts for strip in _strips(whole)):
         copy = part.copy
         codes = _elements(payload, part.offset, copy.shape, copy.dtype)
         destination = view(staging, copy.at, copy.shape)

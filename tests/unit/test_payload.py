@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan, fill_buckets
+from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.wire.payload import pack, unpack, view
 from fp8sync.wire.tables import PlacedBucket, pack_table, write_table
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise, run_table
+from tests.layouts.misc_ranks import memory
 from tests.unit import layouts
 from tests.unit.layouts import Side, bits
 
@@ -261,3 +264,27 @@ def test_the_reported_error_is_the_frobenius_error(formula: Formula) -> None:
     assert report.error_sq == (value - x.float()).square().sum().item()
     assert report.norm_sq == x.float().square().sum().item()
     assert 0.0 < report.error_sq < report.norm_sq
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_a_large_copy_takes_less_than_a_bucket_beside_its_message(scales: bool) -> None:
+    """To quantize it whole would take half a GiB, and to dequantize it 0.4; either by one side."""
+    shape = rows, cols = 8192, 4096
+    at = Placement("w", 0, (cols, 1))
+    held = Manifest.of([TensorInfo("w", shape, "bfloat16")], {0: [Box("w", (0, 0), shape, at)]})
+    dtype = "float8_e4m3fn" if scales else "bfloat16"
+    info = TensorInfo("w", shape, dtype, Encoding.BLOCKWISE, Formula.POW2)
+    grid = Placement("s", 0, (cols // 128, 1)) if scales else None
+    wanted = Manifest.of([info], {0: [Box("w", (0, 0), shape, at, grid)]})
+    (bucket,) = fill_buckets(build_plan(held, wanted).to_rank(0), DEFAULT_BUCKET_BYTES)
+    source = {"w": torch.ones(shape, dtype=torch.bfloat16)}
+    staging = {
+        "w": torch.zeros(rows * cols, dtype=getattr(torch, dtype)),
+        "s": torch.zeros(rows * cols // 128**2),
+    }
+    payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+    for step in (lambda: pack(bucket, source, payload), lambda: unpack(bucket, payload, staging)):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        before = memory("VmHWM")
+        step()
+        assert memory("VmHWM") - before < DEFAULT_BUCKET_BYTES
