@@ -145,6 +145,7 @@ class Conductor:
             self._agree(listener)
         # Peers hear of anything at once, instead of waiting for a message that will not come.
         except Exception as error:
+            listener.close()  # for whoever has not been heard yet
             told = named_error(error, 0)
             for channel in self._peers.all:
                 channel.try_send({"type": "error", "error": told.to_wire()})

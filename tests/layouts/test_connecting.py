@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,8 @@ import pytest
 import torch
 import torch.distributed
 
-from fp8sync.errors import Fp8SyncError, PlanMismatch
+from fp8sync.control import Channel
+from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.link import member
 from fp8sync.plan import Plan, Planner
@@ -19,6 +21,7 @@ from scripts.bench import refit_world
 from tests.layouts.cases import QWEN
 
 if TYPE_CHECKING:
+    from fp8sync.control import Message
     from fp8sync.manifest import Manifest
 
 dist: Any = torch.distributed
@@ -101,3 +104,40 @@ def test_trainer_ranks_with_different_plans(
         assert isinstance(error, PlanMismatch)
         assert str(error).startswith("trainer rank 1 computed another plan than trainer rank 0")
         assert re.search(text + r"; expected \w+, found \w+", str(error))
+
+
+STAGES = ["join", "manifest", "plan", "place", "ready"]
+DEATHS = [(1, stage) for stage in STAGES if stage != "place"] + [(3, stage) for stage in STAGES]
+
+
+@pytest.mark.parametrize(("member", "stage"), DEATHS)
+def test_a_peer_that_dies(member: int, stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer rank 1, or worker 1, in the place of a message: all who wait hear of it at once, and whose."""
+    name = {1: "trainer rank 1", 3: "engine rank 1"}[member]
+    send = Channel.send
+    role, _, rank = name.split()
+    dying = threading.local()
+
+    def sent(self: Channel, message: Message, *data: Any) -> None:
+        if message["type"] == "join":
+            dying.here = (message["role"], message["rank"]) == (role, int(rank))
+        if message["type"] == stage and getattr(dying, "here", False):
+            self.close()
+            raise SystemExit
+        send(self, message, *data)
+
+    sides = manifest(TrainerLayout(tp=2), QWEN), manifest(EngineLayout(tp=2), QWEN)
+    with monkeypatch.context() as patch:
+        patch.setattr(Channel, "send", sent)
+        raised = connect(*sides)
+    assert isinstance(raised.pop(member), SystemExit)
+    first, *others = raised
+    assert isinstance(first, EngineLost)
+    who = r"peer \d of 3" if stage == "join" else name
+    assert re.match(who + rf" (closed the connection; expected '{stage}'|is gone)", str(first))
+    for error in others:
+        if stage == "ready":
+            assert error is None  # they have nothing to wait for until the next version
+        else:
+            assert isinstance(error, EngineLost)
+            assert stage == "join" or str(error) == str(first)
