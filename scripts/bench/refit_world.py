@@ -234,7 +234,7 @@ class Worker:
         choice = channel.receive("transport")
         self._forwards = bool(choice["forward_bytes"])
         (self._receiver,) = open_receivers(choice, [intake])
-        channel.send({"type": "ready", "direct": 0})
+        channel.send({"type": "ready", "direct": 0, "process": 0, "unproven": {}})
 
     def take(self) -> None:
         """One version, to the vote and through the commit."""

@@ -141,3 +141,4 @@ def test_a_peer_that_dies(member: int, stage: str, monkeypatch: pytest.MonkeyPat
         else:
             assert isinstance(error, EngineLost)
             assert stage == "join" or str(error) == str(first)
+    assert connect(*sides) == [None] * 4
