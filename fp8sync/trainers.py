@@ -43,7 +43,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def exchange(told: Any) -> list[Any]:
-    """Return what every rank tells, in rank order; a collective of the default group.
+    """Return what every rank tells, in rank order; a collective of the default group, with that group's own limit.
 
     Args:
         told: JSON-able data, which travels as such: two all-gathers of bytes.
