@@ -7,6 +7,7 @@ import torch
 import triton.language as tl
 
 from fp8sync_kernels.descriptor import COUNTED, CUT, DIVISION, Path
+from fp8sync_kernels.job import Part, copy
 from fp8sync_kernels.launch import launch_kernel
 from fp8sync_kernels.reference.table import run_table_reference
 from fp8sync_kernels.table import build_table
@@ -49,6 +50,18 @@ def test_same_bytes_as_the_reference(name):
         assert digests[0] == digests[1]
         assert nonfinite[0] == nonfinite[1] > 0
         assert nonfinite[2:].count_nonzero() == 0
+
+
+def test_parts_of_a_table_find_their_blocks():
+    sizes = (64, 5000, 0, 3 * 32768 + 100, 40000, 16)
+    sources = [torch.randint(0, 256, (n,), dtype=torch.uint8) for n in sizes]
+    whole = build_table([copy(x, None, Part(n)) for n, x in enumerate(sources)], "cpu")
+    expected, found = torch.zeros(2, len(sizes), dtype=torch.int64)
+    run_table_reference(whole, expected, None)
+    for start, stop in ((0, 1), (1, 3), (3, 5), (5, 6)):
+        launch_kernel(whole.part(start, stop), found[start:stop], None)
+    assert found.tolist() == expected.tolist()
+    assert expected.count_nonzero() == 5
 
 
 def test_scenarios_take_every_path():
