@@ -330,8 +330,8 @@ class Conductor:
             for role, rank in sorted(self._peers.channels)
             if role == "engine"
         }
+        whole = {**own, "amax": plan.amax_digest()}
         for (role, rank), channel in sorted(self._peers.channels.items()):
-            whole = {**own, "amax": plan.amax_digest()}
             mine = {str(rank): own[str(rank)]} if role == "engine" else whole
             found = channel.receive("plan")["digests"]
             channel.send({"type": "agreed", "digests": mine, "commit": self.commit_kind})

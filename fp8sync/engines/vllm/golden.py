@@ -118,10 +118,8 @@ class GoldenReceiver:
     def _as_wanted(self, name: str, held: Pair) -> Pair:
         info = self._intake.plan.tensors[name]
         whole, scales = held
-        if scales is not None and info.formula not in {
-            None,
-            self._intake.held.tensors[name].formula,
-        }:
+        sent = self._intake.held.tensors[name].formula
+        if scales is not None and info.formula not in {None, sent}:
             whole, scales = dequantize_blockwise(whole, scales, torch.float32), None
         if info.encoding is Encoding.BLOCKWISE and scales is None and info.formula is not None:
             codes, scales, _ = quantize_blockwise(whole, info.formula.value)
