@@ -34,6 +34,12 @@ class _Kept:
     kv_scales: dict[str, float | torch.Tensor]
     key: tuple[Any, Any]
     master: bool
+    timeout_s: float
+
+    def asked(self) -> tuple[object, ...]:
+        """Return what it was made for."""
+        scales = self.kv_scales.keys()
+        return self.link.recipe, self.master, self.commit, scales, self.timeout_s
 
 
 _Name = int | str | tuple["_Name", ...]
@@ -51,12 +57,13 @@ def refit(
     kv_scales: KvScales | None = None,
     scales: str | None = None,
     commit: Commit = "staged",
+    timeout_s: float = 120.0,
 ) -> RefitReport:
     """Put a model's weights, as they are now, into a live engine.
 
     The first call connects (see `fp8sync.connect` for what can be wrong then); the link is kept for
-    the next calls with the same model and engine, and made anew when the recipe, `master`, `commit` or the
-    names of KV-cache scales change. It holds on to both until `fp8sync.close`.
+    the next calls with the same model and engine, and made anew when the recipe, `master`, `commit`,
+    `timeout_s` or the names of KV-cache scales change. It holds on to both until `fp8sync.close`.
 
     Args:
         model: a `torch.nn.Module` with Hugging Face names, or a `fp8sync.sources.Source`.
@@ -73,6 +80,8 @@ def refit(
             its own. Every trainer rank gives the same names; rank 0's values are sent.
         scales: `paired` or `misc`, if not as the recipe says; see `fp8sync.Recipe`.
         commit: `staged`, `in-place` where the engine's memory is short, or `auto`; see `fp8sync.connect`.
+        timeout_s: limit of every single wait for a peer; requests in flight have three times as long to
+            end (`wait`).
 
     Returns:
         What was done: version, bytes, seconds per stage, route and error per tensor.
@@ -90,16 +99,19 @@ def refit(
     wanted = Recipe.of(recipe, scales)
     key = _name(model), _name(engine)
     known = _links.get(key)
-    asked = wanted, master, commit, (kv_scales or {}).keys()
-    if known and (known.link.recipe, known.master, known.commit, known.kv_scales.keys()) != asked:
+    asked = wanted, master, commit, (kv_scales or {}).keys(), timeout_s
+    if known and known.asked() != asked:
         del _links[key]
         known.link.close()
         known = None
     if known is None:
         held = dict(kv_scales or {})
         source = model if bridge is None and not master else as_source(model, bridge, master=master)
-        link = connect(source, engine, wanted, kv_scales=held or None, commit=commit)
-        known = _links[key] = _Kept(link, commit, held, (_frozen(model), _frozen(engine)), master)
+        link = connect(
+            source, engine, wanted, kv_scales=held or None, commit=commit, timeout_s=timeout_s
+        )
+        both = _frozen(model), _frozen(engine)
+        known = _links[key] = _Kept(link, commit, held, both, master, timeout_s)
     known.kv_scales.update(kv_scales or {})
     return known.link.refit(in_flight)
 

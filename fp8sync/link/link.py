@@ -125,7 +125,8 @@ class Link:
         Args:
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
                 end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
-                go on with the new weights (docs/architecture.md). New requests queue up meanwhile.
+                go on with the new weights (docs/architecture.md). New requests queue up meanwhile. An engine
+                that was paused before, or is awake in parts alone, stays so, and `wait` is then `keep`.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
@@ -190,11 +191,12 @@ class Link:
                     "another link has taken the engine, or a peer is gone; refit() connects again"
                 )
             try:
-                conductor.open(self.version, audit=True)
-                self._engine.start()
-                task = self._threads.submit(conductor.audit)
-                self._engine.update(self.version)
-                return together(task, self._engine.finish, conductor.close, self._timeout_s)
+                with self._engine.standing():
+                    conductor.open(self.version, audit=True)
+                    self._engine.start()
+                    task = self._threads.submit(conductor.audit)
+                    self._engine.update(self.version)
+                    return together(task, self._engine.finish, conductor.close, self._timeout_s)
             except BaseException:
                 self._disconnect()  # messages of this audit may still be under way
                 raise
@@ -248,7 +250,7 @@ class Link:
             task = self._threads.submit(conductor.agree, listener)
             try:
                 calls = partial(self._engine.initialize, info)
-                with uncollected():
+                with uncollected(), self._engine.standing():
                     together(task, calls, listener.close, self._timeout_s)
                 self._label = self._engine.last_label()
             except BaseException:
@@ -265,19 +267,21 @@ class Link:
                 self._engine.finish()
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
-        version = self.version + 1
+        version, mixed = self.version + 1, self._mixed
         began, host = time.perf_counter(), HostTime()
-        if self._mixed and in_flight == "wait":
-            in_flight = "keep"  # to end, requests would need a usable engine
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
-            self._commit(conductor)
+            with self._engine.standing():
+                self._commit(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
         with self._engine.resuming(unless=lambda: self._mixed):
             try:
                 with waiting():
-                    stands = self._engine.pause(in_flight, once=once)
+                    if (self._engine.look(ours=mixed) or mixed) and in_flight == "wait":
+                        in_flight = "keep"  # to end, requests would need an engine that goes on
+                    arrived = time.perf_counter()
+                    stands = self._engine.stop(in_flight, once=once)
             except BaseException as error:  # requests that do not end, say: every worker is told
                 conductor.refuse(named_error(error, 0))
                 if not isinstance(error, Exception):

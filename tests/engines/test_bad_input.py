@@ -296,6 +296,18 @@ def test_engine_without_the_backend(tmp_path: Path) -> None:
             fp8sync.connect(model, llm, world.recipe("blockwise"))
 
 
+def test_engine_that_reaches_its_own_worker_alone(
+    live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under torchrun with vLLM's external launcher, where every rank has an LLM around one worker."""
+    config = live.llm_engine.vllm_config.parallel_config
+    monkeypatch.setattr(config, "distributed_executor_backend", "external_launcher")
+    fp8sync.connect(world.tiny_model("dense", 2), live, world.recipe("blockwise")).close()
+    monkeypatch.setattr(config, "world_size", 2)
+    with pytest.raises(fp8sync.UnsupportedLayout, match="'external_launcher': expected an engine"):
+        fp8sync.connect(world.tiny_model("dense", 2), live, world.recipe("blockwise"))
+
+
 def test_no_engine() -> None:
     with pytest.raises(fp8sync.UnsupportedLayout, match=r"expected a vllm\.LLM"):
         fp8sync.connect(world.tiny_model("dense", 2), object())

@@ -214,6 +214,19 @@ def test_workers_join_at_the_address_that_is_given(
         fp8sync.connect(models[1], served.url, recipe, host="0.0.0.0")
 
 
+def test_a_paused_server_stays_paused(
+    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor
+) -> None:
+    server = Server(served.url)
+    assert (server.workers, server.replicas) == (1, 1)
+    server.pause("keep", once=False)
+    fp8sync.refit(models[1], served.url, world.recipe("blockwise-pow2"))
+    assert server.paused()
+    server.resume()
+    assert not server.paused()
+    assert (served.logprobs() - fresh).abs().max().item() == 0.0
+
+
 def test_server_elsewhere_needs_an_address(served: Served) -> None:
     server = Server(served.url)
     server.check_host("127.0.0.1")

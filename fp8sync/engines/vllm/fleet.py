@@ -97,8 +97,24 @@ class Fleet(Handle):
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         return any(self._each(lambda engine: engine.pause(in_flight, once=once)))
 
+    def look(self, *, ours: bool) -> bool:
+        return any(self._each(lambda engine: engine.look(ours=ours)))
+
+    def stop(self, in_flight: InFlight, *, once: bool) -> bool:
+        return any(self._each(lambda engine: engine.stop(in_flight, once=once)))
+
     def resume(self) -> None:
         self._each(lambda engine: engine.resume())
+
+    def go_on(self) -> None:
+        self._each(lambda engine: engine.go_on())
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for engine in self._engines:
+                stack.enter_context(engine.standing())
+            yield
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         self._each(lambda engine: engine.reset_caches(in_flight, stale=stale))

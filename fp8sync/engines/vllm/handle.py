@@ -69,10 +69,13 @@ class Handle(ABC):
     timeout_s = 600.0
     in_process = False
     """Whether the engine runs in this process, and answers in the thread that asks."""
+    replicas = 1
+    """Data-parallel ones, which vLLM may let step together."""
 
     def __init__(self, engine: Any, workers: int) -> None:
         self.workers = workers
         self.seat = _seat_at(engine)
+        self._stays = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -155,18 +158,66 @@ class Handle(ABC):
     def resume(self) -> None:
         """Go on scheduling, whether it was stopped or not."""
 
+    def paused(self) -> bool:
+        """Whether nothing is scheduled: its owner has paused it, or parts of it are still asleep."""
+        return False
+
+    def look(self, *, ours: bool) -> bool:
+        """Learn whether somebody else has stopped it, who shall let it go on.
+
+        Args:
+            ours: whether a link may have left it paused.
+        """
+        if not ours:
+            self._stays = self.paused()
+        return self._stays
+
+    def stop(self, in_flight: InFlight, *, once: bool) -> bool:
+        """Pause an engine that was going on when it was looked at; of another one requests are aborted at most.
+
+        Returns:
+            Whether it stands.
+        """
+        if self._stays and in_flight != "abort":
+            return True
+        return self.pause(in_flight, once=once)
+
+    def go_on(self) -> None:
+        """Resume an engine that was going on when it was looked at."""
+        if not self._stays:
+            self.resume()
+
     @contextmanager
     def resuming(self, unless: Callable[[], bool]) -> Iterator[None]:
-        """Go on scheduling afterwards, whatever happens; after a failure only if not `unless`."""
+        """Let it go on afterwards, whatever happens; after a failure only if not `unless`."""
         try:
             yield
         except BaseException:
             if not unless():
                 with suppress(Exception):
-                    self.resume()
+                    self.go_on()
             raise
         with waiting():
-            self.resume()
+            self.go_on()
+
+    @contextmanager
+    def standing(self) -> Iterator[None]:
+        """Let replicas compute nothing meanwhile.
+
+        Experts let them step together: one, in a call that waits for all workers, would wait for another
+        whose step waits for it.
+        """
+        if self.replicas == 1 or self.paused():
+            yield
+            return
+        self.pause("keep", once=False)
+        try:
+            yield
+        except BaseException:
+            with suppress(Exception):
+                self.resume()
+            raise
+        self.resume()
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:

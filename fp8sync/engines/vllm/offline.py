@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm.compat import number_of_label
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,6 +34,13 @@ class LLMHandle(Handle):
         config = llm.llm_engine.vllm_config
         check_backend(config)
         parallel = config.parallel_config
+        alone = parallel.distributed_executor_backend == "external_launcher"
+        if alone and parallel.world_size > 1:
+            raise UnsupportedLayout(
+                "distributed_executor_backend='external_launcher': expected an engine that reaches all "
+                f"{parallel.world_size} workers, found one that has a single worker, and others on other "
+                "ranks; start an LLM that starts its workers itself"
+            )
         super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
         self._llm = llm
         self._caches = bool(config.cache_config.enable_prefix_caching)

@@ -48,7 +48,7 @@ class AsyncHandle(Handle):
         # Several schedulers step together, and a label is changed by a call of its own.
         self._caches = bool(config.cache_config.enable_prefix_caching)
         self._encodes = bool(config.model_config.is_multimodal_model)
-        self._alone = config.parallel_config.data_parallel_size == 1
+        self.replicas = config.parallel_config.data_parallel_size
         self._labels = hasattr(engine, "update_weight_version")
 
     @contextmanager
@@ -77,13 +77,25 @@ class AsyncHandle(Handle):
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         changes = self._caches or self._encodes or self._labels  # more than weights
-        if in_flight == "keep" and once and self._alone and not changes:
+        if in_flight == "keep" and once and self.replicas == 1 and not changes:
             return False
         self._run("pause", compat.pause(self._engine, in_flight))
         return True
 
     def resume(self) -> None:
         self._call("resume_generation")
+
+    def paused(self) -> bool:
+        return bool(self._call("is_paused"))
+
+    def check_requests(self, in_flight: InFlight) -> None:
+        """A paused engine steps no request to its end."""
+        count = len(self._engine.output_processor.request_states)
+        if count and in_flight == "wait" and self.paused():
+            raise Fp8SyncError(
+                f"{count} requests are in flight in an engine that is paused: let it go on before the "
+                "refit, or choose in_flight='keep' or 'abort'"
+            )
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         if self._caches or self._encodes or (stale and in_flight == "keep"):

@@ -68,6 +68,9 @@ class Server(Handle):
         if not isinstance(workers, int):
             raise _unexpected(f"{self.url}/get_world_size", "its world_size", body)
         super().__init__(self.url, workers)
+        status, body = self._ask("GET", "/get_world_size?include_dp=false")
+        size = self._good("/get_world_size", status, body).get("world_size")
+        self.replicas = workers // size if isinstance(size, int) and size else 1
 
     def check_host(self, host: str) -> None:
         """A server elsewhere cannot reach a rendezvous on this host's loopback."""
@@ -95,6 +98,10 @@ class Server(Handle):
 
     def resume(self) -> None:
         self._post("/resume")
+
+    def paused(self) -> bool:
+        status, body = self._ask("GET", "/is_paused")
+        return bool(self._good("/is_paused", status, body).get("is_paused"))
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:  # noqa: ARG002  (it may cache)
         recompute = str(in_flight == "keep").lower()

@@ -1,0 +1,146 @@
+"""Engines that their owners have paused, or put to sleep, stay so through a refit; replicas stand where they must."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+import fp8sync
+from fp8sync.engines.vllm import AsyncHandle
+from tests import skips
+from tests.engines import serving, world
+from tests.engines.test_async import Engine
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import torch
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def models() -> list[torch.nn.Module]:
+    return serving.models()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    folder = world.write_config(models[0], tmp_path_factory.mktemp("engine"))
+    engine = Engine(folder, enable_sleep_mode=skips.cuda_devices() > 0)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def known(engine: Engine, models: list[torch.nn.Module]) -> list[torch.Tensor]:
+    """Log-probabilities of both models, refitted into an engine that nobody pauses."""
+    found = []
+    for model in models:
+        fp8sync.refit(model, engine.llm, world.recipe("blockwise-pow2"))
+        assert not engine.loop.run(engine.llm.is_paused())
+        found.append(engine.logprobs())
+    assert (found[0] - found[1]).abs().max().item() > 0.0
+    return found
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
+def test_paused_stays_paused(
+    engine: Engine, models: list[torch.nn.Module], known: list[torch.Tensor], mode: str
+) -> None:
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    run(engine.llm.pause_generation(mode="keep"))
+    fp8sync.refit(models[1], engine.llm, recipe, in_flight=mode)
+    assert run(engine.llm.is_paused())
+    run(engine.llm.resume_generation())
+    assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
+
+
+def test_awake_in_part(
+    engine: Engine, models: list[torch.nn.Module], known: list[torch.Tensor]
+) -> None:
+    """Weights awake, refit, KV cache awake: nothing is computed before the last."""
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    run(engine.llm.sleep(level=1))
+    run(engine.llm.wake_up(["weights"]))
+    late = engine.loop.begin(engine.stream(world.PROMPT, 4))
+    fp8sync.refit(models[1], engine.llm, recipe, in_flight="keep")
+    assert run(engine.llm.is_paused())
+    assert not late.done()
+    run(engine.llm.wake_up(["kv_cache"]))
+    assert late.result(60)[0] == engine.greedy(world.PROMPT, 4)
+    assert not run(engine.llm.is_paused())
+    assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
+
+
+def test_requests_of_a_paused_engine_are_not_waited_for(
+    engine: Engine, models: list[torch.nn.Module], known: list[torch.Tensor]
+) -> None:
+    """They would never end: refused before anything is sent, and kept where that is asked for."""
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    streams = [engine.loop.begin(engine.stream(p, 400)) for p in serving.PROMPTS]
+    while len(engine.llm.output_processor.request_states) < len(streams):
+        time.sleep(0.01)
+    run(engine.llm.pause_generation(mode="keep"))
+    with pytest.raises(fp8sync.Fp8SyncError, match="4 requests are in flight in an engine that is"):
+        fp8sync.refit(models[1], engine.llm, recipe)
+    report = fp8sync.refit(models[1], engine.llm, recipe, in_flight="keep")
+    assert report.bytes_sent
+    assert run(engine.llm.is_paused())
+    assert not any(stream.done() for stream in streams)
+    run(engine.llm.resume_generation())
+    assert {len(stream.result(120)[0]) for stream in streams} == {400}
+    assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
+
+
+def test_refit_makes_the_link_anew_when_its_limit_changes(
+    engine: Engine, models: list[torch.nn.Module]
+) -> None:
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.close(engine=engine.llm)
+    versions = [
+        fp8sync.refit(models[0], engine.llm, recipe, timeout_s=limit).version
+        for limit in (120.0, 120.0, 60.0, 60.0)
+    ]
+    assert versions == [1, 2, 1, 2]
+
+
+def test_replicas_stand_while_all_workers_are_waited_for(
+    models: list[torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Data parallel: at connect and in an audit, not for the transfer; all replicas hold the same afterwards."""
+    if skips.cuda_devices() == 1:
+        pytest.skip("two replicas need a CUDA device each, or none")
+    engine = Engine(world.write_config(models[0], tmp_path), data_parallel_size=2)
+    stood: dict[str, bool] = {}
+
+    def watched(name: str) -> Callable[..., None]:
+        real = getattr(AsyncHandle, name)
+
+        def call(handle: AsyncHandle, *args: object) -> None:
+            stood[name] = engine.loop.run(engine.llm.is_paused())
+            real(handle, *args)
+
+        return call
+
+    for name in ("initialize", "start", "update", "finish"):
+        monkeypatch.setattr(AsyncHandle, name, watched(name))
+    with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
+        assert stood == {"initialize": True}
+        assert not engine.loop.run(engine.llm.is_paused())
+        for mode in ("wait", "keep", "abort"):
+            link.refit(mode)
+            assert stood == {"initialize": True, "start": False, "update": False, "finish": True}
+        assert not engine.loop.run(engine.llm.is_paused())
+        assert link.audit().equal
+        assert stood["finish"]
+    assert not engine.loop.run(engine.llm.is_paused())
+    engine.close()
