@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import secrets
 import socket
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -45,6 +46,14 @@ def host_id() -> str:
     return f"{socket.gethostname()}/{boot.read_text().strip() if boot.exists() else ''}"
 
 
+_TOKEN = secrets.token_hex(8)
+
+
+def _process_id() -> str:
+    """Return what no other process has; processes of two containers may have the same number."""
+    return f"{os.getpid()}/{_TOKEN}"
+
+
 def gpu_id(device: torch.device) -> str:
     """Return the identity of a GPU, the same in every process; an empty string for a processor."""
     return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else ""
@@ -73,7 +82,7 @@ class ExportedMemory:
     """
 
     host: str
-    pid: int
+    process: str
     device: int
     address: int
     nbytes: int
@@ -86,7 +95,7 @@ class ExportedMemory:
     @property
     def reachable(self) -> bool:
         """Whether this process can write there."""
-        return self.host == host_id() and (self.pid == os.getpid() or bool(self.handle))
+        return self.host == host_id() and (self.process == _process_id() or bool(self.handle))
 
 
 class _Allocation:
@@ -149,8 +158,8 @@ def export_memory(memory: torch.Tensor) -> ExportedMemory:
         with torch.cuda.device(memory.device):
             _check(runtime.cudaIpcGetMemHandle(raw, memory.data_ptr()), "cudaIpcGetMemHandle")
         handle = bytes(raw).hex()
-    device = memory.device.index or 0
-    return ExportedMemory(host_id(), os.getpid(), device, memory.data_ptr(), memory.numel(), handle)
+    owner = host_id(), _process_id(), memory.device.index or 0
+    return ExportedMemory(*owner, memory.data_ptr(), memory.numel(), handle)
 
 
 class MappedMemory:
@@ -165,7 +174,7 @@ class MappedMemory:
         self._device = device
         self._mapped: int | None = None
         self.address = exported.address
-        if exported.pid == os.getpid():
+        if exported.process == _process_id():
             if device.type == "cuda" and device.index != exported.device:
                 self._enable_peer(exported.device)
             return
@@ -173,7 +182,11 @@ class MappedMemory:
         pointer = ctypes.c_void_p()
         with torch.cuda.device(device):
             status = _open(ctypes.byref(pointer), _Handle(raw), _LAZY_PEER_ACCESS)
-        _check(status, "cudaIpcOpenMemHandle")
+        _check(
+            status,
+            "trainer and engine share a host, but not its memory (are they in containers without a common "
+            "IPC namespace? then choose transport='nccl'): cudaIpcOpenMemHandle",
+        )
         self._mapped = self.address = int(pointer.value or 0)
 
     def close(self) -> None:

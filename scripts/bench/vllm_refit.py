@@ -105,7 +105,7 @@ def lead(
             link = fp8sync.connect(source, llm, "blockwise-pow2", scales="misc")
         misc = [refit(link, llm, options.sleep) for _ in range(options.misc)]
         llm.llm_engine.engine_core.shutdown()
-    keys = ("total", "quantize", "verify", "prepare", "commit", "pause")
+    keys = ("total", "quantize", "verify", "prepare", "commit", "pause", "host")
     print(f"connect and first refit: {connect_s + rows[0]['total']:.2f} s")
     medians = {key: statistics.median(row[key] for row in rows[1:]) for key in keys}
     shard = rows[0]["bytes"] / options.engine_tp
@@ -157,6 +157,7 @@ def refit(link: Any, llm: Any, sleep: int) -> dict[str, float]:
     if sleep:
         llm.wake_up(tags=["kv_cache"])
     row = {**report.seconds, "pause": report.pause_s, "bytes": report.bytes_sent, "total": total}
+    row["host"] = report.host_s
     print(" ".join(f"{key}={value:.4f}" for key, value in row.items()), flush=True)
     return row
 

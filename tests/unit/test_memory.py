@@ -1,6 +1,9 @@
-"""Memory of CUDA's own: what it refuses is an error of fp8sync, and torch's next kernel runs."""
+"""Memory that others write: whose it is; what CUDA refuses is an error of fp8sync, and torch's next kernel runs."""
 
 from __future__ import annotations
+
+import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +14,16 @@ from fp8sync.transport.memory import MappedMemory, allocate, export_memory
 
 def check_that_torch_goes_on(device: torch.device) -> None:
     assert torch.ones(8, device=device).sum().item() == 8
+
+
+def test_a_process_of_the_same_number_is_another() -> None:
+    """As in two containers of one host, whose addresses mean nothing to each other."""
+    memory = allocate(64, torch.device("cpu"))
+    own = export_memory(memory)
+    assert own.reachable
+    assert MappedMemory(own, memory.device).address == memory.data_ptr()
+    assert own.process.startswith(f"{os.getpid()}/")
+    assert not replace(own, process=f"{os.getpid()}/another").reachable
 
 
 @pytest.mark.gpu
