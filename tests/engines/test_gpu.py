@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.gpu
 
+COMPILED = {"enforce_eager": False, "compilation_config": {"cudagraph_capture_sizes": [1, 4]}}
+"""As vLLM compiles by default, with fewer graphs."""
+
 
 def fresh(folder: Path, **options: Any) -> tuple[torch.Tensor, list[int]]:
     llm = world.start_engine(folder, **options)
@@ -61,16 +64,17 @@ def test_other_kernels_of_experts(backend: str, kept: str, tmp_path: Path) -> No
     world.forget_engines()
 
 
+@pytest.mark.parametrize("options", [world.GRAPHS, COMPILED], ids=["graphs", "compiled"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_cuda_graphs(kind: str, tmp_path: Path) -> None:
+def test_cuda_graphs(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
     """Captured graphs read the refitted weights: the same tokens as a fresh engine decodes."""
     models = [world.tiny_model(kind, seed) for seed in (1, 2)]
     expected = [
-        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **world.GRAPHS)
+        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **options)
         for seed, model in enumerate(models)
     ]
     folder = world.write_config(models[0], tmp_path / "config")
-    llm = world.start_engine(folder, load_format="dummy", **world.GRAPHS)
+    llm = world.start_engine(folder, load_format="dummy", **options)
     for turn in (0, 1, 0):
         fp8sync.refit(models[turn], llm, "blockwise-pow2")
         assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
