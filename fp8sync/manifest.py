@@ -122,6 +122,7 @@ class TensorInfo:
         formula: for blockwise encoding, the scale formula the side holds or wants.
         misc: empty for the bulk path; otherwise the reason why the whole tensor goes through the
             engine's own loader.
+        unused: the reason why the side wants nothing of it, and has no box of it.
 
     Examples:
         >>> TensorInfo("lm_head.weight", (256, 128), "bfloat16").numel
@@ -134,6 +135,7 @@ class TensorInfo:
     encoding: Encoding = Encoding.PLAIN
     formula: Formula | None = None
     misc: str = ""
+    unused: str = ""
 
     @property
     def numel(self) -> int:
@@ -141,15 +143,17 @@ class TensorInfo:
         return math.prod(self.shape)
 
     def to_json(self) -> list[Any]:
-        """Return `[name, [shape], dtype, encoding, formula, misc]`."""
+        """Return `[name, [shape], dtype, encoding, formula, misc]`; then `unused`, if it is."""
         formula = self.formula and self.formula.value
-        return [self.name, list(self.shape), self.dtype, self.encoding.value, formula, self.misc]
+        data = [self.name, list(self.shape), self.dtype, self.encoding.value, formula, self.misc]
+        return [*data, self.unused] if self.unused else data
 
     @classmethod
     def from_json(cls, data: Sequence[Any]) -> TensorInfo:
         """Rebuild a tensor's description from `to_json`."""
         formula = Formula(data[4]) if data[4] else None
-        return cls(data[0], tuple(data[1]), data[2], Encoding(data[3]), formula, data[5])
+        encoding, unused = Encoding(data[3]), data[6] if len(data) > 6 else ""
+        return cls(data[0], tuple(data[1]), data[2], encoding, formula, data[5], unused)
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ class TensorReport:
 
     Args:
         name: HF parameter name.
-        route: `bulk` or `misc`.
-        reason: why it took the misc path; empty on bulk.
+        route: `bulk`, `misc`, or `left out` where the engine knowingly takes nothing of it.
+        reason: why it took the misc path, or was left out; empty on bulk.
         encoding: `plain` or `blockwise`.
         formula: `pow2` or `fp32`; empty for plain tensors.
         bytes: taken by all engine workers together, scales included, whoever sent them.
@@ -64,7 +64,7 @@ class RefitReport:
             `wait`, from its answer) to the answer to resume, installing and caches included. With `keep`, an
             engine that need not be paused: from the call that installs to the word that all is installed;
             steps under way when it is made are part of that.
-        tensors: one entry per tensor of the plan.
+        tensors: one entry per tensor of the trainer.
         weight_version: what the engine calls its weights from now on, of whatever link: the number after
             its last one (vLLM keeps such a label from 0.27 on; later versions put it on every output), None
             where it cannot tell.
@@ -135,8 +135,8 @@ def _tensor_reports(
     return tuple(
         TensorReport(
             name=info.name,
-            route="misc" if info.misc else "bulk",
-            reason=info.misc,
+            route="left out" if info.unused else "misc" if info.misc else "bulk",
+            reason=info.unused or info.misc,
             encoding=info.encoding.value,
             formula=info.formula.value if info.formula else "",
             bytes=sent[info.name],

@@ -35,7 +35,8 @@ class Plan:
     """All copies of a refit, in wire order, and the tensors they carry.
 
     `amax` lists the blocks whose amax trainer ranks have to agree on before they quantize. A tensor
-    with a `misc` reason lands whole in a storage `misc/<name>`, for the engine's own loader.
+    with a `misc` reason lands whole in a storage `misc/<name>`, for the engine's own loader; of one that
+    is `unused` there is no copy.
     """
 
     tensors: Mapping[str, TensorInfo]

@@ -21,6 +21,8 @@ __all__ = ["check_all_held", "check_all_used", "check_tiling", "remainder", "uni
 def check_all_used(destination: Manifest) -> None:
     """Check that all engine ranks together take every element of every tensor.
 
+    Those of which all of them take nothing, and say why, are left out.
+
     Raises:
         TensorMismatch: naming each tensor of which the engine takes only a part.
     """
@@ -29,6 +31,7 @@ def check_all_used(destination: Manifest) -> None:
         f"{destination.tensors[name].numel} elements of shape {destination.tensors[name].shape}, "
         f"found {used} taken"
         for name, used in _incomplete(destination)
+        if used or not destination.tensors[name].unused
     ]
     if faults:
         raise TensorMismatch("the engine would use only a part of these tensors", faults)

@@ -17,7 +17,7 @@ __all__ = ["LinkPlan", "explain"]
 
 
 def explain(plan: Plan) -> str:
-    """Return what the plan does: totals, bytes per link, and the misc list with its reasons."""
+    """Return what the plan does: totals, bytes per link, and what is misc or left out, with reasons."""
     links: Counter[tuple[str, int, int]] = Counter()
     kinds: Counter[str] = Counter()
     for copy in plan.copies:
@@ -25,15 +25,17 @@ def explain(plan: Plan) -> str:
         side, sender = ("", copy.source_rank) if copy.via is None else ("engine ", copy.via)
         links[side, sender, copy.destination_rank] += nbytes
         kinds[_kind(plan.tensors[copy.tensor])] += nbytes
-    misc = [t for t in plan.tensors.values() if t.misc]
+    sent = [t for t in plan.tensors.values() if not t.unused]
+    misc = [t for t in sent if t.misc]
     lines = [
-        f"{len(plan.tensors)} tensors in {len(plan.copies)} copies, {sum(links.values()):,} bytes",
-        f"bulk: {len(plan.tensors) - len(misc)} tensors; misc: {len(misc)}",
+        f"{len(sent)} tensors in {len(plan.copies)} copies, {sum(links.values()):,} bytes",
+        f"bulk: {len(sent) - len(misc)} tensors; misc: {len(misc)}",
         *_scale_lines(plan),
         *(f"  {kind}: {nbytes:,} bytes" for kind, nbytes in sorted(kinds.items())),
         *_amax_lines(plan),
         *(f"link {side}{a} -> {b}: {n:,} bytes" for (side, a, b), n in sorted(links.items())),
         *(f"misc {t.name}: {t.misc}" for t in misc),
+        *(f"left out {t.name}: {t.unused}" for t in plan.tensors.values() if t.unused),
     ]
     return "\n".join(lines)
 
@@ -79,7 +81,7 @@ class LinkPlan:
         self.plan = plan
 
     def explain(self) -> str:
-        """Return totals, bytes per link and the misc list with its reasons, as text.
+        """Return totals, bytes per link, and what is misc or left out with its reasons, as text.
 
         Examples:
             >>> print(link.plan.explain())  # doctest: +SKIP

@@ -85,7 +85,9 @@ def agree_on_tensors(
     cut = _cut_pairs(source, spreads, unsliced)
     agreed = {}
     for name, info in destination.items():
-        if name in cut:
+        if info.unused:
+            agreed[name] = info
+        elif name in cut:
             reason = info.misc or cut[name]
             agreed[name] = TensorInfo(name, info.shape, "float32", misc=reason)
         elif source[name].encoding is Encoding.BLOCKWISE and name not in misfits:

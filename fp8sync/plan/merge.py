@@ -29,6 +29,8 @@ def merge_ranks(manifests: Iterable[Manifest]) -> Manifest:
         for name, info in manifest.tensors.items():
             known = tensors.setdefault(name, info)
             if name not in owner:
+                if known.unused and not info.unused and name not in settled:
+                    tensors[name] = info  # left out only if all ranks say so
                 continue
             if name not in settled:
                 settled[name] = owner[name]

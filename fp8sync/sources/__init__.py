@@ -12,6 +12,7 @@ from fp8sync.errors import UnsupportedLayout
 from fp8sync.sources.checkpoint import CheckpointSource
 from fp8sync.sources.live import LiveSource
 from fp8sync.sources.module import ModuleSource
+from fp8sync.sources.places import COMPILED
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
@@ -69,9 +70,10 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
     """Return `model` itself if it is a `Source`, or a source for it.
 
     Args:
-        model: a `torch.nn.Module` with Hugging Face parameter names, plain (in torch's DDP or not) or
-            sharded (FSDP2, DTensor), the path of a Hugging Face directory, or a `Source`. With a bridge, a
-            Megatron-Core model: the list of its chunks on this rank, or its only one.
+        model: a `torch.nn.Module` with Hugging Face parameter names, plain or sharded (FSDP2, DTensor),
+            also in torch's DDP or compiled, as a whole or in part; the path of a Hugging Face directory; or
+            a `Source`. With a bridge, a Megatron-Core model: the list of its chunks on this rank, or its
+            only one.
         bridge: the `megatron.bridge.AutoBridge` of a Megatron-Core model. With a path, that of a
             Megatron distributed checkpoint.
         master: whether to read its optimizer's FP32 masters; see `MegatronSource`.
@@ -110,8 +112,7 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
 
 
 def _source_of(module: torch.nn.Module, rank: int) -> Source:
-    if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-        module = module.module
+    module = _unwrapped(module)
     if any(hasattr(p, "tensor_model_parallel") for p in module.parameters()):
         kind = type(module).__name__
         raise UnsupportedLayout(f"{kind} is a Megatron-Core model: expected its bridge=")
@@ -121,3 +122,14 @@ def _source_of(module: torch.nn.Module, rank: int) -> Source:
         if holds_dtensors(module):
             return DTensorSource(module, rank)
     return ModuleSource(module, rank)
+
+
+def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
+    """Return what is in torch's DDP and in `torch.compile`, in whichever order."""
+    while True:
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif (inner := module._modules.get(COMPILED)) is not None:
+            module = inner
+        else:
+            return module

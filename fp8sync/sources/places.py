@@ -17,9 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from fp8sync.errors import TensorMismatch
+from fp8sync.errors import TensorMismatch, UnsupportedLayout
 
-__all__ = ["LazyTensors", "ModuleState"]
+__all__ = ["COMPILED", "LazyTensors", "ModuleState"]
+
+COMPILED = "_orig_mod"
+"""Under which `torch.compile` keeps the module that it wraps, and `state_dict` names what is in it."""
 
 # Children are compared by `==`, which torch leaves at identity.
 _methods = attrgetter("state_dict", "_save_to_state_dict", "get_extra_state", "__eq__")
@@ -58,6 +61,8 @@ class LazyTensors(Mapping[str, torch.Tensor]):
 class ModuleState:
     """What a module's `state_dict` holds, again and again: tensors are looked up, modules remembered.
 
+    Names are those of the module before any part of it was compiled.
+
     Args:
         module: whose tensors.
         key: equal for tensors that are tied.
@@ -70,7 +75,12 @@ class ModuleState:
         self._tied: dict[str, str] = {}
 
     def walk(self) -> dict[str, torch.Tensor]:
-        """Return the tensors of `state_dict`, not detached, tied ones once; who keeps them is remembered."""
+        """Return the tensors of `state_dict`, not detached, tied ones once; who keeps them is remembered.
+
+        Raises:
+            UnsupportedLayout: a compiled module keeps a tensor beside the module it wraps, which has
+                another one of that name.
+        """
         self._tied = {}
         firsts: dict[object, str] = {}
         listed = {}
@@ -118,8 +128,21 @@ class ModuleState:
 
 
 def _tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    values = module.state_dict(keep_vars=True).items()
-    return {name: value for name, value in values if isinstance(value, torch.Tensor)}
+    found: dict[str, torch.Tensor] = {}
+    faults = []
+    for told, value in module.state_dict(keep_vars=True).items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        name = _as_written(told) if COMPILED in told else told
+        if found.setdefault(name, value) is not value:
+            faults.append(f"{name}: expected one tensor, found another one as {told}")
+    if faults:
+        raise UnsupportedLayout("compiled modules hide tensors of the same name", faults)
+    return found
+
+
+def _as_written(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != COMPILED)
 
 
 class _Block(NamedTuple):
@@ -155,7 +178,9 @@ class _Places:
                 places._parents.append(module)
                 places._children.append(dict(module._modules))
             keepers |= {prefix + k: (module, k) for k in (*module._parameters, *module._buffers)}
-            rest += [(m, f"{prefix}{n}.") for n, m in module._modules.items() if m is not None]
+            for name, child in module._modules.items():
+                if child is not None:
+                    rest.append((child, prefix if name == COMPILED else f"{prefix}{name}."))
         if not found.keys() <= keepers.keys():
             return None
         places._cut({name: keepers[name] for name in found})

@@ -174,7 +174,8 @@ def _prove(
     with junk(subject.tensors, settings.seed):
         refits.append(_refit(link.refit(), "junk"))
     other = link.audit()
-    skipped = set(plan.tensors) - {d.tensor for d in other.differences} - set(snapshot.unread)
+    sent = {name for name, info in plan.tensors.items() if not info.unused}
+    skipped = sent - {d.tensor for d in other.differences} - set(snapshot.unread)
     failures += [f"audit: {name} was not overwritten by junk" for name in sorted(skipped)]
     report = link.refit()
     refits.append(_refit(report, "trained"))
@@ -193,7 +194,7 @@ def _prove(
     ]
     result = _about(settings) | {
         "transport": getattr(link, "transport", ""),
-        "tensors": len(plan.tensors),
+        "tensors": len(sent),
         "layers": {name: list(both) for name, both in snapshot.layers().items()},
         "unread": snapshot.unread,
         "links": _links(plan),

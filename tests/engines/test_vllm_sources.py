@@ -144,6 +144,16 @@ def test_records_of_sleep(tree: Path) -> None:
     assert used >= {"instance", "pointer_to_data", "is_asleep", "tag"}
 
 
+def test_config_of_the_text_model(tree: Path) -> None:
+    """What `compat.text_config` reads, and names of `further.py`."""
+    nodes = [*ast.walk(parsed(tree / "config/model.py"))]
+    assert "hf_text_config" in {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    loaders = (tree / "model_executor/models").glob("*.py")
+    texts = "\n".join(path.read_text(encoding="utf-8") for path in loaders)
+    for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules"):
+        assert f'"{name}"' in texts
+
+
 def test_calls_of_llm(tree: Path) -> None:
     """They moved from the class to a mixin after 0.32."""
     known = set(defined(tree / "entrypoints/llm.py"))

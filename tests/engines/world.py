@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -70,6 +71,13 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         shape |= {"num_key_value_heads": 4, "num_nextn_predict_layers": 0}
         config = transformers.DeepseekV3Config(**shape | {"topk_method": "noaux_tc"} | changes)
         model = transformers.DeepseekV3ForCausalLM(config)
+    elif kind == "glm":
+        shape |= {"moe_intermediate_size": 128, "n_routed_experts": 8, "n_shared_experts": 1}
+        shape |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+        shape |= {"first_k_dense_replace": 1, "use_qk_norm": True, "num_nextn_predict_layers": 1}
+        config = transformers.Glm4MoeConfig(**shape | changes)
+        model = transformers.Glm4MoeForCausalLM(config)
+        model.model.layers.append(_mtp_layer(model))
     elif kind == "neox":
         shape |= {"num_key_value_heads": 4, "head_dim": 64}  # it has no others, whatever it is told
         config = transformers.GPTNeoXConfig(**shape | {"rotary_pct": 1.0} | changes)
@@ -96,6 +104,19 @@ def tiny_model(kind: str, seed: int, **changes: Any) -> torch.nn.Module:
         model = transformers.Qwen3ForCausalLM(config)
     model.config.architectures = [type(model).__name__]
     return model.to("cuda" if skips.cuda_devices() else "cpu", torch.bfloat16)
+
+
+def _mtp_layer(model: torch.nn.Module) -> torch.nn.Module:
+    """A layer as checkpoints hold it that predicts one token further; transformers makes none."""
+    layer = copy.deepcopy(model.model.layers[-1])
+    size, words = model.config.hidden_size, model.config.vocab_size
+    layer.eh_proj = torch.nn.Linear(2 * size, size, bias=False)
+    layer.embed_tokens = torch.nn.Embedding(words, size)
+    layer.enorm, layer.hnorm = copy.deepcopy((model.model.norm, model.model.norm))
+    layer.shared_head = torch.nn.Module()
+    layer.shared_head.norm = copy.deepcopy(model.model.norm)
+    layer.shared_head.head = torch.nn.Linear(size, words, bias=False)
+    return layer
 
 
 def write_config(

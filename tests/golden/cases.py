@@ -1,4 +1,4 @@
-"""The tiny world behind the golden files: two trainer ranks, one engine rank, five tensors."""
+"""The tiny world behind the golden files: two trainer ranks, one engine rank, six tensors."""
 
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ def source_manifest() -> Manifest:
         TensorInfo("norm.weight", (5,), "bfloat16"),
         TensorInfo("step", (), "int64"),
         TensorInfo("decay", (4,), "float32"),
+        TensorInfo("mtp.norm.weight", (3,), "float32"),
     ]
     ranks = {
         0: [
@@ -49,6 +50,7 @@ def source_manifest() -> Manifest:
             Box("tall.weight", (128, 0), (3, 2), Placement("tail", 0, (2, 1))),
             Box("wide.weight", (0, 0), (2, 3), Placement("turned", 1, (1, 2))),
             Box("decay", (0,), (4,), Placement("decay", 0, (1,))),
+            Box("mtp.norm.weight", (0,), (3,), Placement("mtp", 0, (1,))),
             Box("norm.weight", (0,), (5,), Placement("norm", 0, (1,))),
         ],
     }
@@ -56,7 +58,7 @@ def source_manifest() -> Manifest:
 
 
 def engine_manifest() -> Manifest:
-    """One engine rank; `tall` inside a fused storage with scales, `decay` by the misc path."""
+    """One engine rank; `tall` inside a fused storage with scales, `decay` by the misc path, one is left out."""
     reason = "the loader computes what it stores"
     tensors = [
         TensorInfo("tall.weight", (131, 2), *POW2),
@@ -64,6 +66,7 @@ def engine_manifest() -> Manifest:
         TensorInfo("norm.weight", (5,), "float32"),
         TensorInfo("step", (), "int64"),
         TensorInfo("decay", (4,), "float32", misc=reason),
+        TensorInfo("mtp.norm.weight", (3,), "float32", unused="of a speculative drafter"),
     ]
     fused = Placement("layer.fused.weight", 512, (2, 1))
     scales = Placement("layer.fused.weight_scale_inv", 2, (1, 1))
@@ -93,7 +96,8 @@ def storages(rank: int) -> dict[str, torch.Tensor]:
         return {"flat": flat, "norm": norm, "step": torch.tensor(2**40 + 7)}
     tail = values[10:16].to(torch.bfloat16)
     turned = torch.tensor([9.0, 1.0, -0.0, 0.3, 1e-5, -7.3, 2.5])
-    return {"tail": tail, "turned": turned, "decay": values[:4] / 3, "norm": norm}
+    mtp = torch.zeros(3)
+    return {"tail": tail, "turned": turned, "decay": values[:4] / 3, "norm": norm, "mtp": mtp}
 
 
 def plan() -> Plan:

@@ -1,5 +1,6 @@
-"""Hypothesis for this folder: the same examples in every run, no deadline on a busy machine."""
+"""Hypothesis for this folder: the same examples in every run, no deadline on a busy machine; one fixture."""
 
+import pytest
 from hypothesis import HealthCheck, settings
 
 settings.register_profile(
@@ -11,3 +12,9 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("unit")
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `torch.compile` wrap a module; other tests have it return the module itself."""
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)

@@ -25,6 +25,7 @@ infos = st.builds(
     st.sampled_from(Encoding),
     st.none() | st.sampled_from(Formula),
     st.text(max_size=20),
+    st.text(max_size=20),
 )
 manifests = st.builds(
     Manifest.of,
@@ -62,6 +63,7 @@ BOX = Box("w", (0, 0), (4, 4), Placement("s", 0, (4, 1)))
         (replace(PLAIN, formula=Formula.POW2), BOX),
         (replace(PLAIN, formula=Formula.FP32), BOX),
         (replace(PLAIN, misc="a reason"), BOX),
+        (replace(PLAIN, unused="a reason"), BOX),
         (PLAIN, replace(BOX, start=(0, 1))),
         (PLAIN, replace(BOX, shape=(4, 3))),
         (PLAIN, replace(BOX, at=Placement("t", 0, (4, 1)))),

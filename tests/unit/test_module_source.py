@@ -203,9 +203,13 @@ def one_rank_mesh(tmp_path):
     dist.destroy_process_group()
 
 
-def test_a_module_in_ddp_is_the_module(one_rank_mesh) -> None:
+@pytest.mark.usefixtures("compiling")
+def test_a_module_in_ddp_or_compiled_is_the_module(one_rank_mesh) -> None:
     wrapped = nn.parallel.DistributedDataParallel(nn.Linear(4, 4))
-    assert list(as_source(wrapped).manifest().tensors) == ["weight", "bias"]
+    for module in (wrapped, torch.compile(wrapped)):
+        assert list(as_source(module).manifest().tensors) == ["weight", "bias"]
+    compiled = nn.parallel.DistributedDataParallel(torch.compile(nn.Linear(4, 4)))
+    assert list(as_source(compiled).manifest().tensors) == ["weight", "bias"]
 
 
 def test_distributed_parameters_are_refused(one_rank_mesh) -> None:

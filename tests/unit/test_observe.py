@@ -69,4 +69,17 @@ def test_refused_tensors_are_named_with_the_rank() -> None:
     with pytest.raises(TensorMismatch) as failure:
         observe(toy, held, toy.places, 3)
     (line,) = failure.value.violations
-    assert line.startswith("c.weight (engine rank 3): found shape (256, 128)")
+    assert line == (
+        "c.weight (engine rank 3): sent with shape (256, 128); expected that the loader takes it, "
+        "found that the loader refuses it: the loader raises KeyError 'c.weight'"
+    )
+
+
+def test_a_refused_scale_is_named_with_its_own_shape() -> None:
+    toy = Toy({"a.weight": FP8})
+    held = toy.held()
+    del toy.places["a.weight_scale_inv"]
+    with pytest.raises(TensorMismatch) as failure:
+        observe(toy, held, {"a.weight": toy.places["a.weight"]}, 0)
+    (line,) = failure.value.violations
+    assert line.startswith("a.weight_scale_inv (engine rank 0): sent with shape (2, 1);")

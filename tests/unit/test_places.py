@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fp8sync.errors import TensorMismatch
-from fp8sync.sources import ModuleSource
+from fp8sync.errors import TensorMismatch, UnsupportedLayout
+from fp8sync.sources import ModuleSource, as_source
 from fp8sync.sources.places import LazyTensors, ModuleState
 from tests.unit.experts import Expert, Model, as_it_lies, assert_same, one, random, told, trained
 
@@ -209,6 +209,81 @@ def test_a_tied_name_that_is_gone_is_missed_by_nobody() -> None:
     assert_same(source.storages(), told(module))
 
 
+# --- compiled and wrapped modules ------------------------------------------------------------------
+
+
+def compiled_within(m: Model) -> Model:
+    m.experts[1] = torch.compile(m.experts[1])
+    m.experts[2].up = torch.compile(m.experts[2].up)
+    return m
+
+
+def compiled_twice(m: Model) -> Model:
+    return torch.compile(compiled_within(m))
+
+
+def compiled_in_place(m: Model) -> Model:
+    m.compile()
+    return m
+
+
+WRAPPED = (compiled_within, compiled_twice, compiled_in_place, torch.compile)
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("wrapped", WRAPPED, ids=lambda wrapped: wrapped.__name__)
+@pytest.mark.parametrize("change", [replaced, another_leaf, another_branch, loaded_by_assignment])
+def test_compiled_modules_go_by_the_names_they_had(
+    wrapped: Callable[[Model], Model], change: Callable[[Model], None], monkeypatch
+) -> None:
+    module = Model()
+    names = list(told(module))
+    source = as_source(wrapped(module))
+    assert list(source.manifest().tensors) == names
+    for step in (trained, change):
+        step(one_by_one(module))
+        assert_same(source.storages(), as_written(told(module)))
+    monkeypatch.setattr("fp8sync.sources.places._tensors", lambda _: pytest.fail("walked"))
+    assert list(dict(source.storages())) == names
+
+
+def one_by_one(m: Model) -> Model:
+    """Let changes reach the module that a compiled one wraps."""
+    plain = Model()
+    plain._modules = {n: getattr(c, "_orig_mod", c) for n, c in m._modules.items()}
+    plain._parameters = m._parameters
+    return plain
+
+
+def as_written(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("_orig_mod.", ""): value for name, value in tensors.items()}
+
+
+@pytest.mark.usefixtures("compiling")
+def test_layers_that_recompute_go_by_the_names_they_had() -> None:
+    """Torch's own hook takes the wrapper out of names, whichever of the two is outside."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    module = Model()
+    names = list(told(module))
+    module.experts[0] = checkpoint_wrapper(module.experts[0])
+    module.experts[1] = torch.compile(checkpoint_wrapper(module.experts[1]))
+    module.experts[2] = checkpoint_wrapper(torch.compile(module.experts[2]))
+    source = as_source(torch.compile(module))
+    assert list(source.manifest().tensors) == names
+    trained(module)
+    assert_same(source.storages(), as_written(told(module)))
+
+
+def test_tensors_that_a_compiled_module_would_hide_are_refused() -> None:
+    module = nn.Sequential(nn.Linear(3, 3))
+    module[0].add_module("_orig_mod", nn.Linear(3, 3, bias=False))
+    with pytest.raises(UnsupportedLayout, match="hide tensors of the same name") as refusal:
+        ModuleSource(module).manifest()
+    (line,) = refusal.value.violations
+    assert line.startswith("0.weight: expected one tensor, found another one as 0.")
+
+
 # --- FSDP2 ------------------------------------------------------------------------------------------
 
 
@@ -240,5 +315,38 @@ def test_shards_are_read_while_fsdp2_shows_whole_parameters(tmp_path) -> None:
             wanted = module.state_dict()
             assert not any(torch.equal(before[name], value) for name, value in found.items())
             assert_same(found, {name: value.to_local() for name, value in wanted.items()})
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("compiling")
+@pytest.mark.parametrize("compiled_first", [False, True])
+def test_compiled_layers_of_fsdp2_go_by_the_names_they_had(tmp_path, compiled_first: bool) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from fp8sync.sources.dtensor import DTensorSource
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = Model()
+        names = list(told(module))
+        mesh = init_device_mesh("cpu", (1,))
+        for number in range(3):
+            if compiled_first:
+                module.experts[number] = torch.compile(module.experts[number])
+                fully_shard(module.experts[number], mesh=mesh)
+            else:
+                fully_shard(module.experts[number], mesh=mesh)
+                module.experts[number] = torch.compile(module.experts[number])
+        fully_shard(module, mesh=mesh, ignored_params={module.scale})
+        source = as_source(torch.compile(module))
+        assert isinstance(source, DTensorSource)
+        assert list(source.manifest().tensors) == names
+        trained(module)
+        wanted = as_written(told(module))
+        wanted = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in wanted.items()}
+        assert_same(source.storages(), wanted)
     finally:
         dist.destroy_process_group()

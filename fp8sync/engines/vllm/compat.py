@@ -27,6 +27,7 @@ __all__ = [
     "number_of_label",
     "pause",
     "reads_host_scales",
+    "text_config",
     "update_request",
     "weights_asleep",
     "worker_rank",
@@ -139,6 +140,13 @@ def captures_full_graphs() -> bool:
 
     mode = get_current_vllm_config().compilation_config.cudagraph_mode
     return bool(mode is not None and mode.has_full_cudagraphs())
+
+
+def text_config() -> Any:
+    """Return the Hugging Face config of the engine's text model; needs vLLM's current config."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().model_config.hf_text_config
 
 
 def compiles_hooks() -> bool:

@@ -11,6 +11,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.experts import check_experts
+from fp8sync.engines.vllm.further import not_of_main_model
 from fp8sync.engines.vllm.kv_cache import add_scale_parameters, check_scales
 from fp8sync.engines.vllm.load_form import load_form, storages_of
 from fp8sync.engines.vllm.observe import observe
@@ -109,8 +110,14 @@ class _Describer:
         paired = set(quantized)
         reached = trace.reached()
         kv_scales = self._kv_scales(reached)
+        config = compat.text_config()
         for name, held in self.held.items():
             reason = trace.transforms.get(name, "")
+            if not reason and not reached[name]:
+                unused = not_of_main_model(name, config)
+                if unused:
+                    infos[name] = replace(held, misc="", unused=unused)
+                    continue
             writes = trace.writes.get(name, [])
             info = self._wanted(held, sorted(reached[name]), name in paired)
             if any(compat.is_attention(self.modules[s]) for s in reached[name]):

@@ -97,8 +97,11 @@ def _check_failures(trace: Trace, held: Mapping[str, TensorInfo], rank: int) -> 
         if "meta" in reason or "DataDependent" in reason:
             trace.transforms[tensor] = f"the loader looks at the data ({reason})"
         else:
-            where = f"{name} (engine rank {rank})"
-            found = f"found shape {held[tensor].shape}, expected another"
-            faults.append(f"{where}: {found}: {reason}")
+            shape = held[tensor].shape
+            sent = shape if name == tensor else block_shape(shape)
+            faults.append(
+                f"{name} (engine rank {rank}): sent with shape {sent}; expected that the loader takes "
+                f"it, found that the loader refuses it: {reason}"
+            )
     if faults:
         raise TensorMismatch("the engine's loader refuses these tensors", faults)
