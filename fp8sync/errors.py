@@ -54,12 +54,22 @@ class Fp8SyncError(Exception):
         self.violations = tuple(violations)
         super().__init__("\n  - ".join((summary, *self.violations)))
 
+    severed = False
+    """Whether messages may be missing or left over on their way: the next refit has to connect anew."""
+
+    def named(self, summary: str) -> Fp8SyncError:
+        """Return the same error with another summary."""
+        other = type(self)(summary, self.violations)
+        other.severed = self.severed
+        return other
+
     def to_wire(self) -> dict[str, Any]:
         """Return the error as JSON-able data."""
         return {
             "kind": type(self).__name__,
             "summary": self.summary,
             "violations": list(self.violations),
+            "severed": self.severed,
         }
 
 
@@ -90,13 +100,19 @@ class CorruptBucket(Fp8SyncError):
 class TransferTimeout(Fp8SyncError):
     """A peer did not answer within the timeout."""
 
+    severed = True
+
 
 class EngineLost(Fp8SyncError):
     """The engine, one of its workers or another rank is gone, or another link has taken the engine."""
 
+    severed = True
+
 
 class EngineUnusable(Fp8SyncError):
     """The engine holds parts of two versions, and must not generate until a complete refit succeeds."""
+
+    severed = True
 
 
 class InstallFailed(Fp8SyncError):
@@ -141,11 +157,13 @@ def from_wire(data: Mapping[str, Any]) -> Fp8SyncError:
         EngineLost('worker 3 is gone')
     """
     cls = _BY_NAME.get(str(data.get("kind")), Fp8SyncError)
-    return cls(str(data.get("summary", "")), [str(v) for v in data.get("violations", ())])
+    error = cls(str(data.get("summary", "")), [str(v) for v in data.get("violations", ())])
+    error.severed = cls.severed or data.get("severed") is True
+    return error
 
 
 def gathered(errors: Sequence[Fp8SyncError]) -> Fp8SyncError:
-    """Return the first error, carrying what the others say as violations of its own.
+    """Return the first error, carrying what the others say as violations of its own; severed if any is.
 
     Args:
         errors: at least one; causes before their consequences.
@@ -160,4 +178,6 @@ def gathered(errors: Sequence[Fp8SyncError]) -> Fp8SyncError:
     lines = [*first.violations]
     for other in others:
         lines += [f"{other.summary}: {line}" for line in other.violations] or [other.summary]
-    return type(first)(first.summary, lines)
+    whole = type(first)(first.summary, lines)
+    whole.severed = any(error.severed for error in errors)
+    return whole

@@ -63,14 +63,15 @@ def with_refusals(
 
     Mostly a worker refuses because a rank of the trainer failed, and says less than that rank. Not so where
     somebody is lost, whose neighbours may know more, and where ranks only waited in vain: for a worker that
-    had failed before it took anything, perhaps.
+    had failed before it took anything, perhaps. That a worker missed messages is always said, since it
+    decides whether the link can be kept.
     """
     if not faults or any(isinstance(fault, EngineLost) for fault in faults):
         return [*faults, *refused]
     if all(isinstance(fault, TransferTimeout) for fault in faults):
         late = (TransferTimeout, PeerFailed)
         return [*(error for error in refused if not isinstance(error, late)), *faults]
-    return [*faults]
+    return [*faults, *(error for error in refused if error.severed)]
 
 
 def difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:

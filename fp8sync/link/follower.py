@@ -10,13 +10,7 @@ from fp8sync.audit.report import AuditReport
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm import check_in_flight
-from fp8sync.errors import (
-    EngineLost,
-    EngineUnusable,
-    Fp8SyncError,
-    TransferTimeout,
-    from_wire,
-)
+from fp8sync.errors import EngineLost, Fp8SyncError, from_wire
 from fp8sync.link.commit import half_installed
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
@@ -198,8 +192,9 @@ class FollowerLink:
         follower = self._connected()
         try:
             version, sent = follower.transfer()
-        except (TransferTimeout, EngineLost, EngineUnusable):
-            self._leave(self._current)
+        except Fp8SyncError as error:
+            if error.severed:  # rank 0 leaves, too
+                self._leave(self._current)
             raise
         self.version = version
         seconds = {

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
-from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, TransferTimeout
+from fp8sync.errors import EngineLost, Fp8SyncError
 from fp8sync.link.commit import half_installed
 from fp8sync.link.conductor import Conductor
 from fp8sync.link.member import Member
@@ -164,8 +164,9 @@ class Link:
                 opening.say({"link": self._name})
             try:
                 return self._refit(self._connected(), in_flight)
-            except (TransferTimeout, EngineLost, EngineUnusable):
-                self._disconnect()  # a peer that was late may still be writing: begin anew next time
+            except Fp8SyncError as error:
+                if error.severed:
+                    self._disconnect()  # a peer that was late may still be writing: begin anew
                 raise
 
     def audit(self) -> AuditReport:

@@ -116,7 +116,7 @@ class Peers:
         for vote in votes:
             if vote["error"] is not None:
                 error = from_wire(vote["error"])
-                faults.append(type(error)(f"{vote['peer']}: {error.summary}", error.violations))
+                faults.append(error.named(f"{vote['peer']}: {error.summary}"))
         return faults
 
     def close(self) -> None:

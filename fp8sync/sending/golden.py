@@ -140,10 +140,7 @@ class GoldenSender:
             sent.error = named_error(error, self._share.rank)
         try:
             for number, piece in enumerate(self._pieces, 1):
-                message = self._message(piece, version, storages, sent)
-                ticket = self._group.exchange([(message, n) for n in self._workers], [])
-                self._group.wait(ticket, self._workers, "take a tensor")
-                sent.bytes += message.numel() * len(self._workers)
+                self._send(piece, version, storages, sent)
                 self._share.progress(len(self._pieces) - number)
         except Exception as error:  # noqa: BLE001
             sent.error = sent.error or named_error(error, self._share.rank)
@@ -154,26 +151,49 @@ class GoldenSender:
         """Leave the group; a `send` under way ends with an error."""
         self._group.close()
 
+    def _send(self, piece: Piece, version: int, storages: Storages, sent: Sent) -> None:
+        message = self._message(piece, version, storages, sent)
+        ticket = self._group.exchange([(message, n) for n in self._workers], [])
+        self._group.wait(ticket, self._workers, "take a tensor")
+        sent.bytes += message.numel() * len(self._workers)
+
     def _message(self, piece: Piece, version: int, storages: Storages, sent: Sent) -> torch.Tensor:
-        message = torch.empty(HEADER_BYTES + piece.nbytes, dtype=torch.uint8, device=self._device)
-        payload, value, flags = message[HEADER_BYTES:], 0, ABORT
+        """Return a piece's message; after a failure it is void."""
         if sent.error is None:
-            box = piece.box
-            x = view(storages, box.at, box.shape)
-            elements = payload[: x.nbytes].view(x.dtype)
-            elements.view(x.shape).copy_(x)
-            if box.scale_at is not None:
-                blocks = touched_blocks((box.start, box.shape))[1]
-                scales = view(storages, box.scale_at, blocks).contiguous().view(-1)
-                payload[x.nbytes :].copy_(scales.view(torch.uint8))  # at any byte
-            if x.is_floating_point():
-                bad = _nonfinite(elements)
-                bad += 0 if box.scale_at is None else _nonfinite(scales)
-                sent.parts.append(PartReport(box.tensor, bad))
-            value, flags = digest_of(payload), 0
-        header = piece.header(version, value, self._plan, flags).pack()
-        message[:HEADER_BYTES] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
+            try:
+                return self._filled(piece, version, storages, sent)
+            # Whatever it is, the workers that wait for a message have to hear of it.
+            except Exception as error:  # noqa: BLE001
+                sent.error = named_error(error, self._share.rank)
+        return self._stamped(self._room(piece), piece.header(version, 0, self._plan, ABORT))
+
+    def _filled(self, piece: Piece, version: int, storages: Storages, sent: Sent) -> torch.Tensor:
+        message = self._room(piece)
+        value = _pack(piece.box, storages, message[HEADER_BYTES:], sent)
+        return self._stamped(message, piece.header(version, value, self._plan))
+
+    def _room(self, piece: Piece) -> torch.Tensor:
+        return torch.empty(HEADER_BYTES + piece.nbytes, dtype=torch.uint8, device=self._device)
+
+    def _stamped(self, message: torch.Tensor, header: Header) -> torch.Tensor:
+        message[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
         return message
+
+
+def _pack(box: Box, storages: Storages, payload: torch.Tensor, sent: Sent) -> int:
+    """Fill a piece's payload, and note what is not finite; returns its digest."""
+    x = view(storages, box.at, box.shape)
+    elements = payload[: x.nbytes].view(x.dtype)
+    elements.view(x.shape).copy_(x)
+    if box.scale_at is not None:
+        blocks = touched_blocks((box.start, box.shape))[1]
+        scales = view(storages, box.scale_at, blocks).contiguous().view(-1)
+        payload[x.nbytes :].copy_(scales.view(torch.uint8))  # at any byte
+    if x.is_floating_point():
+        bad = _nonfinite(elements)
+        bad += 0 if box.scale_at is None else _nonfinite(scales)
+        sent.parts.append(PartReport(box.tensor, bad))
+    return digest_of(payload)
 
 
 def _nonfinite(values: torch.Tensor) -> int:

@@ -30,6 +30,33 @@ class Sabotage:
 
         WorkerSession._install = fail
 
+    def fail_to_unpack(self, module: str, name: str) -> None:
+        """Raise in the second call of what a way in uses to fill staging memory."""
+        from importlib import import_module
+
+        way = import_module(module)
+        function, calls = getattr(way, name), iter(range(2))
+
+        def fail(*arguments: Any) -> Any:
+            if next(calls) == 0:
+                return function(*arguments)
+            setattr(way, name, function)
+            raise torch.OutOfMemoryError("no memory left")
+
+        setattr(way, name, fail)
+
+    def fail_to_receive(self) -> None:
+        """Raise before anything of the next version is taken."""
+        from fp8sync.engines.vllm.buckets import BucketReceiver
+
+        receive = BucketReceiver.receive
+
+        def fail(*_: Any) -> None:
+            BucketReceiver.receive = receive
+            raise RuntimeError("nothing can be taken")
+
+        BucketReceiver.receive = fail
+
     def fail_to_prepare(self) -> None:
         """Raise where the next version is to be processed."""
         from fp8sync.engines.vllm.install import ProcessInstall

@@ -20,6 +20,30 @@ def test_an_error_survives_the_wire(kind: type[Fp8SyncError]) -> None:
     assert type(again) is kind
     assert again.violations == error.violations
     assert str(again) == str(error)
+    assert again.severed is kind.severed
+    assert from_wire({"kind": kind.__name__}).severed is kind.severed
+
+
+SEVERED = {errors.TransferTimeout, errors.EngineLost, errors.EngineUnusable}
+
+
+def test_a_link_is_kept_unless_messages_may_be_missing() -> None:
+    assert {kind for kind in FAMILY if kind.severed} == SEVERED
+
+
+@pytest.mark.parametrize("severing", [{1}, {2}, {1, 2}, set()])
+def test_what_severs_is_known_behind_what_is_said_first(severing: set[int]) -> None:
+    """Over the wire, too, and under another name."""
+    first = errors.InstallFailed("engine rank 0: no memory left")
+    rest = [(errors.EngineLost if n in severing else errors.PeerFailed)(str(n)) for n in (1, 2)]
+    whole = errors.gathered([first, *rest])
+    assert whole.severed is bool(severing)
+    again = from_wire(json.loads(json.dumps(whole.to_wire())))
+    for error in (again, again.named("another"), errors.gathered([again, first])):
+        assert type(error) is errors.InstallFailed
+        assert error.severed is bool(severing)
+    assert again.named("another").violations == whole.violations
+    assert not errors.InstallFailed("of another refit").severed
 
 
 def test_the_text_lists_every_violation() -> None:

@@ -29,6 +29,7 @@ SILENT, BAD = TransferTimeout("worker 1 sent no vote"), NonFiniteWeight("NaN in 
         ([WAITED], [FOLLOWED, SILENT], [WAITED]),
         ([WAITED], [FOLLOWED, MEMORY, SILENT], [MEMORY, WAITED]),
         ([WAITED, BAD], [MEMORY], [WAITED, BAD]),
+        ([BAD], [FOLLOWED, SILENT], [BAD, SILENT]),
     ],
 )
 def test_who_is_heard(

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import CorruptBucket, EngineLost, Fp8SyncError, PeerFailed, TransferTimeout
+from fp8sync.engines.vllm.intake import Faults
+from fp8sync.errors import EngineLost, Fp8SyncError, PeerFailed, TransferTimeout
 from fp8sync.plan import Bucket, fill_buckets, in_turns
 from fp8sync.plan.forward import forwarding_digest, handed_on, neighbours
 from fp8sync.transport import GlooGroup
@@ -71,7 +72,7 @@ class BucketReceiver:
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every bucket of the trainer off the wire, verify it and unpack it."""
-        failure: Fp8SyncError | None = None
+        faults = Faults()
         silent: set[int] = set()
         for bucket in self._fed:
             if bucket.source_rank in silent:
@@ -82,28 +83,23 @@ class BucketReceiver:
             except (TransferTimeout, EngineLost) as error:
                 # The other ranks still send, and shall not wait for a worker that takes nothing.
                 silent.add(bucket.source_rank)
-                failure = failure or error
+                faults.add(error)
                 continue
             try:
-                void = _is_void(used)
-                if not void:
+                if _is_void(used):
+                    silent.add(bucket.source_rank)
+                    faults.add(PeerFailed(f"trainer rank {bucket.source_rank} stopped sending"))
+                elif not faults:
                     self._check(used, bucket, version, self._digest, "")
-            except CorruptBucket as error:
-                # What follows is taken off the wire, so that the senders are not left waiting.
-                failure = failure or error
-                continue
-            if void:
-                silent.add(bucket.source_rank)
-                text = f"trainer rank {bucket.source_rank} stopped sending"
-                failure = failure or PeerFailed(text)
-            elif failure is None:
-                unpack(bucket, used[HEADER_BYTES:].to(self._intake.device), staged)
-        if failure is not None:
-            raise failure
+                    unpack(bucket, used[HEADER_BYTES:].to(self._intake.device), staged)
+            # What follows is taken off the wire, so that the senders are not left waiting.
+            except Exception as error:  # noqa: BLE001
+                faults.add(error)
+        faults.settle()
 
     def forward(self, version: int, staged: Storages) -> None:
         """Hand on and take, bucket by bucket; a peer that is lost is passed over from then on."""
-        failure: Fp8SyncError | None = None
+        faults = Faults()
         lost: set[int] = set()
         for number, bucket in enumerate(self._forwarded, 1):
             away = bucket.source_rank == self._rank
@@ -113,19 +109,19 @@ class BucketReceiver:
             used = self._room_of(bucket)
             try:
                 if away:
-                    failure = self._write(used, bucket, version, staged, failure) or failure
+                    self._write(used, bucket, version, staged, faults)
                     self._group.send(used, self._members[peer])
                 else:
                     self._group.receive(used, self._members[peer])
                     self._take(used, bucket, version, staged)
             except (TransferTimeout, EngineLost) as error:
                 lost.add(peer)
-                failure = failure or error
-            except (CorruptBucket, PeerFailed) as error:
-                failure = failure or error
+                faults.add(error)
+            # Peers still send, and wait for what this worker hands on.
+            except Exception as error:  # noqa: BLE001
+                faults.add(error)
             self._intake.channel.progress(len(self._forwarded) - number)
-        if failure is not None:
-            raise failure
+        faults.settle()
 
     def _take(self, used: torch.Tensor, bucket: Bucket, version: int, staged: Storages) -> None:
         if _is_void(used):
@@ -140,11 +136,11 @@ class BucketReceiver:
         bucket: Bucket,
         version: int,
         staged: Storages,
-        failure: Fp8SyncError | None,
-    ) -> Fp8SyncError | None:
+        faults: Faults,
+    ) -> None:
         """Fill a message from staging memory; after a failure it is void, so that nobody is left waiting."""
         payload = used[HEADER_BYTES:]
-        if failure is None:
+        if not faults:
             try:
                 payload.zero_()
                 packed = payload.to(self._intake.device)
@@ -155,13 +151,12 @@ class BucketReceiver:
                 text = (
                     f"engine rank {self._rank} could not forward: {type(error).__name__}: {error}"
                 )
-                failure = Fp8SyncError(text)
-        void = failure is not None
+                faults.add(Fp8SyncError(text))
+        void = bool(faults)
         plan = self._digests[bucket.source_rank, bucket.destination_rank]
         value = 0 if void else digest(payload)
         header = _header(bucket, version, value, plan, ABORT if void else 0)
         used[:HEADER_BYTES] = torch.frombuffer(bytearray(header.pack()), dtype=torch.uint8)
-        return failure
 
     def _check(
         self, used: torch.Tensor, bucket: Bucket, version: int, plan: bytes, source: str

@@ -141,8 +141,7 @@ class Fleet(Handle):
         for number, engine in enumerate(self._engines):
             error = _error_of(answers[engine], _CALLS * engine.timeout_s)
             if isinstance(error, Fp8SyncError):
-                text = f"engine {number} of the list: {error.summary}"
-                errors.append(type(error)(text, error.violations))
+                errors.append(error.named(f"engine {number} of the list: {error.summary}"))
             elif error is not None:
                 errors.append(error)
         if errors:

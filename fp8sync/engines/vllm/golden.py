@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError, PeerFailed
+from fp8sync.engines.vllm.intake import Faults
+from fp8sync.errors import PeerFailed
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.golden import digest_of, join_group, pieces_of
@@ -56,21 +57,14 @@ class GoldenReceiver:
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every message off the wire; stage tensor by tensor until something is wrong."""
-        failure: Fp8SyncError | None = None
-        for name, pieces in self._pieces.items():
-            payloads = []
-            for piece in pieces:
-                message = self._take(piece)
-                try:
-                    self._check(piece, message, version)
-                except Fp8SyncError as error:
-                    # What follows is taken off the wire, so that the senders are not left waiting.
-                    failure = failure or error
-                payloads.append(message[HEADER_BYTES:])
-            if failure is None and self._boxes[name]:
-                self._stage(name, self._as_wanted(name, self._joined(name, payloads)), staged)
-        if failure is not None:
-            raise failure
+        faults = Faults()
+        try:
+            for name, pieces in self._pieces.items():
+                self._receive(name, pieces, version, staged, faults)
+        # A trainer rank is late, or gone, or there is no room for a message even so.
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
+        faults.settle()
 
     def forward(self, version: int, staged: Storages) -> None:
         """Nothing is forwarded: every tensor goes to every worker."""
@@ -79,12 +73,42 @@ class GoldenReceiver:
         """Leave the group; a `receive` under way ends with an error."""
         self._group.close()
 
-    def _take(self, piece: Piece) -> torch.Tensor:
-        size = HEADER_BYTES + piece.nbytes
-        message = torch.empty(size, dtype=torch.uint8, device=self._message_device)
+    def _receive(
+        self, name: str, pieces: Sequence[Piece], version: int, staged: Storages, faults: Faults
+    ) -> None:
+        """Take one tensor, and stage it unless something is wrong: then it is only taken off the wire."""
+        payloads: list[torch.Tensor] = []
+        for piece in pieces:
+            message = self._take(piece, payloads, faults)
+            if faults:
+                continue
+            try:
+                self._check(piece, message, version)
+                payloads.append(message[HEADER_BYTES:])
+            # The senders wait for every message to be taken.
+            except Exception as error:  # noqa: BLE001
+                faults.add(error)
+        if faults or not self._boxes[name]:
+            return
+        try:
+            self._stage(name, self._as_wanted(name, self._joined(name, payloads)), staged)
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
+
+    def _take(self, piece: Piece, payloads: list[torch.Tensor], faults: Faults) -> torch.Tensor:
+        try:
+            message = self._room(piece)
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
+            payloads.clear()  # which makes room
+            message = self._room(piece)
         ticket = self._group.exchange([], [(message, piece.rank)])
         self._group.wait(ticket, [piece.rank], "send a tensor")
         return message
+
+    def _room(self, piece: Piece) -> torch.Tensor:
+        size = HEADER_BYTES + piece.nbytes
+        return torch.empty(size, dtype=torch.uint8, device=self._message_device)
 
     def _check(self, piece: Piece, message: torch.Tensor, version: int) -> None:
         header = Header.unpack(bytes(message[:HEADER_BYTES].tolist()))

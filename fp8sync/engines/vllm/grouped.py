@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.engines.vllm.intake import Faults
 from fp8sync.engines.vllm.relay import Relay, check_headers
 from fp8sync.errors import PeerFailed
 from fp8sync.plan import Bucket, fill_buckets, in_turns
@@ -91,10 +92,19 @@ class GroupReceiver:
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""
-        self._prepare(staged)
+        faults = Faults()
+        try:
+            self._prepare(staged)
+        # The senders wait for every message to be taken.
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
         with self._stream():
             self._digests.zero_()
-            self._take(staged)
+            try:
+                self._take(staged, faults)
+            except Exception as error:  # noqa: BLE001
+                faults.add(error)
+            faults.settle()
             headers, digests = self._headers.cpu(), self._digests.cpu()
         placed = [p for turn in self._turns for p in turn.buckets]
         where = f"engine rank {self._rank}"
@@ -111,24 +121,35 @@ class GroupReceiver:
         """Leave the group; a `receive` under way ends with an error."""
         self._group.close()
 
-    def _take(self, staged: Storages) -> None:
+    def _take(self, staged: Storages, faults: Faults) -> None:
+        """Take every turn; after a fault without a look at it."""
         tickets = [self._begin(turn) for turn in self._turns[:1]]
         row = 0
         for number, turn in enumerate(self._turns):
             # Begun before this turn is unpacked: all that it waits for is the turn before, unpacked.
             tickets += [self._begin(later) for later in self._turns[number + 1 : number + 2]]
             self._group.fence(tickets[number])
-            for message in turn.messages:
-                self._headers[row].copy_(message[:HEADER_BYTES])
-                row += 1
-            if turn.table is not None:
-                run_table(turn.table, self._digests, None)
-            for bucket, message in self._decoded[number]:
-                unpack(bucket, message[HEADER_BYTES:], staged)
+            if not faults:
+                try:
+                    self._unpack(number, row, staged)
+                except Exception as error:  # noqa: BLE001
+                    faults.add(error)
+            row += len(turn.messages)
             if number >= AHEAD:
                 self._wait(number - AHEAD, tickets)
         for number in range(max(len(tickets) - AHEAD, 0), len(tickets)):
             self._wait(number, tickets)
+
+    def _unpack(self, number: int, row: int, staged: Storages) -> None:
+        """Unpack a turn that has arrived; `row` is that of its first header."""
+        turn = self._turns[number]
+        for message in turn.messages:
+            self._headers[row].copy_(message[:HEADER_BYTES])
+            row += 1
+        if turn.table is not None:
+            run_table(turn.table, self._digests, None)
+        for bucket, message in self._decoded[number]:
+            unpack(bucket, message[HEADER_BYTES:], staged)
 
     def _begin(self, turn: Turn) -> Ticket:
         sources = [placed.bucket.source_rank for placed in turn.buckets]
@@ -142,6 +163,7 @@ class GroupReceiver:
         """Build the tables, unless the staging memory still lies where it lay."""
         pointers = {name: t.data_ptr() for name, t in staged.items()}
         if pointers != self._pointers:
+            self._pointers = {}  # should it fail half-way
             for turn in self._turns:
                 turn.table = unpack_table(turn.buckets, pointers.__getitem__, self._device)
             self._pointers = pointers

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Protocol
+
+from fp8sync.errors import Fp8SyncError, gathered
 
 if TYPE_CHECKING:
     import torch
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from fp8sync.plan import Plan
     from fp8sync.wire.payload import Storages
 
-__all__ = ["Intake", "Receiver"]
+__all__ = ["Faults", "Intake", "Receiver"]
 
 
 class Receiver(Protocol):
@@ -23,9 +26,12 @@ class Receiver(Protocol):
     def receive(self, version: int, staged: Storages) -> None:
         """Fill `staged` with a version's bytes and verify them.
 
+        Whatever goes wrong is raised when all that is still sent has been taken, as senders wait for that.
+
         Raises:
             CorruptBucket: they are not the bytes that the plan expects.
             TransferTimeout, EngineLost: a trainer rank fell silent, or is gone.
+            Exception: what else went wrong first, on this worker; an `Fp8SyncError` if a rank was lost, too.
         """
 
     def forward(self, version: int, staged: Storages) -> None:
@@ -41,6 +47,35 @@ class Receiver(Protocol):
 
     def close(self) -> None:
         """Free what the way holds; a call under way ends with an error."""
+
+
+class Faults:
+    """What goes wrong while messages arrive, kept until all of them are off the wire."""
+
+    def __init__(self) -> None:
+        self._first: Exception | None = None
+        self._severed: Fp8SyncError | None = None
+
+    def __bool__(self) -> bool:
+        return self._first is not None
+
+    def add(self, error: Exception) -> None:
+        """Keep the first error, and the first that has left messages behind."""
+        clear_frames(error.__traceback__)  # they hold tensors, perhaps where memory has run out
+        self._first = self._first or error
+        if self._severed is None and isinstance(error, Fp8SyncError) and error.severed:
+            self._severed = error
+
+    def settle(self) -> None:
+        """Raise what is kept, if there is something."""
+        first = self._first
+        if first is None:
+            return
+        if self._severed is None or self._severed is first:
+            raise first
+        if not isinstance(first, Fp8SyncError):
+            first = Fp8SyncError(f"{type(first).__name__}: {first}")
+        raise gathered([first, self._severed]) from self._first
 
 
 @dataclass(frozen=True)

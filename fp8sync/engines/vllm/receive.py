@@ -9,6 +9,7 @@ import torch
 from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
+from fp8sync.engines.vllm.intake import Faults
 from fp8sync.errors import PeerFailed
 from fp8sync.sending.writer import PARTS
 
@@ -45,22 +46,21 @@ class StagingReceiver:
 
     def receive(self, version: int, staged: Storages) -> None:  # noqa: ARG002  (see Receiver)
         """Wait for the word that a part is written, and compare digests while the next is."""
-        failure: Exception | None = None
+        faults = Faults()
         self._expected.begin()
         for _ in range(PARTS):
             # Trainer rank 0 may itself wait that long, for another rank.
             said = self._channel.receive("written", 2 * self._channel.timeout_s)
             if not said["whole"]:
-                failure = failure or PeerFailed("a trainer rank stopped writing")
-            if failure is None:
+                faults.add(PeerFailed("a trainer rank stopped writing"))
+            if not faults:
                 try:
                     with torch.cuda.stream(self._stream):
                         self._expected.verify(said["attached"])
                 # Whatever it is, what is still said has to be heard.
                 except Exception as error:  # noqa: BLE001
-                    failure = error
-        if failure is not None:
-            raise failure
+                    faults.add(error)
+        faults.settle()
         self._expected.end()
 
 

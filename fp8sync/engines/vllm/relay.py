@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.engines.vllm.intake import Faults
 from fp8sync.errors import CorruptBucket, PeerFailed
 from fp8sync.plan.forward import forwarding_digest, handed_on, neighbours
 from fp8sync.sending.turns import AHEAD, Stamp, Turn
@@ -64,37 +65,52 @@ class Relay:
         Raises:
             CorruptBucket, PeerFailed, TransferTimeout, EngineLost: see `Receiver.forward`.
         """
-        failure: Exception | None = None
+        faults = Faults()
         try:
             self._prepare(staged)
         # Peers that wait for messages get them all the same, marked void.
         except Exception as error:  # noqa: BLE001
-            failure = error
+            faults.add(error)
         self._digests.zero_()
-        self._stamp.begin(version, void=failure is not None)
-        tickets: list[tuple[Ticket, list[int]]] = []
-        row = 0
-        for number, (away, taken) in enumerate(zip(self._away, self._taken, strict=True)):
-            if away.table is not None and failure is None:
-                run_table(away.table, self._digests, None)
-            tickets.append(self._begin(away, taken))
-            if number:
-                row = self._unpack(number - 1, row, tickets)
-            if number >= AHEAD:
-                self._group.wait(*tickets[number - AHEAD], "forward a bucket")
-                self._channel.progress(len(self._away) - number)
-        if tickets:
-            self._unpack(len(tickets) - 1, row, tickets)
-        for ticket, peers in tickets[-AHEAD:]:
-            self._group.wait(ticket, peers, "forward a bucket")
-        if failure is not None:
-            raise failure
+        self._stamp.begin(version, void=bool(faults))
+        try:
+            self._exchange(faults)
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
+        faults.settle()
         placed = [p for turn in self._taken for p in turn.buckets]
         headers, digests = self._headers.cpu(), self._digests.cpu()
         where = f"engine rank {self._rank}"
         void = check_headers(headers, placed, digests, version, self._plan_of, where)
         if void is not None:
             raise PeerFailed(f"engine rank {void} stopped forwarding")
+
+    def _exchange(self, faults: Faults) -> None:
+        """Send and take every turn; after a fault void messages, and without a look at what arrives."""
+        tickets: list[tuple[Ticket, list[int]]] = []
+        row = 0
+        for number, (away, taken) in enumerate(zip(self._away, self._taken, strict=True)):
+            if away.table is not None and not faults:
+                self._run(away, faults)
+            tickets.append(self._begin(away, taken))
+            if number:
+                row = self._unpack(number - 1, row, tickets, faults)
+            if number >= AHEAD:
+                self._group.wait(*tickets[number - AHEAD], "forward a bucket")
+                self._channel.progress(len(self._away) - number)
+        if tickets:
+            self._unpack(len(tickets) - 1, row, tickets, faults)
+        for ticket, peers in tickets[-AHEAD:]:
+            self._group.wait(ticket, peers, "forward a bucket")
+
+    def _run(self, turn: Turn, faults: Faults) -> None:
+        try:
+            if turn.table is not None:
+                run_table(turn.table, self._digests, None)
+        # Whatever it is, peers wait for what is left.
+        except Exception as error:  # noqa: BLE001
+            faults.add(error)
+            self._stamp.void()
 
     def _part(self, turn: Turn, *, away: bool) -> Turn:
         pairs = zip(turn.buckets, turn.messages, strict=True)
@@ -116,15 +132,17 @@ class Relay:
         peers = [peer for _, peer in (*sends, *receives)]
         return self._group.exchange(sends, receives), peers
 
-    def _unpack(self, number: int, row: int, tickets: list[tuple[Ticket, list[int]]]) -> int:
+    def _unpack(
+        self, number: int, row: int, tickets: list[tuple[Ticket, list[int]]], faults: Faults
+    ) -> int:
         """Unpack a turn that has arrived; returns the row of the next header."""
         self._group.fence(tickets[number][0])
         turn = self._taken[number]
         for message in turn.messages:
             self._headers[row].copy_(message[:HEADER_BYTES])
             row += 1
-        if turn.table is not None:
-            run_table(turn.table, self._digests, None)
+        if not faults:
+            self._run(turn, faults)
         return row
 
     def _prepare(self, staged: Storages) -> None:
@@ -132,6 +150,7 @@ class Relay:
         pointers = {name: t.data_ptr() for name, t in staged.items()}
         if pointers == self._pointers:
             return
+        self._pointers = {}  # should it fail half-way
         dtypes = {name: str(t.dtype).removeprefix("torch.") for name, t in staged.items()}
         for turn in self._away:
             turn.table = pack_table(
