@@ -68,7 +68,14 @@ class Channel:
             EngineLost: the peer is gone.
             TransferTimeout: the peer does not read.
         """
-        data = framed(message, attached)
+        self.send_framed(framed(message, attached))
+
+    def send_framed(self, data: bytes) -> None:
+        """Send what `framed` returned, so that a message for many is encoded once.
+
+        Raises:
+            EngineLost, TransferTimeout: as `send`.
+        """
         try:
             self._sock.settimeout(self.timeout_s)
             with waiting():
