@@ -88,6 +88,7 @@ class Conductor:
         self._peers = Peers(trainers, engines, timeout_s)
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._seats: dict[str, list[Seat]] = {}
+        self._engine_boxes = Manifest({})
         self._nodes: list[tuple[int, str]] = []
         self._feeding = ""
         self._short: dict[int, str] = {}
@@ -108,6 +109,11 @@ class Conductor:
     def plan(self) -> Plan:
         """The agreed plan."""
         return self._member.plan
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """What all ranks of the `trainer` hold, and what all workers of the `engine` want."""
+        return {"trainer": self._member.held, "engine": self._engine_boxes}
 
     @property
     def portions(self) -> int:
@@ -282,7 +288,7 @@ class Conductor:
         # The rest while workers trace: indexing here, and reading on the trainer's other ranks.
         self._peers.tell("trainer", {**opening, **team})
         self._member.learn(held, self._recipe)
-        wanted = merge_ranks(self._manifests("engine"))
+        wanted = self._engine_boxes = merge_ranks(self._manifests("engine"))
         laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
         check_all_used(wanted)

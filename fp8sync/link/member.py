@@ -63,6 +63,11 @@ class Member:
         return self._plan
 
     @property
+    def held(self) -> Manifest:
+        """The boxes of all trainer ranks."""
+        return self._held
+
+    @property
     def portions(self) -> int:
         """In how many portions a version is sent, one after the other."""
         return len(self._senders)

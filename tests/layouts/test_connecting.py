@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed
 
+from fp8sync.cli import main
 from fp8sync.control import Channel
 from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
@@ -21,7 +23,10 @@ from scripts.bench import refit_world
 from tests.layouts.cases import QWEN
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fp8sync.control import Message
+    from fp8sync.link.conductor import Conductor
     from fp8sync.manifest import Manifest
 
 dist: Any = torch.distributed
@@ -104,6 +109,31 @@ def test_trainer_ranks_with_different_plans(
         assert isinstance(error, PlanMismatch)
         assert str(error).startswith("trainer rank 1 computed another plan than trainer rank 0")
         assert re.search(text + r"; expected \w+, found \w+", str(error))
+
+
+def test_a_link_shows_both_manifests_as_fp8sync_plan_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {
+        "trainer": manifest(TrainerLayout(tp=2), QWEN),
+        "engine": manifest(EngineLayout(tp=2), QWEN),
+    }
+    lead, found = refit_world.lead, []
+
+    def led(*args: Any) -> Conductor:
+        found.append(lead(*args))
+        return found[0]
+
+    monkeypatch.setattr(refit_world, "lead", led)
+    assert connect(*sides.values()) == [None] * 4
+    assert found[0].manifests == sides
+    arguments = ["plan", "--json"]
+    for side, listed in found[0].manifests.items():
+        path = tmp_path / f"{side}.json"
+        path.write_text(json.dumps(listed.to_json()))
+        arguments += [f"--{side}", str(path)]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["copies"] == len(found[0].plan.copies)
 
 
 STAGES = ["join", "manifest", "plan", "place", "ready"]
