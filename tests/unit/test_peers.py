@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 WAIT_S = 5.0
-LONG = {"type": "source", "manifest": ["×" * 3_000_000]}
-"""More than sockets buffer."""
+LONG = {"type": "source", "manifest": random.Random(0).randbytes(12 << 20).hex()}
+"""More than sockets buffer, also when it is compressed."""
 
 
 @pytest.fixture
