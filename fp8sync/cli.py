@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ from fp8sync.recipe import Formula, Recipe
 from fp8sync.verify import command
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from fp8sync.layouts import Layout, ModelShape
     from fp8sync.plan.spread import Side
@@ -125,10 +126,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    model = parse_model(arguments.model) if arguments.model else None
-    source = _side(arguments.trainer, parse_trainer, model)
-    engines = [_side(text, parse_engine, model) for text in arguments.engine]
-    bandwidths = parse_settings(Bandwidths, arguments.bandwidth)
+    for name, least in (("bucket_bytes", 1), ("top", 0)):
+        if (found := getattr(arguments, name)) < least:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected at least {least}, found {found}")
+    with _named("--model"):
+        model = parse_model(arguments.model) if arguments.model else None
+    with _named("--trainer"):
+        source = _side(arguments.trainer, parse_trainer, model)
+    with _named("--engine"):
+        engines = [_side(text, parse_engine, model) for text in arguments.engine]
+    with _named("--bandwidth"):
+        bandwidths = parse_settings(Bandwidths, arguments.bandwidth)
     per_node = bandwidths.gpus_per_node
     anew = arguments.on_format_mismatch == "requantize"
     about = source, join_sides(engines), arguments.bucket_bytes, per_node
@@ -174,11 +183,41 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _side(text: str, parse: Callable[[str], Layout], model: ModelShape | None) -> Side:
     if text.endswith(".json"):
-        data = json.loads(Path(text).read_text(encoding="utf-8"))
-        return side_of(Manifest.from_json(data))
+        return side_of(_saved_manifest(Path(text)))
     if model is None:
         raise ValueError(f"{text!r} is a layout: say of which --model")
     return geometry(parse(text), model)
+
+
+def _saved_manifest(path: Path) -> Manifest:
+    text = f"{path}: expected a saved manifest (Manifest.to_json), found"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{text} what is not JSON: {error}") from error
+    if not isinstance(data, dict) or not {"tensors", "ranks"} <= data.keys():
+        what = f"an object of {sorted(data)}" if isinstance(data, dict) else type(data).__name__
+        raise ValueError(f"{text} {what}")
+    try:
+        manifest = Manifest.from_json(data)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{text} one that is malformed: {error!r}") from error
+    for rank, boxes in manifest.ranks.items():
+        for box in boxes:
+            info = manifest.tensors.get(box.tensor)
+            dims = {len(each) for each in (info.shape if info else (), box.start, box.shape)}
+            if info is None or len(dims) > 1:
+                raise ValueError(f"{text} a box of rank {rank} of no tensor listed: {box.tensor}")
+    return manifest
+
+
+@contextmanager
+def _named(option: str) -> Iterator[None]:
+    """Say which option could not be understood."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 if __name__ == "__main__":

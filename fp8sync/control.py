@@ -13,6 +13,7 @@ import select
 import socket
 import struct
 import time
+import zlib
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["Channel", "Listener", "Message", "framed"]
 
 _LENGTH = struct.Struct("<I")
+_PACKED = 1 << 31
+"""In a length: the JSON is compressed, and this many bytes of that follow."""
+_PACKED_FROM = 1 << 20
+"""Large manifests are a twentieth of their size then; smaller messages are not worth the time."""
 _MAX_BYTES = 1 << 30
 _HELLO_BYTES = 1 << 10
 """Largest first message: whoever sends it has not shown the token yet."""
@@ -34,11 +39,17 @@ Message = dict[str, Any]
 
 
 def framed(message: Message, attached: Sequence[bytes] = ()) -> bytes:
-    """Return what travels: length, JSON, and the bytes attached, of which the JSON says how many."""
+    """Return what travels: length, JSON, and the bytes attached, of which the JSON says how many.
+
+    Long JSON is compressed.
+    """
     if attached:
         message = {**message, "attached": [len(each) for each in attached]}
     data = json.dumps(message, allow_nan=False).encode()
-    return b"".join((_LENGTH.pack(len(data)), data, *attached))
+    if len(data) < _PACKED_FROM:
+        return b"".join((_LENGTH.pack(len(data)), data, *attached))
+    packed = zlib.compress(data, 1)
+    return b"".join((_LENGTH.pack(_PACKED | len(packed)), packed, *attached))
 
 
 class Channel:
@@ -68,7 +79,14 @@ class Channel:
             EngineLost: the peer is gone.
             TransferTimeout: the peer does not read.
         """
-        data = framed(message, attached)
+        self.send_framed(framed(message, attached))
+
+    def send_framed(self, data: bytes) -> None:
+        """Send what `framed` returned, so that a message for many is encoded once.
+
+        Raises:
+            EngineLost, TransferTimeout: as `send`.
+        """
         try:
             self._sock.settimeout(self.timeout_s)
             with waiting():
@@ -131,9 +149,12 @@ class Channel:
     def _next(self, kind: str, limit_s: float, max_bytes: int) -> Message:
         ends = time.monotonic() + limit_s
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind, ends, limit_s))
+        packed, size = bool(size & _PACKED), size & ~_PACKED
         if size > max_bytes:
             raise Fp8SyncError(f"{self.peer} announced a message of {size} bytes")
         data = self._read(size, kind, ends, limit_s)
+        if packed:
+            data = self._unpacked(data, max_bytes)
         try:
             message = json.loads(data)
         except (ValueError, RecursionError) as error:
@@ -147,6 +168,20 @@ class Channel:
                 raise Fp8SyncError(f"{self.peer} attached {sizes!r} bytes to {kind!r}")
             message["attached"] = [self._read(n, kind, ends, limit_s) for n in sizes]
         return message
+
+    def _unpacked(self, data: bytes, max_bytes: int) -> bytes:
+        """What was compressed; never makes more than `max_bytes` of it."""
+        unpack = zlib.decompressobj()
+        try:
+            whole = unpack.decompress(data, max_bytes + 1)
+        except zlib.error as error:
+            raise Fp8SyncError(f"{self.peer} sent what cannot be decompressed: {error}") from error
+        if not unpack.eof or unpack.unused_data or len(whole) > max_bytes:
+            raise Fp8SyncError(
+                f"{self.peer} sent a compressed message that is cut off, goes on after its end, "
+                f"or is of more than {max_bytes} bytes"
+            )
+        return whole
 
     def _told(self, error: Any) -> Fp8SyncError:
         if not isinstance(error, dict) or not isinstance(error.get("violations", []), list):

@@ -202,4 +202,8 @@ class Manifest:
 
 def canonical_json(data: Any) -> bytes:
     """Return `data` as JSON with sorted keys and no spaces, in UTF-8."""
-    return json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    return _CANONICAL.encode(data).encode()
+
+
+# `json.dumps` would make one for every copy that is digested.
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -45,7 +45,7 @@ def trainer_ledger(
         storages: this rank's.
         amax: of the blocks that its boxes cut, agreed on by all their holders.
         rank: this rank among the trainer's.
-        plan: of all ranks.
+        plan: of all ranks, or of this one.
         bucket_bytes: by which both sides take the plan apart.
         before: `scales` of this rank's ledger of the audit before.
     """

@@ -7,6 +7,7 @@ pair of its own, and is compared by its values in float32: codes times scale_inv
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,10 @@ class Held:
 
 @dataclass(frozen=True)
 class Unit:
-    """One part of what a destination rank is to hold; `rank` and `number` name it on both sides."""
+    """One part of what a destination rank is to hold.
+
+    Both ranks and `number`, counted for the two of them, name it on either side.
+    """
 
     rank: int
     number: int
@@ -72,13 +76,18 @@ class Unit:
     @property
     def key(self) -> str:
         """The unit's name on the control channel."""
-        return f"{self.rank}:{self.number}"
+        return f"{self.rank}:{self.part.copy.source_rank}:{self.number}"
 
 
 def units_of(plan: Plan, rank: int, bucket_bytes: int) -> list[Unit]:
     """Return what one destination rank is to hold, in the plan's order."""
-    parts = [p for bucket in fill_buckets(plan.to_rank(rank), bucket_bytes) for p in bucket.parts]
-    return [Unit(rank, number, part) for number, part in enumerate(parts)]
+    counted: Counter[int] = Counter()
+    units = []
+    for bucket in fill_buckets(plan.to_rank(rank), bucket_bytes):
+        for part in bucket.parts:
+            units.append(Unit(rank, counted[bucket.source_rank], part))
+            counted[bucket.source_rank] += 1
+    return units
 
 
 def check_readable(plan: Plan, unit: Unit) -> None:

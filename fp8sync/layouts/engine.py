@@ -13,7 +13,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.layouts.grid import Grid, stage_of_layer
+from fp8sync.layouts.grid import Grid, check_sizes, stage_of_layer
 from fp8sync.layouts.models import Role
 from fp8sync.layouts.pieces import Piece, even_split, piece_of_matrix
 from fp8sync.manifest import TensorInfo
@@ -67,6 +67,10 @@ class EngineLayout:
     formula: Formula | None = Formula.POW2
     scales: bool = True
     misc: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self) -> None:
+        check_sizes({axis: getattr(self, axis) for axis in ("tp", "pp", "dp", "engines")})
+        check_sizes({f"stages[{i}]": n for i, n in enumerate(self.stages)}, 0)
 
     @property
     def ranks(self) -> int:

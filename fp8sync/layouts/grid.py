@@ -6,8 +6,23 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from typing import TYPE_CHECKING
 
-__all__ = ["Grid", "stage_of_layer"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Grid", "check_sizes", "stage_of_layer"]
+
+
+def check_sizes(sizes: Mapping[str, float], least: float = 1) -> None:
+    """Raise ValueError for sizes by name of which one is below `least`."""
+    faults = [
+        f"{name}: expected at least {least}, found {size}"
+        for name, size in sizes.items()
+        if not size >= least
+    ]
+    if faults:
+        raise ValueError("; ".join(faults))
 
 
 @dataclass(frozen=True)

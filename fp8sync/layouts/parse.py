@@ -20,6 +20,7 @@ from fp8sync.recipe import Formula
 __all__ = ["parse_engine", "parse_model", "parse_settings", "parse_trainer"]
 
 T = TypeVar("T")
+N = TypeVar("N", int, float)
 
 
 def parse_model(text: str) -> ModelShape:
@@ -33,7 +34,10 @@ def parse_model(text: str) -> ModelShape:
     path = Path(text)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        return from_config(json.loads(path.read_text(encoding="utf-8")))
+        try:
+            return from_config(json.loads(path.read_text(encoding="utf-8")))
+        except KeyError as error:
+            raise ValueError(f"{path}: expected {error}, found none") from error
     raise ValueError(f"model {text!r} is neither a config.json nor one of {', '.join(PRESETS)}")
 
 
@@ -80,13 +84,24 @@ def _value(name: str, text: str, kind: str) -> Any:
             raise ValueError(f"{name}={text}: expected true or false")
         return text.lower() in {"", "1", "true", "yes"}
     if kind == "int":
-        return int(text)
+        return _number(name, text, int)
     if kind == "float":
-        return float(text)
+        return _number(name, text, float)
     if kind == "str":
         return text
     if kind == "Formula | None":
+        known = [f.value for f in Formula]
+        if text not in {"", "none", "bf16", *known}:
+            raise ValueError(f"{name}: expected none or one of {', '.join(known)}, found {text!r}")
         return None if text in {"", "none", "bf16"} else Formula(text)
     if kind == "tuple[int, ...]":
-        return tuple(int(part) for part in text.split(":"))
+        return tuple(_number(name, part, int) for part in text.split(":"))
     raise ValueError(f"{name} cannot be given as text")
+
+
+def _number(name: str, text: str, kind: type[N]) -> N:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "an integer" if kind is int else "a number"
+        raise ValueError(f"{name}: expected {what}, found {text!r}") from None

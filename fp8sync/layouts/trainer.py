@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from fp8sync.errors import UnsupportedLayout
-from fp8sync.layouts.grid import Grid, stage_of_layer
+from fp8sync.layouts.grid import Grid, check_sizes, stage_of_layer
 from fp8sync.layouts.models import Role
 from fp8sync.layouts.pieces import Piece, chunks, even_split, piece_of_matrix
 from fp8sync.manifest import TensorInfo
@@ -72,6 +72,10 @@ class TrainerLayout:
     pairs: Formula | None = None
 
     def __post_init__(self) -> None:
+        axes = "tp", "cp", "dp", "pp", "ep", "vpp", "fsdp"
+        check_sizes({axis: getattr(self, axis) for axis in axes})
+        check_sizes({"etp": self.etp, "fsdp_dim": self.fsdp_dim}, 0)
+        check_sizes({f"stages[{i}]": n for i, n in enumerate(self.stages)}, 0)
         within = self.tp * self.cp * self.dp
         expert_tp = self.etp or self.tp
         faults = []

@@ -25,9 +25,9 @@ from fp8sync.link.commit import choose_commit, strategies_of
 from fp8sync.link.faults import broken, difference, failures, nonfinite, with_refusals
 from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
-from fp8sync.plan import in_portions, order_of
+from fp8sync.plan import in_order, in_portions, messages_of, stamps_of
 from fp8sync.plan.coverage import check_all_used
-from fp8sync.plan.forward import as_runs
+from fp8sync.plan.forward import as_runs, marks_of
 from fp8sync.plan.merge import merge_ranks
 from fp8sync.report import LazyTensorReports
 from fp8sync.sending.nodes import Feeding, choose_feeding
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from fp8sync.audit.report import AuditReport
     from fp8sync.control import Listener, Message
     from fp8sync.link.member import Member
-    from fp8sync.plan import Plan, Run
+    from fp8sync.plan import Copy, Plan
     from fp8sync.recipe import Recipe
 
 __all__ = ["Conductor", "Outcome"]
@@ -88,6 +88,7 @@ class Conductor:
         self._peers = Peers(trainers, engines, timeout_s)
         self._bucket_bytes, self._timeout_s = bucket_bytes, timeout_s
         self._seats: dict[str, list[Seat]] = {}
+        self._engine_boxes = Manifest({})
         self._nodes: list[tuple[int, str]] = []
         self._feeding = ""
         self._short: dict[int, str] = {}
@@ -108,6 +109,11 @@ class Conductor:
     def plan(self) -> Plan:
         """The agreed plan."""
         return self._member.plan
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """What all ranks of the `trainer` hold, and what all workers of the `engine` want."""
+        return {"trainer": self._member.held, "engine": self._engine_boxes}
 
     @property
     def portions(self) -> int:
@@ -282,15 +288,19 @@ class Conductor:
         # The rest while workers trace: indexing here, and reading on the trainer's other ranks.
         self._peers.tell("trainer", {**opening, **team})
         self._member.learn(held, self._recipe)
-        wanted = merge_ranks(self._manifests("engine"))
+        wanted = self._engine_boxes = merge_ranks(self._manifests("engine"))
         laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)
         check_all_used(wanted)
         self._peers.tell("trainer", {"type": "destination", "manifest": wanted.to_json()})
         plan = self._feed(self._member.make_plan(wanted))
         self.sends_kv_scales = any(map(is_kv_scale, plan.tensors.values()))
+        sent: dict[int, list[Copy]] = defaultdict(list)
+        for copy in plan.copies if self._nodes else ():
+            sent[copy.source_rank].append(copy)
         # Who could not plan says so where its digests are due.
-        self._peers.spread("trainer", {"type": "nodes", "nodes": self._nodes})
+        for rank, channel in enumerate(self._peers.each("trainer"), 1):
+            channel.try_send({"type": "forwarded", "marks": marks_of(sent[rank])})
         self._compare(plan)
         laps.end("plan")
         self._open_transport(plan, **team)
@@ -324,20 +334,23 @@ class Conductor:
         return [Manifest.from_json(said["manifest"]) for said in found]
 
     def _compare(self, plan: Plan) -> None:
-        """Every peer's digest of its part of the plan must equal ours, which are made while they make theirs."""
-        own = {
-            str(rank): plan.digest(rank)
-            for role, rank in sorted(self._peers.channels)
-            if role == "engine"
-        }
-        whole = {**own, "amax": plan.amax_digest()}
+        """Every peer's digests of its part of the plan must equal ours, which are made while they make theirs.
+
+        A worker's part is what arrives at it, a trainer rank's what it sends and how amax is exchanged.
+        """
+        workers = [rank for role, rank in self._peers.channels if role == "engine"]
+        own = {rank: plan.digest(rank) for rank in workers}
+        amax = plan.amax_digest()
         for (role, rank), channel in sorted(self._peers.channels.items()):
-            mine = {str(rank): own[str(rank)]} if role == "engine" else whole
+            mine = {str(rank): own[rank]} if role == "engine" else {"amax": amax}
+            if role == "trainer":
+                mine |= {str(to): share for to, share in plan.share_digests(rank).items()}
             found = channel.receive("plan")["digests"]
             channel.send({"type": "agreed", "digests": mine, "commit": self.commit_kind})
             if found != mine:
                 theirs = channel.receive("digests")["digests"]
-                raise difference(plan, theirs, channel.peer)
+                source = rank if role == "trainer" else None
+                raise difference(plan, theirs, channel.peer, source)
 
     def _open_transport(self, plan: Plan, team: str, host: str) -> None:
         engine = dict(enumerate(self._peers.each("engine")))
@@ -351,11 +364,13 @@ class Conductor:
         forward = forward_bytes(kind, plan, self._bucket_bytes) if self._nodes else 0
         sizes = {"bucket_bytes": self._bucket_bytes, "forward_bytes": forward}
         carrier = "gloo" if not_linked(seats, places) else "nccl"
-        orders: list[list[Run]] = []
-        if kind == "nccl":
+        portions: tuple[Plan, ...] = ()
+        if kind in {"gloo", "nccl"}:  # in buckets, whose headers speak of all copies
             portions = in_portions(plan, {r: place["portions"] for r, place in places.items()})
-            orders = [order_of(own, places, self._bucket_bytes) for own in portions]
-        about = peers, places, sizes, carrier, orders
+        messages = [messages_of(own, places, self._bucket_bytes) for own in portions]
+        orders = [in_order(listed) for listed in messages] if kind == "nccl" else []
+        stamps = [stamps_of(*both) for both in zip(portions, messages, strict=True)]
+        about = peers, places, sizes, carrier, orders, stamps
         self._invitation = Invitation(kind, host, self._timeout_s, *about)
         for member, channel in self._peers.channels.items():
             channel.send(self._invitation.to(*member))

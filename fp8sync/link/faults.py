@@ -74,11 +74,20 @@ def with_refusals(
     return [*faults, *(error for error in refused if error.severed)]
 
 
-def difference(plan: Plan, theirs: dict[str, dict[str, str]], peer: str) -> PlanMismatch:
-    """Return the error that names the first tensor in which a peer's digests, or their order, differ."""
+def difference(
+    plan: Plan, theirs: dict[str, dict[str, str]], peer: str, source: int | None
+) -> PlanMismatch:
+    """Return the error that names the first tensor in which a peer's digests, or their order, differ.
+
+    Args:
+        plan: ours.
+        theirs: the peer's digests of tensors, by part of the plan.
+        peer: what to call it.
+        source: the peer, if it is a trainer rank: of each part it knows what it sends.
+    """
     summary = f"{peer} computed another plan than trainer rank 0"
     for part, found in theirs.items():
-        mine = plan.amax_digests() if part == "amax" else plan.digests(int(part))
+        mine = plan.amax_digests() if part == "amax" else plan.digests(int(part), source)
         what = "amax of cut blocks" if part == "amax" else f"to engine rank {part}"
         for own, other in zip_longest(mine.items(), found.items()):
             if own != other:

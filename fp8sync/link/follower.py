@@ -15,7 +15,7 @@ from fp8sync.link.commit import half_installed
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
 from fp8sync.plan import LinkPlan
-from fp8sync.plan.forward import shared, with_forwarding
+from fp8sync.plan.forward import with_marks
 from fp8sync.recipe import Recipe
 from fp8sync.report import LazyTensorReports, RefitReport
 from fp8sync.sending.share import Sent, Written, named_error
@@ -47,7 +47,7 @@ class Follower:
 
     @property
     def plan(self) -> Plan:
-        """The agreed plan."""
+        """Of the agreed plan, what this rank sends."""
         return self._member.plan
 
     def agree(self) -> None:
@@ -118,6 +118,19 @@ class Follower:
         self._channel.close()
         self._member.close()
 
+    def _planned(self, wanted: Manifest) -> Plan:
+        """Plan what this rank sends; what of it is forwarded follows from all copies, and rank 0 says it."""
+        try:
+            plan = self._member.make_plan(wanted)
+        except Fp8SyncError:
+            self._channel.receive(
+                "forwarded"
+            )  # rank 0's error, which lists the faults of all copies
+            raise
+        if marks := self._channel.receive("forwarded")["marks"]:
+            plan = self._member.adopt(with_marks(plan, marks))
+        return plan
+
     def _agree(self) -> None:
         channel, member = self._channel, self._member
         channel.send({"type": "join", "role": "trainer", "rank": member.rank})
@@ -127,10 +140,8 @@ class Follower:
         message = channel.receive("source")
         member.learn(Manifest.from_json(message["manifest"]), Recipe.from_json(message["recipe"]))
         wanted = Manifest.from_json(channel.receive("destination")["manifest"])
-        plan = member.make_plan(wanted)
-        if nodes := dict(channel.receive("nodes")["nodes"]):
-            plan = member.adopt(with_forwarding(plan, shared(plan, nodes)))
-        mine = {str(rank): plan.digest(rank) for rank in wanted.ranks}
+        plan = self._planned(wanted)
+        mine = {str(rank): digest for rank, digest in plan.share_digests(member.rank).items()}
         mine["amax"] = plan.amax_digest()
         channel.send({"type": "plan", "digests": mine})
         if channel.receive("agreed")["digests"] != mine:
@@ -169,7 +180,7 @@ class FollowerLink:
 
     @property
     def plan(self) -> LinkPlan:
-        """The plan that all ranks agreed on."""
+        """What this rank sends of the plan that all agreed on; rank 0's link has all of it."""
         return LinkPlan(self._connected().plan)
 
     def refit(self, in_flight: InFlight = "wait") -> RefitReport:

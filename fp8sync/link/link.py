@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link.commit import Commit
     from fp8sync.link.conductor import Outcome
+    from fp8sync.manifest import Manifest
     from fp8sync.recipe import Recipe
 
 __all__ = ["Link"]
@@ -88,6 +89,16 @@ class Link:
     def plan(self) -> LinkPlan:
         """The plan that both sides agreed on."""
         return LinkPlan(self._connected().plan)
+
+    @property
+    def manifests(self) -> dict[str, Manifest]:
+        """What all ranks of the `trainer` hold and all workers of the `engine` want, as data (`to_json`).
+
+        Examples:
+            >>> for side, manifest in link.manifests.items():  # doctest: +SKIP
+            ...     Path(f"{side}.json").write_text(json.dumps(manifest.to_json()))
+        """
+        return self._connected().manifests
 
     @property
     def connect_s(self) -> dict[str, float]:

@@ -50,6 +50,7 @@ class Member:
         self._senders: Sequence[Outgoing] = ()
         self._later: list[Copy] = []
         self._plan: Plan | None = None
+        self._own: Plan | None = None
         self._held = Manifest({})
         self._planner: Planner | None = None
         self._bucket_bytes = 0
@@ -57,10 +58,15 @@ class Member:
 
     @property
     def plan(self) -> Plan:
-        """The plan of all ranks."""
+        """The plan; trainer rank 0's is of all ranks, the others' of what they send themselves."""
         if self._plan is None:
             raise Fp8SyncError("no plan yet")
         return self._plan
+
+    @property
+    def held(self) -> Manifest:
+        """The boxes of all trainer ranks."""
+        return self._held
 
     @property
     def portions(self) -> int:
@@ -79,10 +85,11 @@ class Member:
         compile_writing(held.tensors.values(), recipe, reader_of(self.source.storages()))
 
     def make_plan(self, wanted: Manifest) -> Plan:
-        """Plan between all trainer ranks and all engine workers."""
+        """Plan between all trainer ranks and all engine workers; on other ranks than 0 what this one sends."""
         if self._planner is None:
             raise Fp8SyncError("no trainer's boxes yet")
-        self._plan, self._planner = self._planner.plan(wanted), None
+        self._plan = self._planner.plan(wanted, self.rank or None)
+        self._planner = None
         return self._plan
 
     def adopt(self, plan: Plan) -> Plan:
@@ -109,10 +116,12 @@ class Member:
         device = next(iter(storages.values())).device if one_by_one else reader_of(storages)
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = self._exchange = open_exchange(self.plan.amax, self.rank, device, join)
-        plans = in_portions(self.plan, dict(choice["portions"]))
+        own = self._own = self.plan.sent_by(self.rank)
+        plans = in_portions(own, dict(choice["portions"]))
+        stamps = choice["stamps"] or [None] * len(plans)
         about = timeout_s, exchange, self._progress
         shares = [
-            Share(self.source, self.rank, self._held, plan, *about, number)
+            Share(self.source, self.rank, self._held, plan, *about, number, stamps[number])
             for number, plan in enumerate(plans)
         ]
         later = [copy for plan in plans[1:] for copy in plan.copies]
@@ -141,7 +150,7 @@ class Member:
 
     def ledger(self) -> Ledger:
         """Return what this rank holds, for an audit; a collective of all ranks, like a version."""
-        if self._exchange is None:
+        if self._exchange is None or self._own is None:
             raise Fp8SyncError("the link was not established")
         try:
             self.source.prepare()
@@ -149,7 +158,7 @@ class Member:
         except Exception as error:
             raise named_error(error, self.rank) from error
         self.source.release()
-        about = self.rank, self.plan, self._bucket_bytes, self._scales
+        about = self.rank, self._own, self._bucket_bytes, self._scales
         ledger = trainer_ledger(storages, self._exchange.amax, *about)
         self._scales = ledger.scales
         return ledger

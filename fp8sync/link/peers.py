@@ -5,9 +5,13 @@ Every wait is bounded by the link's timeout; every error names the peer.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from fp8sync.errors import Fp8SyncError, from_wire
+from fp8sync.control import framed
+from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
+from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +19,9 @@ if TYPE_CHECKING:
     from fp8sync.control import Channel, Listener, Message
 
 __all__ = ["Peers"]
+
+_AT_ONCE = 16
+"""Peers that a message goes to at the same time; a thread each, and only while a link is made."""
 
 
 class Peers:
@@ -70,18 +77,31 @@ class Peers:
             self.channels[role, rank] = channel
 
     def tell(self, role: str, message: Message) -> None:
-        """Tell everyone of a role.
+        """Tell everyone of a role, several at a time: a manifest of many ranks takes its time to each.
 
         Raises:
-            EngineLost: somebody is gone.
+            EngineLost, TransferTimeout: somebody is gone, or does not read.
         """
-        for channel in self.each(role):
-            channel.send(message)
+        channels = self.each(role)
+        if not channels:
+            return
+        data = framed(message)
+        with ThreadPoolExecutor(min(len(channels), _AT_ONCE), "fp8sync-tell") as pool:
+            told = [pool.submit(channel.send_framed, data) for channel in channels]
+            try:
+                with waiting():
+                    for each in told:
+                        each.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def spread(self, role: str, message: Message) -> None:
         """Tell everyone who can be reached; who cannot is noticed when it does not answer."""
+        data = framed(message)
         for channel in self.each(role):
-            channel.try_send(message)
+            with suppress(EngineLost, TransferTimeout):
+                channel.send_framed(data)
 
     def hear(
         self, role: str, kind: str, timeout_s: float | None = None

@@ -14,7 +14,7 @@ from fp8sync.plan.build import Plan, Planner, build_plan
 from fp8sync.plan.copy import Copy
 from fp8sync.plan.explain import LinkPlan, explain
 from fp8sync.plan.formats import MISC, cut_pairs
-from fp8sync.plan.order import Run, order_of
+from fp8sync.plan.order import Run, Stamps, in_order, messages_of, order_of, stamps_of
 from fp8sync.plan.portions import in_portions
 
 __all__ = [
@@ -29,14 +29,18 @@ __all__ = [
     "Plan",
     "Planner",
     "Run",
+    "Stamps",
     "build_plan",
     "cut_pairs",
     "explain",
     "fill_buckets",
+    "in_order",
     "in_parts",
     "in_portions",
     "in_turns",
+    "messages_of",
     "order_of",
+    "stamps_of",
     "strips",
     "teams",
 ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -67,13 +67,44 @@ class Plan:
             return False
         return misaligned_dim(copy.rect, self.tensors[copy.tensor].shape) is not None
 
-    def digests(self, destination_rank: int) -> dict[str, str]:
-        """Return one SHA-256 per tensor over the copies that arrive at `destination_rank`."""
-        return _by_tensor(self.to_rank(destination_rank))
+    def sent_by(self, source_rank: int) -> Plan:
+        """Return the plan with the copies of one trainer rank alone."""
+        own = tuple(copy for copy in self.copies if copy.source_rank == source_rank)
+        return replace(self, copies=own)
+
+    def digests(self, destination_rank: int, source_rank: int | None = None) -> dict[str, str]:
+        """Return one SHA-256 per tensor over the copies to `destination_rank`, of all trainer ranks or of one."""
+        copies = self.to_rank(destination_rank)
+        if source_rank is not None:
+            copies = tuple(copy for copy in copies if copy.source_rank == source_rank)
+        return _by_tensor(copies)
 
     def digest(self, destination_rank: int) -> str:
         """Return the SHA-256 of `digests(destination_rank)`, in hex."""
-        return _joint(self.digests(destination_rank))
+        return self._summed(destination_rank)[0]
+
+    def share_digests(self, source_rank: int) -> dict[int, str]:
+        """Return, by destination, the SHA-256 over the copies that one trainer rank sends there, in hex."""
+        shares = {rank: self._summed(rank)[1].get(source_rank) for rank in self._by_destination}
+        return {rank: digest for rank, digest in shares.items() if digest}
+
+    def _summed(self, destination_rank: int) -> tuple[str, dict[int, str]]:
+        """The digest of all that arrives at a rank, and of each trainer rank's share of it."""
+        if destination_rank not in self._sums:
+            tensors: dict[str, Any] = defaultdict(hashlib.sha256)
+            shares: dict[int, Any] = defaultdict(hashlib.sha256)
+            for copy in self.to_rank(destination_rank):
+                data = canonical_json(copy.to_json())
+                tensors[copy.tensor].update(data)
+                shares[copy.source_rank].update(data)
+            joint = _joint({name: h.hexdigest() for name, h in tensors.items()})
+            found = joint, {rank: h.hexdigest() for rank, h in shares.items()}
+            self._sums[destination_rank] = found
+        return self._sums[destination_rank]
+
+    @cached_property
+    def _sums(self) -> dict[int, tuple[str, dict[int, str]]]:
+        return {}
 
     def amax_digests(self) -> dict[str, str]:
         """Return one SHA-256 per tensor over its groups of `amax`."""
@@ -124,8 +155,8 @@ def build_plan(
 class Planner:
     """Plans against one trainer, as often as asked: for all engine ranks, or for one at a time.
 
-    A rank's copies are the same either way, so an engine worker plans for itself alone, and nobody
-    needs the whole plan of a large engine.
+    A rank's copies are the same either way. So an engine worker plans what arrives at it, a trainer rank
+    what it sends, and only trainer rank 0, which orders messages and compares, plans for all.
 
     Args:
         source: the trainer's boxes, all ranks.
@@ -150,8 +181,8 @@ class Planner:
 
         Args:
             destination: the engine's boxes, of one rank or of all.
-            source_rank: if given, only the copies that this trainer rank sends, and the amax groups
-                that it takes part in.
+            source_rank: if given, only the copies that this trainer rank sends. Amax groups are of all
+                ranks: who exchanges with whom follows from all of them.
 
         Raises:
             TensorMismatch, RecipeMismatch, UnsupportedLayout: see `build_plan`.
@@ -169,26 +200,20 @@ class Planner:
         for rank, boxes in destination.ranks.items():
             for box in _wanted(boxes, infos):
                 if own is None or box.tensor in own:
-                    copies += self._copies(rank, box, infos[box.tensor], faults)
+                    copies += self._copies(rank, box, infos[box.tensor], faults, source_rank)
         if faults:
             raise UnsupportedLayout("the layouts cannot be joined exactly", faults)
-        if source_rank is not None:
-            copies = [c for c in copies if c.source_rank == source_rank]
         copies.sort(key=_route)
         wanted = {b.tensor for boxes in destination.ranks.values() for b in boxes}
-        groups = [
-            group
-            for name in infos
-            if name in wanted
-            for group in self._amax(infos[name])
-            if source_rank is None or source_rank in group.ranks
-        ]
+        groups = [group for name in infos if name in wanted for group in self._amax(infos[name])]
         return Plan(infos, tuple(copies), tuple(groups))
 
     def _tensors_of(self, rank: int) -> set[str]:
         return {box.tensor for box in self._source.ranks.get(rank, ())}
 
-    def _copies(self, rank: int, box: Box, info: TensorInfo, faults: list[str]) -> list[Copy]:
+    def _copies(
+        self, rank: int, box: Box, info: TensorInfo, faults: list[str], only: int | None
+    ) -> list[Copy]:
         wanted = box.start, box.shape
         held = self._held.get(box.tensor)
         filling = self._router.fill(held.spread, wanted, info.shape) if held else None
@@ -203,7 +228,10 @@ class Planner:
         copies = []
         for part in filling.parts:
             i, j = sender(part.owners, first, rank)
-            owner, source_rank = held.boxes[i][j], held.spread.ranks[i][j]
+            source_rank = held.spread.ranks[i][j]
+            if only is not None and source_rank != only:
+                continue
+            owner = held.boxes[i][j]
             if pair and owner.scale_at is None:
                 faults.append(
                     f"{box.tensor}: trainer rank {source_rank} holds codes without scales"

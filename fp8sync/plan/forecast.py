@@ -40,6 +40,16 @@ class Bandwidths:
     message_us: float = 20.0
     same_nodes: bool = False
 
+    def __post_init__(self) -> None:
+        found = {
+            name: getattr(self, name) for name in ("gpus_per_node", "node_gb_s", "network_gb_s")
+        }
+        faults = [f"{n}: expected more than 0, found {v}" for n, v in found.items() if not v > 0]
+        if not self.message_us >= 0:
+            faults.append(f"message_us: expected at least 0, found {self.message_us}")
+        if faults:
+            raise ValueError("; ".join(faults))
+
 
 @dataclass(frozen=True)
 class Forecast:

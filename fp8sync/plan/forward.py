@@ -16,7 +16,7 @@ from fp8sync.manifest import canonical_json
 from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Mapping, Sequence
+    from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 
     from fp8sync.plan.build import Plan
     from fp8sync.plan.copy import Copy
@@ -28,8 +28,10 @@ __all__ = [
     "forwarding_rows",
     "from_runs",
     "handed_on",
+    "marks_of",
     "shared",
     "with_forwarding",
+    "with_marks",
 ]
 
 Ranks = tuple[int, ...]
@@ -156,6 +158,24 @@ def as_runs(sharers: Sequence[Ranks]) -> list[list[Any]]:
 def from_runs(runs: Sequence[Sequence[Any]]) -> list[Ranks]:
     """Rebuild sharers from `as_runs`."""
     return [tuple(ranks) for ranks, count in runs for _ in range(count)]
+
+
+def marks_of(copies: Iterable[Copy]) -> list[list[Any]]:
+    """Return how copies are forwarded as JSON-able data: `[[via, [onward], count], ...]` in their order."""
+    runs = groupby(copies, lambda copy: (copy.via, copy.onward))
+    return [[via, list(onward), len(list(run))] for (via, onward), run in runs]
+
+
+def with_marks(plan: Plan, marks: Iterable[Sequence[Any]]) -> Plan:
+    """Return the plan with its copies forwarded as `marks_of` said.
+
+    Not as many as copies: then the plans differ, which is found when they are compared.
+    """
+    each = [(via, tuple(onward)) for via, onward, count in marks for _ in range(count)]
+    if len(each) != len(plan.copies):
+        return plan
+    copies = (replace(c, via=v, onward=o) for c, (v, o) in zip(plan.copies, each, strict=True))
+    return replace(plan, copies=tuple(copies))
 
 
 def _keyed(plan: Plan) -> Iterator[tuple[Copy, _Key]]:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from fp8sync.plan.build import Plan
 
-__all__ = ["RUN", "Run", "in_order", "order_of"]
+__all__ = ["RUN", "Run", "Stamps", "in_order", "messages_of", "order_of", "stamps_of"]
 
 RUN = 8
 """Messages that two members exchange before they turn to others. At each change a member waits for a peer that
@@ -21,6 +21,10 @@ waits for another: dear at every message, and with longer runs a rank may wait l
 
 Run = tuple[int, int, int]
 """Source rank, destination rank, and how many of the messages between them come next."""
+
+
+Stamps = tuple[int, str, int]
+"""Engine rank, the first 16 bytes of the plan's digest to it in hex, and the number of the first bucket to it."""
 
 
 def in_order(sizes: Mapping[tuple[int, int], Sequence[int]]) -> list[Run]:
@@ -67,8 +71,32 @@ def in_order(sizes: Mapping[tuple[int, int], Sequence[int]]) -> list[Run]:
 
 def order_of(plan: Plan, ranks: Iterable[int], bucket_bytes: int) -> list[Run]:
     """Return the order of the buckets that the trainer sends to these engine ranks."""
+    return in_order(messages_of(plan, ranks, bucket_bytes))
+
+
+def messages_of(
+    plan: Plan, ranks: Iterable[int], bucket_bytes: int
+) -> dict[tuple[int, int], list[int]]:
+    """Return the payloads of all that the trainer sends to these engine ranks, by (source, destination)."""
     sizes: dict[tuple[int, int], list[int]] = defaultdict(list)
     for rank in ranks:
         for bucket in fill_buckets(plan.fed(rank), bucket_bytes):
             sizes[bucket.source_rank, rank].append(bucket.nbytes)
-    return in_order(sizes)
+    return dict(sizes)
+
+
+def stamps_of(
+    plan: Plan, messages: Mapping[tuple[int, int], Sequence[int]]
+) -> dict[int, list[Stamps]]:
+    """Return what headers say that a trainer rank cannot know by its own copies, for each of them.
+
+    Args:
+        plan: of all ranks.
+        messages: `messages_of`, of the same plan.
+    """
+    found: dict[int, list[Stamps]] = defaultdict(list)
+    first: Counter[int] = Counter()
+    for (source, rank), sizes in messages.items():
+        found[source].append((rank, plan.digest(rank)[:32], first[rank]))
+        first[rank] += len(sizes)
+    return dict(found)

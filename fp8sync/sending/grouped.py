@@ -64,7 +64,7 @@ class GroupSender:
         self._turns = lay_out(turns, buffers or make_buffers(turns, self._device))
         placed = [p for turn in self._turns for p in turn.buckets]
         self._tensors = [part.copy.tensor for p in placed for part in p.bucket.parts]
-        plans = {rank: bytes.fromhex(share.plan.digest(rank))[:16] for rank in members}
+        plans = {r: share.plan_id(r) for r in {p.bucket.destination_rank for p in placed}}
         self._stamp = Stamp(placed, lambda b: plans[b.destination_rank], self._device)
         slots = max(len(self._tensors), 1)
         self._counters = torch.zeros(2, slots, dtype=torch.int64, device=self._device)

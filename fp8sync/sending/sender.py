@@ -38,11 +38,11 @@ class Sender:
     def __init__(
         self, share: Share, group: GlooGroup, members: Mapping[int, int], bucket_bytes: int
     ) -> None:
-        plan, rank = share.plan, share.rank
+        rank = share.rank
         self._share, self._rank, self._group, self._members = share, rank, group, members
-        self._digests = {r: bytes.fromhex(plan.digest(r))[:16] for r in members}
         turns = in_turns(own_buckets(share, members, bucket_bytes))
         self._buckets = [bucket for turn in turns for bucket in turn]
+        self._plans = {r: share.plan_id(r) for r in {b.destination_rank for b in self._buckets}}
         largest = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
 
@@ -109,7 +109,7 @@ class Sender:
             version=version,
             payload_bytes=bucket.nbytes,
             digest=value,
-            plan=self._digests[bucket.destination_rank],
+            plan=self._plans[bucket.destination_rank],
             parts=len(bucket.parts),
             flags=ABORT if void else 0,
         )

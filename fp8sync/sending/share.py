@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fp8sync.errors import Fp8SyncError, from_wire
@@ -11,10 +11,10 @@ from fp8sync.plan import Bucket, fill_buckets
 from fp8sync.wire.payload import PartReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from fp8sync.manifest import Manifest
-    from fp8sync.plan import Plan
+    from fp8sync.plan import Plan, Stamps
     from fp8sync.sending.exchange import AmaxExchange
     from fp8sync.sources import Source
     from fp8sync.wire.payload import Storages
@@ -81,11 +81,12 @@ class Share:
         source: where its weights are.
         rank: this rank among the trainer's.
         held: the boxes of all trainer ranks.
-        plan: the agreed plan.
+        plan: the agreed plan, or of it what this rank sends.
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
         progress: takes word of how many messages are left, after each that is away.
         portion: number of the portion of a version that `plan` is.
+        stamps: what headers say of the plan of all ranks; not given where `plan` is that one.
     """
 
     source: Source
@@ -96,6 +97,13 @@ class Share:
     exchange: AmaxExchange
     progress: Callable[[int], None] = lambda _: None
     portion: int = 0
+    stamps: Sequence[Stamps] | None = None
+
+    def plan_id(self, rank: int) -> bytes:
+        """Return what headers to an engine rank say of the plan."""
+        if self.stamps is None:
+            return bytes.fromhex(self.plan.digest(rank))[:16]
+        return next(bytes.fromhex(known) for to, known, _ in self.stamps if to == rank)
 
     def read(self) -> Storages:
         """Return the weights as they are now, and bring `exchange.amax` up to date with them.
@@ -110,8 +118,9 @@ class Share:
 
 def own_buckets(share: Share, ranks: Iterable[int], bucket_bytes: int) -> list[Bucket]:
     """Return the buckets of a trainer rank's share, by engine rank."""
+    first = {rank: index for rank, _, index in share.stamps or ()}
     return [
-        bucket
+        replace(bucket, index=first.get(rank, 0) + bucket.index)
         for rank in ranks
         for bucket in fill_buckets(share.plan.fed(rank), bucket_bytes)
         if bucket.source_rank == share.rank

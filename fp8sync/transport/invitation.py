@@ -14,7 +14,7 @@ from fp8sync.transport.rendezvous import Rendezvous, is_loopback
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from fp8sync.plan import Run
+    from fp8sync.plan import Run, Stamps
 
 __all__ = ["Choice", "Invitation"]
 
@@ -35,6 +35,7 @@ class Invitation:
             from worker to worker, 0 where nothing is forwarded.
         carrier: `nccl` or `gloo`: what carries the messages of `golden`.
         orders: of messages by `nccl`, for each portion (`plan.order_of`).
+        stamps: of each trainer rank's messages, for each portion (`plan.stamps_of`).
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Invitation:
         sizes: Mapping[str, int],
         carrier: str,
         orders: Sequence[Sequence[Run]] = (),
+        stamps: Sequence[Mapping[int, Sequence[Stamps]]] = (),
     ) -> None:
         names = {("trainer", 0): "trainer rank 0", **peers}
         order = sorted(names, key=lambda member: (member[0] != "trainer", member[1]))
@@ -60,6 +62,7 @@ class Invitation:
             "names": [names[member] for member in order],
             "portions": [[rank, place["portions"]] for rank, place in places.items()],
         }
+        self._stamps = stamps
         self._places = [list(item) for item in places.items()]
         self._rendezvous: Rendezvous | None = None
         carrier = carrier if kind == "golden" else kind
@@ -78,4 +81,6 @@ class Invitation:
     def to(self, role: str, rank: int) -> Choice:
         """Return the message for one member."""
         own = {**self._common, "rank": self._numbers[role, rank]}
+        if role == "trainer":
+            own["stamps"] = [portion.get(rank, []) for portion in self._stamps]
         return {**own, "places": self._places} if own["kind"] == "ipc" else own

@@ -65,6 +65,10 @@ def test_equals_a_fresh_load(kind: str, tmp_path: Path) -> None:
         options = {"bucket_bytes": BUCKET_BYTES, "transport": TRANSPORT, "commit": commit}
         with fp8sync.connect(models[turn], llm, recipe, **options) as link:
             assert list(link.connect_s) == ["join", "trace", "plan", "open", "ready"]
+            assert {side: set(m.ranks) for side, m in link.manifests.items()} == {
+                "trainer": {0},
+                "engine": {0},
+            }
             portions = link._conductor.portions
             assert (portions > 4) == (commit == "in-place")
             assert link.commit == (

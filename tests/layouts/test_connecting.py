@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,17 +13,21 @@ import pytest
 import torch
 import torch.distributed
 
+from fp8sync.cli import main
 from fp8sync.control import Channel
-from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch
+from fp8sync.errors import EngineLost, Fp8SyncError, PlanMismatch, UnsupportedLayout
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.link import member
+from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, Planner
 from scripts.bench import refit_world
 from tests.layouts.cases import QWEN
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from fp8sync.control import Message
-    from fp8sync.manifest import Manifest
+    from fp8sync.link.conductor import Conductor
 
 dist: Any = torch.distributed
 CPU = torch.device("cpu")
@@ -77,7 +82,7 @@ CUT = TrainerLayout(dp=2, fsdp=2), EngineLayout(engines=2), replace(QWEN, hidden
 @pytest.mark.parametrize(
     ("rank", "layouts", "change", "text"),
     [
-        (1, TWO_HALVES, _another_place, r"k_proj\.weight: first .* \(to engine rank 0\)"),
+        (1, TWO_HALVES, _another_place, r"k_proj\.weight: first .* \(to engine rank 1\)"),
         (1, CUT, _another_order, r"\.weight: first .* \(amax of cut blocks\)"),
         (0, CUT, _another_order, r"\.weight: first .* \(amax of cut blocks\)"),
     ],
@@ -104,6 +109,57 @@ def test_trainer_ranks_with_different_plans(
         assert isinstance(error, PlanMismatch)
         assert str(error).startswith("trainer rank 1 computed another plan than trainer rank 0")
         assert re.search(text + r"; expected \w+, found \w+", str(error))
+
+
+def test_other_ranks_than_0_plan_what_they_send_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[int, Plan] = {}
+    make_plan = member.Member.make_plan
+
+    def kept(self: member.Member, wanted: Manifest) -> Plan:
+        made[self.rank] = make_plan(self, wanted)
+        return made[self.rank]
+
+    monkeypatch.setattr(member.Member, "make_plan", kept)
+    sides = manifest(TrainerLayout(tp=2), QWEN), manifest(EngineLayout(), QWEN)
+    assert connect(*sides) == [None] * 3
+    assert {copy.source_rank for copy in made[0].copies} == {0, 1}
+    assert made[1] == made[0].sent_by(1) != made[0]
+
+
+def test_a_layout_that_cannot_be_joined_is_refused_alike_on_every_rank() -> None:
+    """Also on a rank that sends nothing of what is missing."""
+    sides = manifest(TrainerLayout(tp=2), QWEN), manifest(EngineLayout(tp=2), QWEN)
+    boxes = [box for box in sides[0].ranks[0] if "down_proj" not in box.tensor]
+    held = Manifest(sides[0].tensors, {**sides[0].ranks, 0: tuple(boxes)})
+    first, second, *_ = connect(held, sides[1])
+    assert isinstance(first, UnsupportedLayout)
+    assert "down_proj" in str(first)
+    assert (type(second), str(second)) == (type(first), str(first))
+
+
+def test_a_link_shows_both_manifests_as_fp8sync_plan_reads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sides = {
+        "trainer": manifest(TrainerLayout(tp=2), QWEN),
+        "engine": manifest(EngineLayout(tp=2), QWEN),
+    }
+    lead, found = refit_world.lead, []
+
+    def led(*args: Any) -> Conductor:
+        found.append(lead(*args))
+        return found[0]
+
+    monkeypatch.setattr(refit_world, "lead", led)
+    assert connect(*sides.values()) == [None] * 4
+    assert found[0].manifests == sides
+    arguments = ["plan", "--json"]
+    for side, listed in found[0].manifests.items():
+        path = tmp_path / f"{side}.json"
+        path.write_text(json.dumps(listed.to_json()))
+        arguments += [f"--{side}", str(path)]
+    assert main(arguments) == 0
+    assert json.loads(capsys.readouterr().out)["copies"] == len(found[0].plan.copies)
 
 
 STAGES = ["join", "manifest", "plan", "place", "ready"]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from fp8sync.layouts import geometry, manifest
 from fp8sync.manifest import Manifest
-from fp8sync.plan import Planner, build_plan
+from fp8sync.plan import Planner, build_plan, messages_of, stamps_of
 from fp8sync.plan.traffic import traffic
 from fp8sync.recipe import Encoding, Formula
+from fp8sync.sending.share import Share, own_buckets
 from tests.layouts import wire
 from tests.layouts.cases import PAIRS, Case
 
@@ -84,8 +86,31 @@ def test_a_rank_alone_plans_what_all_plan_together(name: str) -> None:
         assert alone.digest(rank) == together.digest(rank)
     for rank in source.ranks:
         sent = planner.plan(destination, source_rank=rank)
-        assert sent.copies == tuple(c for c in together.copies if c.source_rank == rank)
-        assert sent.amax == tuple(g for g in together.amax if rank in g.ranks)
+        assert sent == together.sent_by(rank)
+        assert sent.amax == together.amax
+        assert sent.share_digests(rank) == together.share_digests(rank)
+
+
+@pytest.mark.parametrize("name", sorted(PAIRS)[::9])
+def test_a_rank_that_knows_what_it_sends_numbers_its_buckets_as_who_knows_all(name: str) -> None:
+    case = PAIRS[name]
+    source, destination = manifest(case.trainer, case.model), manifest(case.engine, case.model)
+    plan = build_plan(source, destination, exchange_amax=True)
+    messages = messages_of(plan, destination.ranks, 1 << 14)
+    stamps = stamps_of(plan, messages)
+    live: Any = None
+    for rank in source.ranks:
+        shares = [
+            Share(live, rank, source, plan, 1.0, live),
+            Share(live, rank, source, plan.sent_by(rank), 1.0, live, stamps=stamps.get(rank, [])),
+        ]
+        whole, alone = (own_buckets(share, destination.ranks, 1 << 14) for share in shares)
+        assert alone == whole
+        for bucket in whole:
+            to = bucket.destination_rank
+            assert shares[1].plan_id(to) == shares[0].plan_id(to)
+        counted = {to: len(messages.get((rank, to), ())) for to in destination.ranks}
+        assert {to: sum(b.destination_rank == to for b in whole) for to in counted} == counted
 
 
 def test_there_are_enough_pairs() -> None:

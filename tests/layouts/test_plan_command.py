@@ -161,8 +161,21 @@ def test_a_layout_that_cannot_be_is_an_error(capsys) -> None:
     ("arguments", "message"),
     [
         (("--model", "no-such"), "neither a config.json nor one of"),
+        (("--trainer", "tp=0"), "--trainer: tp: expected at least 1, found 0"),
+        (("--trainer", "dp=-1,ep=0"), "--trainer: dp: expected at least 1, found -1; ep: expected"),
+        (("--trainer", "etp=-1"), "--trainer: etp: expected at least 0, found -1"),
+        (("--trainer", "pp=2,stages=-1:33"), "--trainer: stages[0]: expected at least 0, found -1"),
+        (("--trainer", "pairs=fp8"), "--trainer: pairs: expected none or one of pow2, fp32, found"),
+        (("--engine", "tp=-1"), "--engine: tp: expected at least 1, found -1"),
+        (("--engine", "engines=0"), "--engine: engines: expected at least 1, found 0"),
+        (("--bandwidth", "node_gb_s=0"), "--bandwidth: node_gb_s: expected more than 0, found 0.0"),
+        (("--bandwidth", "network_gb_s=nan"), "network_gb_s: expected more than 0, found nan"),
+        (("--bandwidth", "gpus_per_node=0"), "gpus_per_node: expected more than 0, found 0"),
+        (("--bandwidth", "message_us=-1"), "message_us: expected at least 0, found -1.0"),
+        (("--bucket-bytes", "0"), "--bucket-bytes: expected at least 1, found 0"),
+        (("--top", "-1"), "--top: expected at least 0, found -1"),
         (("--trainer", "pt=2"), "TrainerLayout has no 'pt'"),
-        (("--trainer", "tp=two"), "invalid literal"),
+        (("--trainer", "tp=two"), "--trainer: tp: expected an integer, found 'two'"),
         (("--engine", "ep=maybe"), "expected true or false"),
         (("--engine", "no.json"), "No such file"),
         (("--bandwidth", "gb=1"), "Bandwidths has no 'gb'"),
@@ -176,6 +189,38 @@ def test_what_cannot_be_understood_is_said(capsys, arguments, message) -> None:
     status, _, err = run(capsys, *(word for pair in given.items() for word in pair))
     assert status == 1
     assert message in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("option", ["--trainer", "--engine"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "found an object of []"),
+        ("[1]", "found list"),
+        ("{", "found what is not JSON: "),
+        ('{"tensors": [], "ranks": []}', "found one that is malformed: AttributeError"),
+        ('{"tensors": [["w"]], "ranks": {}}', "found one that is malformed: IndexError"),
+        (
+            '{"tensors": [], "ranks": {"3": [["w", [0], [1], ["w", 0, [1]], null]]}}',
+            "found a box of rank 3 of no tensor listed: w",
+        ),
+    ],
+)
+def test_a_file_that_is_no_manifest_is_named(capsys, tmp_path, option, text, message) -> None:
+    path = tmp_path / "saved.json"
+    path.write_text(text)
+    given = {"--model": "llama-3.1-8b", "--trainer": "tp=2", "--engine": "tp=2", option: str(path)}
+    status, out, err = run(capsys, *(word for pair in given.items() for word in pair))
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert f"{option}: {path}: expected a saved manifest (Manifest.to_json), {message}" in err
+
+
+def test_a_config_without_what_is_needed_is_named(capsys, tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))
+    status, _, err = run(capsys, "--model", str(path), "--trainer", "", "--engine", "")
+    assert (status, err) == (1, f"fp8sync: --model: {path}: expected 'hidden_size', found none\n")
 
 
 def test_a_layout_needs_a_model(capsys) -> None:

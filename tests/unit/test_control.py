@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import struct
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 TOKEN = "5ca1ab1e" * 4
 WAIT_S = 5.0
+LONG = random.Random(0).randbytes(12 << 20).hex()
+"""More than sockets buffer, also when it is compressed."""
 
 
 @pytest.fixture
@@ -47,6 +51,10 @@ def pair() -> Iterator[tuple[Channel, socket.socket]]:
 
 def framed(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
+
+
+def packed(data: bytes) -> bytes:
+    return struct.pack("<I", 1 << 31 | len(data)) + data
 
 
 def test_messages_arrive_whole_and_in_order(listener: Listener) -> None:
@@ -207,6 +215,12 @@ BAD_MESSAGES: dict[str, tuple[bytes, str]] = {
     "fewer bytes than none": (framed(b'{"type":"vote","attached":[2,-1]}'), "attached [2, -1]"),
     "bytes that are no list": (framed(b'{"type":"vote","attached":7}'), "attached 7"),
     "bytes that are no number": (framed(b'{"type":"vote","attached":[true]}'), "attached [True]"),
+    "not compressed": (packed(b'{"type":"vote"}'), "sent what cannot be decompressed"),
+    "cut off while compressed": (packed(zlib.compress(b'{"type":"vote"}')[:-1]), "is cut off"),
+    "more after what is compressed": (
+        packed(zlib.compress(b'{"type":"vote"}') + b"x"),
+        "goes on after its end",
+    ),
     "an error without content": (framed(b'{"type":"error"}'), ""),
     "an error that is a list": (framed(b'{"type":"error","error":[1]}'), ""),
 }
@@ -271,7 +285,7 @@ def test_a_peer_that_reads_nothing_is_a_timeout(pair: tuple[Channel, socket.sock
     channel, _ = pair
     channel.timeout_s = 0.2
     with pytest.raises(TransferTimeout, match="engine rank 7 reads nothing within"):
-        channel.send({"type": "manifest", "manifest": "x" * 100_000_000})
+        channel.send({"type": "manifest", "manifest": LONG})
 
 
 @pytest.mark.parametrize("sent", [b"", b"\x10", framed(b'{"type":"vote"}')[:-1]])
@@ -287,7 +301,7 @@ def test_sending_to_a_peer_that_is_gone(pair: tuple[Channel, socket.socket]) -> 
     channel, peer = pair
     peer.close()
     with pytest.raises(EngineLost, match="engine rank 7 is gone"):
-        channel.send({"type": "manifest", "manifest": "x" * 100_000_000})
+        channel.send({"type": "manifest", "manifest": LONG})
 
 
 def test_closing_a_channel_wakes_who_waits(pair: tuple[Channel, socket.socket]) -> None:
