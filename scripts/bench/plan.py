@@ -1,8 +1,9 @@
-"""How long planning takes, as layouts double four times; prints figures, asserts nothing.
+"""How long planning takes, as layouts double four times.
 
     python scripts/bench/plan.py
 
-Each row runs in a process of its own: processor seconds and peak resident memory, imports apart.
+Each row runs in a process of its own: processor seconds, imports apart, and peak resident memory. Fails where
+`fp8sync plan` takes more than 5 s or 1 GB for the largest, or grows more than 2.3 times as layouts double.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ TRAINERS = {
     512: "tp=8,pp=8,dp=8,ep=64,etp=1",
     1024: "tp=8,pp=16,dp=8,ep=64,etp=1",
 }
+LIMIT_S, LIMIT_MB, LIMIT_GROWTH = 5.0, 1000.0, 2.3
 ENGINES = {n: f"tp=8,dp=4,ep,engines={n // 32}" for n in (32, 64, 128, 256, 512)}
 
 
@@ -96,15 +98,22 @@ def main() -> None:
     print(f"{arguments.model}, Python {platform.python_version()}, {platform.machine()}")
     jobs = ["forecast", "full"] if arguments.full else ["forecast"]
     for job in jobs:
-        before = None
+        before, growth = None, []
         for (ranks, trainer), (workers, engine) in zip(
             TRAINERS.items(), ENGINES.items(), strict=True
         ):
             figures = row(job, trainer, engine, arguments.model)
-            ratio = "" if before is None else f"  x{figures['cpu_s'] / before:.2f}"
+            growth += [] if before is None else [figures["cpu_s"] / before]
             before = figures["cpu_s"]
             text = "  ".join(f"{k} {v:,.6g}" for k, v in figures.items())
-            print(f"{job}: {ranks} -> {workers} ranks  {text}{ratio}")
+            print(
+                f"{job}: {ranks} -> {workers} ranks  {text}"
+                + "".join(f"  x{g:.2f}" for g in growth[-1:])
+            )
+        assert max(growth) <= LIMIT_GROWTH, f"{job}: expected growth of at most {LIMIT_GROWTH}"
+        if job == "forecast":
+            limits = figures["cpu_s"] <= LIMIT_S and figures["peak_mb"] <= LIMIT_MB
+            assert limits, f"expected at most {LIMIT_S:g} s and {LIMIT_MB:g} MB"
 
 
 if __name__ == "__main__":

@@ -101,6 +101,24 @@ def test_requests_of_a_paused_engine_are_not_waited_for(
     assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
 
 
+def test_what_did_not_resume_is_resumed_by_the_next_refit(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As replicas do not, before their requests have ended."""
+
+    def refuse(_: AsyncHandle) -> None:
+        raise RuntimeError("pause is still in flight")
+
+    with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
+        with monkeypatch.context() as patch:
+            patch.setattr(AsyncHandle, "resume", refuse)
+            with pytest.raises(RuntimeError, match="in flight"):
+                link.refit()
+        assert engine.loop.run(engine.llm.is_paused())
+        link.refit()
+        assert not engine.loop.run(engine.llm.is_paused())
+
+
 def test_refit_makes_the_link_anew_when_its_limit_changes(
     engine: Engine, models: list[torch.nn.Module]
 ) -> None:

@@ -75,7 +75,7 @@ class Handle(ABC):
     def __init__(self, engine: Any, workers: int) -> None:
         self.workers = workers
         self.seat = _seat_at(engine)
-        self._stays = False
+        self._stays = self._owed = False
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -168,7 +168,7 @@ class Handle(ABC):
         Args:
             ours: whether a link may have left it paused.
         """
-        if not ours:
+        if not (ours or self._owed):
             self._stays = self.paused()
         return self._stays
 
@@ -185,7 +185,13 @@ class Handle(ABC):
     def go_on(self) -> None:
         """Resume an engine that was going on when it was looked at."""
         if not self._stays:
-            self.resume()
+            self._release()
+
+    def _release(self) -> None:
+        """Resume what was paused here; should it refuse, the next refit does."""
+        self._stays, self._owed = False, True
+        self.resume()
+        self._owed = False
 
     @contextmanager
     def resuming(self, unless: Callable[[], bool]) -> Iterator[None]:
@@ -215,9 +221,9 @@ class Handle(ABC):
             yield
         except BaseException:
             with suppress(Exception):
-                self.resume()
+                self._release()
             raise
-        self.resume()
+        self._release()
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:

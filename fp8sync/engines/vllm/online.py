@@ -91,7 +91,7 @@ class AsyncHandle(Handle):
     def check_requests(self, in_flight: InFlight) -> None:
         """A paused engine steps no request to its end."""
         count = len(self._engine.output_processor.request_states)
-        if count and in_flight == "wait" and self.paused():
+        if count and in_flight == "wait" and not self._owed and self.paused():
             raise Fp8SyncError(
                 f"{count} requests are in flight in an engine that is paused: let it go on before the "
                 "refit, or choose in_flight='keep' or 'abort'"
