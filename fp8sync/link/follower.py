@@ -123,9 +123,8 @@ class Follower:
         try:
             plan = self._member.make_plan(wanted)
         except Fp8SyncError:
-            self._channel.receive(
-                "forwarded"
-            )  # rank 0's error, which lists the faults of all copies
+            # It is rank 0's error instead, which lists the faults of all copies.
+            self._channel.receive("forwarded")
             raise
         if marks := self._channel.receive("forwarded")["marks"]:
             plan = self._member.adopt(with_marks(plan, marks))

@@ -49,22 +49,20 @@ class Sabotage:
         """Raise before anything of the next version is taken."""
         from fp8sync.engines.vllm.buckets import BucketReceiver
 
-        receive = BucketReceiver.receive
-
-        def fail(*_: Any) -> None:
-            BucketReceiver.receive = receive
-            raise RuntimeError("nothing can be taken")
-
-        BucketReceiver.receive = fail
+        _fail_once(BucketReceiver, "receive", "nothing can be taken")
 
     def fail_to_prepare(self) -> None:
         """Raise where the next version is to be processed."""
         from fp8sync.engines.vllm.install import ProcessInstall
 
-        prepare = ProcessInstall.prepare
+        _fail_once(ProcessInstall, "prepare", "no memory left")
 
-        def fail(*_: Any) -> None:
-            ProcessInstall.prepare = prepare
-            raise RuntimeError("no memory left")
 
-        ProcessInstall.prepare = fail
+def _fail_once(owner: Any, name: str, text: str) -> None:
+    real = getattr(owner, name)
+
+    def fail(*_: Any) -> None:
+        setattr(owner, name, real)
+        raise RuntimeError(text)
+
+    setattr(owner, name, fail)

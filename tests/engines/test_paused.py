@@ -131,12 +131,11 @@ def test_refit_makes_the_link_anew_when_its_limit_changes(
     assert versions == [1, 2, 1, 2]
 
 
+@pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
 def test_replicas_stand_while_all_workers_are_waited_for(
     models: list[torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Data parallel: at connect and in an audit, not for the transfer; all replicas hold the same afterwards."""
-    if skips.cuda_devices() == 1:
-        pytest.skip("two replicas need a CUDA device each, or none")
     monkeypatch.delenv("VLLM_PORT")  # from which both replicas would take the first
     engine = Engine(world.write_config(models[0], tmp_path), data_parallel_size=2)
     stood: dict[str, bool] = {}

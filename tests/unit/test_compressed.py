@@ -10,25 +10,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fp8sync.control import Channel
 from fp8sync.errors import Fp8SyncError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-WAIT_S = 5.0
-
-
-@pytest.fixture
-def pair() -> Iterator[tuple[Channel, socket.socket]]:
-    """A channel and the bare socket at its other end."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        theirs = socket.create_connection(server.getsockname())
-        accepted, _ = server.accept()
-    channel = Channel(accepted, "engine rank 7", timeout_s=WAIT_S)
-    yield channel, theirs
-    channel.close()
-    theirs.close()
+    from fp8sync.control import Channel
 
 
 def packed(data: bytes) -> bytes:

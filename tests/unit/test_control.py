@@ -36,19 +36,6 @@ def listener() -> Iterator[Listener]:
     with_token.close()
 
 
-@pytest.fixture
-def pair() -> Iterator[tuple[Channel, socket.socket]]:
-    """A channel and the bare socket at its other end."""
-    ours, theirs = socket.create_server(("127.0.0.1", 0)), None
-    theirs = socket.create_connection(ours.getsockname())
-    accepted, _ = ours.accept()
-    channel = Channel(accepted, "engine rank 7", timeout_s=WAIT_S)
-    yield channel, theirs
-    channel.close()
-    theirs.close()
-    ours.close()
-
-
 def framed(data: bytes) -> bytes:
     return struct.pack("<I", len(data)) + data
 
