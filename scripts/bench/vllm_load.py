@@ -6,8 +6,8 @@ An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graph
 sequences at work from the first to the last window; none ends, so no window has a prefill. The trainer's
 random weights lie on GPU 1, or on GPU 0 as well. Windows of --every seconds take turns: one without a refit, one
 with a refit in its middle, and so on, and one without at the end. Each with a refit is compared with the mean of
-its two neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept; the engine
-caches no prefixes, so they need not be recomputed. Then, still decoding, --soak refits follow each other.
+its two neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept. The engine
+caches no prefixes, so they need not be recomputed; with --prefix-caching it does, and they are. Then, still decoding, --soak refits follow each other.
 """
 
 from __future__ import annotations
@@ -44,13 +44,14 @@ def main() -> None:
     parser.add_argument("--warm-up", type=float, default=15.0, help="seconds before the first")
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
+    parser.add_argument("--prefix-caching", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))
     torch.cuda.set_device(options.trainer_gpu)
     with tempfile.TemporaryDirectory() as name:
         qwen30b.write_folder(Path(name), options.layers, POSITIONS)
-        engine = Busy(Path(name))
+        engine = Busy(Path(name), options.prefix_caching)
         began = time.perf_counter()
         link = fp8sync.connect(source, engine.llm, "blockwise-pow2")
         connect_s = time.perf_counter() - began
@@ -138,7 +139,7 @@ def memory() -> list[int]:
 class Busy:
     """An AsyncLLM in an event loop of its own that decodes 32 sequences without end."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, prefix_caching: bool) -> None:
         self.tokens = self._lost = 0
         self._stop = False
         self._times: list[float] = []
@@ -146,7 +147,7 @@ class Busy:
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, daemon=True).start()
         began = time.perf_counter()
-        self.llm = self._run(self._start(folder))
+        self.llm = self._run(self._start(folder, prefix_caching))
         print(f"engine: {time.perf_counter() - began:.0f} s", flush=True)
 
     def begin(self) -> None:
@@ -178,7 +179,7 @@ class Busy:
     def _run(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
 
-    async def _start(self, folder: Path) -> Any:
+    async def _start(self, folder: Path, prefix_caching: bool) -> Any:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -192,7 +193,7 @@ class Busy:
             "fp8sync",
             enforce_eager=False,
             compilation_config=graphs,
-            enable_prefix_caching=False,
+            enable_prefix_caching=prefix_caching,
             max_model_len=POSITIONS,
             kv_cache_memory_bytes=50 << 30,
         )
