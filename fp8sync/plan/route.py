@@ -22,8 +22,8 @@ __all__ = ["Filling", "PartOf", "Router", "first_senders", "sender"]
 _LOOKAHEAD = 8
 """How many replicas, from the next one on, are compared for the least load."""
 
-_SMALL = 1e-3
-"""Rectangles below this part of a rank's average load take no turns: fewer, larger messages."""
+_LEFT = 0.01
+"""The smallest rectangles, together less than this part of a rank's average load, take no turns: fewer links."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,13 +148,13 @@ def first_senders(spreads: Mapping[str, Spread]) -> dict[str, tuple[int, ...]]:
             if len(ranks) > 1:
                 shared.append((volume(spread.rects[i]), name, i))
     everyone = {r for s in count for ranks in s.ranks for r in ranks}
-    small = (
-        _SMALL * (sum(load.values()) + sum(size for size, _, _ in shared)) / max(1, len(everyone))
-    )
+    left = sum(size for size, _, _ in shared)
+    enough = _LEFT * (sum(load.values()) + left) / max(1, len(everyone))
     next_: Counter[tuple[int, ...]] = Counter()
     for size, name, i in sorted(shared, key=lambda item: (-item[0], item[1], item[2])):
-        if size < small:
+        if left < enough:
             break
+        left -= size
         ranks = spreads[name].ranks[i]
         begin = next_[ranks]
         turns = [(begin + k) % len(ranks) for k in range(min(len(ranks), _LOOKAHEAD))]

@@ -284,6 +284,16 @@ def test_replicas_share_the_sending(dp: int, engines: int) -> None:
     assert max(sent) < 1.15 * sum(sent) / dp
 
 
+@pytest.mark.parametrize(("dp", "engines"), [(2, 1), (2, 3), (4, 6)])
+def test_replicas_share_small_tensors_that_are_many(dp: int, engines: int) -> None:
+    """Thousands of expert matrices, each less than a thousandth of a rank's load."""
+    model = PRESETS["qwen3-30b-a3b"]
+    found = traffic(
+        geometry(TrainerLayout(dp=dp), model), geometry(EngineLayout(engines=engines), model)
+    )
+    assert max(found.sent().values()) < 1.02 * sum(found.sent().values()) / dp
+
+
 def test_replicas_take_into_account_what_else_a_rank_sends() -> None:
     """Rank 0 alone has the experts: the other replica of the dense layers sends more of those."""
     spreads = dict(side_of(manifest(TrainerLayout(dp=2), QWEN)).spreads)
