@@ -241,7 +241,9 @@ def copy_codes(source: Memory, destination: Memory | None, part: Part = Part()) 
 
 
 def cast(source: Memory, destination: Memory, part: Part = Part()) -> Job:
-    """Convert between bf16, fp16 and fp32 (nearest even), count NaN and Inf, digest the result.
+    """Convert between bf16, fp16 and fp32 (nearest even); count NaN and Inf of the result, and digest it.
+
+    What is too large for the destination's dtype becomes infinite there, and counts.
 
     To the same dtype that is a copy, of NaN too; which NaN a NaN becomes in another is not defined.
 

@@ -29,8 +29,8 @@ def run_table(
             added (modulo 2^64) to its slot, so clear it first. None: no digests (canonical rows
             then do nothing).
         nonfinite: int64 ``[>= table.slots]``, likewise the number of NaN and infinite elements that
-            the job's source holds; `copy` does not examine what it moves. None: the caller knows that
-            everything is finite.
+            the job's source holds, of `cast` those that it writes; `copy` does not examine what it
+            moves. None: the caller knows that everything is finite.
         programs: number of persistent programs; None: one for each block.
 
     After the first launch of a set of paths (which compiles) a launch allocates nothing and does

@@ -22,7 +22,6 @@ from fp8sync_kernels.gpu.columns import (
     SOURCE_STRIDE,
 )
 from fp8sync_kernels.gpu.digest import add_digest, element_terms, total, word_terms
-from fp8sync_kernels.gpu.scale import INF_BITS, MAGNITUDE_MASK
 
 DTYPE_BF16 = tl.constexpr(int(Dtype.BF16))
 DTYPE_FP16 = tl.constexpr(int(Dtype.FP16))
@@ -152,7 +151,7 @@ def cast_elements(
     digests: tl.tensor,
     nonfinite: tl.tensor,
 ) -> None:
-    """Convert 4 rows of 256 elements through fp32, count NaN and Inf, digest what is written."""
+    """Convert 4 rows of 256 elements through fp32; count NaN and Inf of, and digest, what is written."""
     slot = tl.load(desc + SLOT)
     row = (tile_row * 4 + tl.arange(0, 4)).to(tl.int64)[:, None]
     col = (tile_col * 256 + tl.arange(0, 256)).to(tl.int64)[None, :]
@@ -168,9 +167,6 @@ def cast_elements(
         x = tl.load(pointer + offset, mask=inside, other=0).to(tl.float32)
     else:
         x = tl.load(source.to(tl.pointer_type(tl.float32)) + offset, mask=inside, other=0)
-    if nonfinite is not None:
-        bad = ((x.to(tl.int32, bitcast=True) & MAGNITUDE_MASK) >= INF_BITS).to(tl.int32)
-        _add_count(desc, nonfinite, tl.sum(tl.sum(bad, axis=1), axis=0))
 
     destination = tl.load(desc + DESTINATION)
     offset = row * tl.load(desc + DESTINATION_STRIDE) + col
@@ -178,15 +174,20 @@ def cast_elements(
     destination_dtype = tl.load(desc + DESTINATION_DTYPE)
     if destination_dtype == DTYPE_BF16:
         halves = x.to(tl.bfloat16).to(tl.uint16, bitcast=True)
+        bad = (halves & 0x7F80) == 0x7F80
         tl.store(destination.to(tl.pointer_type(tl.uint16)) + offset, halves, mask=inside)
         terms = element_terms(halves.to(tl.uint32), line, (col * 2).to(tl.uint32))
     elif destination_dtype == DTYPE_FP16:
         halves = x.to(tl.float16).to(tl.uint16, bitcast=True)
+        bad = (halves & 0x7C00) == 0x7C00
         tl.store(destination.to(tl.pointer_type(tl.uint16)) + offset, halves, mask=inside)
         terms = element_terms(halves.to(tl.uint32), line, (col * 2).to(tl.uint32))
     else:
         wholes = x.to(tl.uint32, bitcast=True)
+        bad = (wholes & 0x7F800000) == 0x7F800000
         tl.store(destination.to(tl.pointer_type(tl.uint32)) + offset, wholes, mask=inside)
         terms = element_terms(wholes, line, (col * 4).to(tl.uint32))
+    if nonfinite is not None:
+        _add_count(desc, nonfinite, tl.sum(tl.sum(bad.to(tl.int32), axis=1), axis=0))
     if digests is not None:
         add_digest(digests, slot, total(terms))

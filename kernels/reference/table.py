@@ -101,6 +101,8 @@ class Row:
 def _nonfinite(row: Row) -> int | torch.Tensor:
     if row.op in (Op.COPY, Op.CANONICAL):
         return 0
+    if row.op == Op.CAST:
+        return count_nonfinite(row.source().to(row.dtype(Column.DESTINATION_DTYPE)))
     if row.op in DTYPE_COUNTED:
         return count_nonfinite(row.source().contiguous().view(DTYPE_COUNTED[row.op]).float())
     return count_nonfinite(row.source())

@@ -21,8 +21,9 @@ from fp8sync.engines.vllm.buckets import BucketReceiver
 from fp8sync.engines.vllm.golden import GoldenReceiver
 from fp8sync.engines.vllm.grouped import GroupReceiver
 from fp8sync.engines.vllm.intake import Intake, Receiver
-from fp8sync.errors import CorruptBucket, EngineLost, PeerFailed
+from fp8sync.errors import CorruptBucket, EngineLost, NonFiniteWeight, PeerFailed
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import Plan, build_plan, order_of
 from fp8sync.recipe import Formula
 from fp8sync.sending.exchange import open_exchange
@@ -40,8 +41,6 @@ from tests.layouts.cases import PAIRS, QWEN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-
-    from fp8sync.manifest import Manifest
 
     Change = Callable[[int, torch.Tensor], torch.Tensor | None]
 
@@ -196,6 +195,23 @@ def test_pairs_that_are_quantized_anew(way: str) -> None:
     }
     wanted = wire.quantized(destination, values)
     assert not wire.differing(found, wire.storages(destination, wanted))
+
+
+@pytest.mark.parametrize("way", ["buckets", "grouped", "golden"])
+def test_what_overflows_in_the_engine_is_not_finite(way: str) -> None:
+    """A trainer in float32, an engine in float16: 7e4 is infinite there, and found before the commit."""
+    held, found = torch.ones(128, 256), torch.zeros(128, 256, dtype=torch.float16)
+    held[3, 5] = 7e4
+    boxes = {0: [Box("w", (0, 0), (128, 256), Placement("w", 0, (256, 1)))]}
+    source, destination = (
+        Manifest.of([TensorInfo("w", (128, 256), dtype)], boxes) for dtype in ("float32", "float16")
+    )
+    plan = build_plan(source, destination)
+    refit = Refit(way, (source, destination), plan, {0: {"w": held}}, {0: {"w": found}})
+    (sent,), (raised,) = refit.run(1)
+    counted = sum(part.nonfinite for part in sent.parts)
+    refused = isinstance(raised, NonFiniteWeight) and "found 1 NaN or Inf" in str(raised)
+    assert refused if way == "golden" else counted == 1
 
 
 class Meddler:
