@@ -191,7 +191,7 @@ def from_config(config: Mapping[str, Any]) -> ModelShape:
         "heads": heads,
         "kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": config.get("head_dim") or config["hidden_size"] // heads,
-        "tied": config.get("tie_word_embeddings", False),
+        "tied": bool(config.get("tie_word_embeddings")),
     }
     if kind == "deepseek_v3":
         width = config["moe_intermediate_size"]

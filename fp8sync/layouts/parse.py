@@ -27,17 +27,14 @@ def parse_model(text: str) -> ModelShape:
     """Return a preset by name, or the model of a Hugging Face `config.json` by its path.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or no such config, or one that lacks a number.
     """
     if text in PRESETS:
         return PRESETS[text]
     path = Path(text)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        try:
-            return from_config(json.loads(path.read_text(encoding="utf-8")))
-        except KeyError as error:
-            raise ValueError(f"{path}: expected {error}, found none") from error
+        return _described(path)
     raise ValueError(f"model {text!r} is neither a config.json nor one of {', '.join(PRESETS)}")
 
 
@@ -76,6 +73,29 @@ def parse_settings(kind: type[T], text: str, aliases: dict[str, str] | None = No
             )
         settings[name] = _value(name, value, known[name])
     return kind(**settings)
+
+
+def _described(path: Path) -> ModelShape:
+    text = f"{path}: expected a model's config.json, found"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{text} what is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"{text} {type(data).__name__}")  # noqa: TRY004  (told in one line)
+    try:
+        model = from_config(data)
+    except KeyError as error:
+        raise ValueError(f"{path}: expected {error}, found none") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (ArithmeticError, AttributeError, TypeError) as error:
+        raise ValueError(f"{text} one that is malformed: {error!r}") from error
+    sizes = {f.name: getattr(model, f.name) for f in fields(model) if f.type == "int"}
+    faults = [f"{n} {size!r}" for n, size in sizes.items() if type(size) is not int or size < 0]
+    if faults:
+        raise ValueError(f"{path}: expected integers of at least 0, found {', '.join(faults)}")
+    return model
 
 
 def _value(name: str, text: str, kind: str) -> Any:

@@ -155,6 +155,7 @@ class Conductor:
             told = named_error(error, 0)
             for channel in self._peers.all:
                 channel.try_send({"type": "error", "error": told.to_wire()})
+            self._member.close()  # its caller may have done so while it opened
             raise
 
     def open(self, version: int, portion: int = 0, *, audit: bool = False) -> None:

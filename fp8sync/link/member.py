@@ -165,8 +165,10 @@ class Member:
 
     def close(self) -> None:
         """Free the way out; a `send` under way ends with an error."""
-        for part in (*self._senders, self._exchange):
+        # Taken first: rank 0's thread and its caller may come at once.
+        parts = *self._senders, self._exchange
+        self._senders, self._exchange = (), None
+        for part in parts:
             if part is not None:
                 part.close()
-        self._senders, self._exchange = (), None
         self.source.release()

@@ -160,7 +160,12 @@ def open_exchange(
     for ranks, members in teams(groups).items():
         if rank in ranks:
             team = join(ranks) if len(ranks) > 1 else None
-            return AmaxExchange(members, rank, team, device)
+            try:
+                return AmaxExchange(members, rank, team, device)
+            except BaseException:
+                if team is not None:
+                    team.close()
+                raise
     return AmaxExchange((), rank, None, device)
 
 

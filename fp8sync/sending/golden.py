@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -124,9 +125,13 @@ class GoldenSender:
         """Join the group of an invitation; a version has one portion."""
         (share,) = shares
         reader = reader_of(share.source.storages())
-        group, device = join_group(choice, reader, share.timeout_s)
         workers = [number for _, number in choice["members"]]
-        return [cls(share, group, device, workers)]
+        with ExitStack() as joined:
+            group, device = join_group(choice, reader, share.timeout_s)
+            joined.callback(group.close)
+            sender = cls(share, group, device, workers)
+            joined.pop_all()
+        return [sender]
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""

@@ -7,6 +7,7 @@ the host makes a few calls, per tensor none.
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -85,12 +86,16 @@ class GroupSender:
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GroupSender]:
         """Join the communicator of an invitation, and open a way for each portion of a version."""
         device = reader_of(shares[0].source.storages())
-        group = NcclGroup.join(choice, device, shares[0].timeout_s)
         members, size = dict(choice["members"]), choice["bucket_bytes"]
-        buckets = [[b] for share in shares for b in own_buckets(share, members, size)]
-        buffers = make_buffers(buckets, device)
-        both = zip(shares, choice["orders"], strict=True)
-        return [cls(share, group, members, order, size, buffers) for share, order in both]
+        with ExitStack() as joined:
+            group = NcclGroup.join(choice, device, shares[0].timeout_s)
+            joined.callback(group.close)
+            buckets = [[b] for share in shares for b in own_buckets(share, members, size)]
+            buffers = make_buffers(buckets, device)
+            both = zip(shares, choice["orders"], strict=True)
+            found = [cls(share, group, members, order, size, buffers) for share, order in both]
+            joined.pop_all()
+        return found
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (headers have the digests)
         """Send the weights as they are now; never raises, so that the vote always takes place."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -90,7 +90,19 @@ class Writer:
         storages = share.source.storages()
         self._device = reader_of(storages)
         self._places = places
-        self._mapped = {r: MappedMemory(p.memory, self._device) for r, p in places.items()}
+        self._mapped: dict[int, MappedMemory] = {}
+        self._parts: list[_Part] = []
+        try:
+            for rank, place in places.items():
+                self._mapped[rank] = MappedMemory(place.memory, self._device)
+            self._lay_out(storages)
+        except BaseException:
+            self.close()
+            raise
+
+    def _lay_out(self, storages: Storages) -> None:
+        """Cut the share into parts, and compile what writes them."""
+        share, places = self._share, self._places
         # One worker after the other, each rank beginning with another: so no two are at one worker while a
         # third worker's link is idle. Ranks that change worker often would meet at every change.
         first = share.rank % max(len(places), 1)
@@ -103,7 +115,6 @@ class Writer:
         gpus = {places[c.destination_rank].gpu for c in own}
         beside = on_gpu and gpu_id(self._device) in gpus
         self._seen = torch.zeros(2 * len(cut), dtype=torch.int64, pin_memory=on_gpu)
-        self._parts: list[_Part] = []
         first = 0
         for copies in in_parts(cut, _sizes(0 if beside else self._bytes)):
             self._parts.append(self._part(copies, slice(2 * first, 2 * (first + len(copies)))))
@@ -127,7 +138,13 @@ class Writer:
             )
             for rank, place in choice["places"]
         }
-        return [cls(share, places) for share in shares]
+        writers = []
+        with ExitStack() as opened:
+            for share in shares:
+                writers.append(cls(share, places))
+                opened.callback(writers[-1].close)
+            opened.pop_all()
+        return writers
 
     def send(self, version: int, told: Told) -> Sent:  # noqa: ARG002  (staging knows one version)
         """Write the weights as they are now; never raises, so that the vote always takes place."""

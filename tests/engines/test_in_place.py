@@ -13,10 +13,13 @@ from vllm.device_allocator.cumem import CuMemAllocator
 
 import fp8sync
 from fp8sync.engines.vllm import staging
+from fp8sync.engines.vllm.buckets import BucketReceiver
+from fp8sync.engines.vllm.receive import open_receivers
 from fp8sync.transport.memory import allocate
 from tests import skips
 from tests.engines import world
 from tests.engines.test_faults import Wire
+from tests.layouts.test_draining import fail_once
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -228,6 +231,33 @@ def test_refit_makes_the_link_anew_when_commit_changes(engine: Any) -> None:
         first = int(labels[0])
         assert labels == [str(first + number) for number in range(5)]
     fp8sync.close()
+
+
+def test_a_worker_whose_second_portion_has_no_memory(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has joined the transport by then, and leaves it with every portion's receiver."""
+    model = world.tiny_model("dense", 9)
+    opened: list[Any] = []
+    closed: list[Any] = []
+
+    def open_noted(*about: Any) -> Any:
+        opened.extend(open_receivers(*about))
+        return opened
+
+    def close(receiver: BucketReceiver) -> None:
+        closed.append(receiver)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fp8sync.engines.vllm.session.open_receivers", open_noted)
+        patch.setattr(BucketReceiver, "close", close)
+        fail_once(patch, "fp8sync.engines.vllm.session.ProcessInstall", 1)
+        with pytest.raises(fp8sync.Fp8SyncError, match="engine rank 0: OutOfMemoryError: no memor"):
+            connect(model, engine)
+        assert len(opened) > 4
+        assert closed[-len(opened) :] == opened  # after those of the link before
+    with connect(model, engine) as link:
+        assert link.refit().version == 1
 
 
 def test_unknown_and_impossible_commits(engine: Any) -> None:

@@ -22,7 +22,8 @@ from fp8sync.errors import (
     TransferTimeout,
 )
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
-from fp8sync.sending.writer import PARTS
+from fp8sync.link.conductor import Conductor
+from fp8sync.sending.writer import PARTS, Writer
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
 from fp8sync_kernels import run_table
@@ -292,6 +293,41 @@ def test_a_worker_that_dies(refit: Refit) -> None:
     first, *_ = refit.run()
     assert isinstance(first, EngineLost)
     assert "engine rank 0 closed the connection; expected 'vote'" in str(first)
+
+
+def test_a_link_that_is_given_up_while_it_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 takes longer than its caller waits: what it has opened after all is closed, too."""
+    source, wanted = manifest(TrainerLayout(), QWEN), manifest(EngineLayout(), QWEN)
+    opening, go = threading.Event(), threading.Event()
+    conductors: list[Conductor] = []
+    writers: list[Writer] = []
+
+    def make(*about: Any) -> Conductor:
+        conductors.append(Conductor(*about))
+        return conductors[0]
+
+    def open_late(*about: Any) -> list[Writer]:
+        writers.extend(Writer.open(*about))
+        opening.set()
+        go.wait(WAIT_S)
+        return writers
+
+    monkeypatch.setattr(refit_world, "Conductor", make)
+    monkeypatch.setattr("fp8sync.link.member.open_senders", open_late)
+    monkeypatch.setattr("fp8sync.link.conductor.choose_transport", lambda *_: ("ipc", "asked for"))
+    store, worker = dist.HashStore(), Worker(wanted, 0, CPU)
+    held = refit_world.PaperSource(source, refit_world.allocated(source, 0, CPU))
+    with ThreadPoolExecutor(2) as pool:
+        joining = pool.submit(worker.join, store, "late")
+        leading = pool.submit(refit_world.lead, held, store, "late", "ipc", (1, 1), 1 << 15)
+        assert opening.wait(WAIT_S)
+        conductors[0].close()
+        assert writers[0]._mapped
+        go.set()
+        assert isinstance(leading.exception(WAIT_S), EngineLost)
+        joining.exception(WAIT_S)
+    worker.leave()
+    assert [writer._mapped for writer in writers] == [{}]
 
 
 def test_a_rank_that_makes_another_call(refit: Refit) -> None:

@@ -223,6 +223,30 @@ def test_a_config_without_what_is_needed_is_named(capsys, tmp_path) -> None:
     assert (status, err) == (1, f"fp8sync: --model: {path}: expected 'hidden_size', found none\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "expected a model's config.json, found list"),
+        ("null", "expected a model's config.json, found NoneType"),
+        ("{", "expected a model's config.json, found what is not JSON: "),
+        (b"\xff", "expected a model's config.json, found what is not JSON: "),
+        ("{}", "model_type None is not one of llama, "),
+        ({"head_dim": None, "num_attention_heads": "4"}, "found one that is malformed: TypeError"),
+        ({"head_dim": None, "num_attention_heads": 0}, "is malformed: ZeroDivisionError"),
+        ({"num_hidden_layers": "2"}, "expected integers of at least 0, found layers '2'"),
+        ({"hidden_size": -1, "vocab_size": 1.5}, "found hidden -1, vocabulary 1.5"),
+    ],
+)
+def test_a_file_that_is_no_config_is_named(capsys, tmp_path, text, message) -> None:
+    path = tmp_path / "config.json"
+    text = json.dumps({**CONFIG, **text}) if isinstance(text, dict) else text
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, out, err = run(capsys, "--model", str(path), "--trainer", "tp=1", "--engine", "tp=1")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith(f"fp8sync: --model: {path}: ")
+    assert message in err
+
+
 def test_a_layout_needs_a_model(capsys) -> None:
     status, _, err = run(capsys, "--trainer", "tp=2", "--engine", "tp=2")
     assert status == 1

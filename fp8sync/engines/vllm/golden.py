@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,8 +53,12 @@ class GoldenReceiver:
     def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[GoldenReceiver]:
         """Join the group of an invitation; a version has one portion."""
         (intake,) = intakes
-        group, device = join_group(choice, intake.device, intake.channel.timeout_s)
-        return [cls(intake, group, device)]
+        with ExitStack() as joined:
+            group, device = join_group(choice, intake.device, intake.channel.timeout_s)
+            joined.callback(group.close)
+            receiver = cls(intake, group, device)
+            joined.pop_all()
+        return [receiver]
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every message off the wire; stage tensor by tensor until something is wrong."""

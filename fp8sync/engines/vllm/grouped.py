@@ -7,7 +7,7 @@ the engine keeps no FP8, codes are digested by the launch, and decoded tensor by
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -82,13 +82,17 @@ class GroupReceiver:
     def open(cls, choice: Choice, intakes: Sequence[Intake]) -> list[GroupReceiver]:
         """Join the communicator of an invitation, and open a way for each portion of a version."""
         first = intakes[0]
-        group = NcclGroup.join(choice, first.device, first.channel.timeout_s)
         members, sizes = dict(choice["members"]), (choice["bucket_bytes"], choice["forward_bytes"])
-        turns = [turn for i in intakes for turn in _forwarded(i, sizes[1])]
-        turns += [[b] for i in intakes for b in fill_buckets(i.plan.fed(i.rank), sizes[0])]
-        buffers = make_buffers(turns, first.device)
-        both = zip(intakes, choice["orders"], strict=True)
-        return [cls(intake, group, members, order, *sizes, buffers) for intake, order in both]
+        with ExitStack() as joined:
+            group = NcclGroup.join(choice, first.device, first.channel.timeout_s)
+            joined.callback(group.close)
+            turns = [turn for i in intakes for turn in _forwarded(i, sizes[1])]
+            turns += [[b] for i in intakes for b in fill_buckets(i.plan.fed(i.rank), sizes[0])]
+            buffers = make_buffers(turns, first.device)
+            both = zip(intakes, choice["orders"], strict=True)
+            found = [cls(intake, group, members, order, *sizes, buffers) for intake, order in both]
+            joined.pop_all()
+        return found
 
     def receive(self, version: int, staged: Storages) -> None:
         """Take every turn off the wire and unpack it, then verify all headers and digests."""

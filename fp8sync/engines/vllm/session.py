@@ -35,10 +35,11 @@ from fp8sync.transport.memory import gpu_id
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from fp8sync.audit.ledger import Ledger
     from fp8sync.control import Channel
+    from fp8sync.engines.vllm.intake import Receiver
     from fp8sync.engines.vllm.portions import Installed
     from fp8sync.engines.vllm.staging import Staging
     from fp8sync.engines.vllm.storage import EngineLayout
@@ -78,6 +79,7 @@ class WorkerSession:
         self._rank, self._staging, self._installed = rank, staging, installed
         self._device, self._dtype = device, dtype
         self._caching = caching_modules(model)
+        self._receivers: Sequence[Receiver] = ()
         self._portions: list[Portion] = []
         self._number = 0
         self._opened = False
@@ -204,9 +206,9 @@ class WorkerSession:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        for portion in self._portions:
-            portion.receiver.close()
-        self._portions = []
+        for receiver in self._receivers:
+            receiver.close()
+        self._receivers, self._portions = (), []
 
     def _check_awake(self) -> None:
         """Refuse to read or write weights that are not mapped, which ends the process."""
@@ -265,7 +267,7 @@ class WorkerSession:
         layouts += [layout.only(())] * (count - len(layouts))
         plans = in_portions(plan, dict(choice["portions"]))
         about = self._rank, self._device
-        receivers = open_receivers(
+        receivers = self._receivers = open_receivers(
             choice,
             [
                 Intake(self._channel, self._staging, held, layout.manifest, own, *about)
