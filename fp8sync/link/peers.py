@@ -5,6 +5,7 @@ Every wait is bounded by the link's timeout; every error names the peer.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -22,6 +23,8 @@ __all__ = ["Peers"]
 
 _AT_ONCE = 16
 """Peers that a message goes to at the same time; a thread each, and only while a link is made."""
+_LEAST = 0.1
+"""Of a timeout, what is left for a peer whose turn comes when it is over: to read what has arrived."""
 
 
 class Peers:
@@ -108,23 +111,34 @@ class Peers:
     ) -> tuple[list[Message], list[Fp8SyncError]]:
         """Take a message of everyone who can be heard; who cannot is hung up on.
 
+        All are due since now: those who stay silent cost one timeout, not one each. After the first one the
+        others are heard at the same time, as word of their progress gives each its own time again.
+
         Returns:
             What was said, and why each of the others was hung up on, be it now or before.
         """
-        said: list[Message] = []
-        lost: list[Fp8SyncError] = []
-        for member, channel in sorted(self.channels.items()):
-            if member[0] != role:
-                continue
+        began = time.monotonic()
+
+        def heard(member: tuple[str, int]) -> Message | Fp8SyncError:
+            channel = self.channels[member]
+            limit_s = channel.timeout_s if timeout_s is None else timeout_s
+            ends = max(began + limit_s, time.monotonic() + _LEAST * limit_s)
             try:
-                if member not in self.lost:
-                    said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
+                return {"peer": channel.peer, **channel.receive(kind, limit_s, ends=ends)}
             except Fp8SyncError as error:
                 channel.close()
                 self.lost[member] = error
-            if member in self.lost:
-                lost.append(self.lost[member])
-        return said, lost
+                return error
+
+        due = [m for m in sorted(self.channels) if m[0] == role and m not in self.lost]
+        answers: list[Message | Fp8SyncError] = []
+        while due and not (answers and isinstance(answers[-1], Fp8SyncError)):
+            answers.append(heard(due.pop(0)))
+        if due:
+            with waiting(), ThreadPoolExecutor(len(due), "fp8sync-hear") as pool:
+                answers += pool.map(heard, due)
+        said = [each for each in answers if not isinstance(each, Fp8SyncError)]
+        return said, [error for member, error in sorted(self.lost.items()) if member[0] == role]
 
     def votes(self, patience: int = 1) -> list[Fp8SyncError]:
         """Return the errors of workers that are lost, then those that workers report.
