@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fp8sync.control import framed
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
+from fp8sync.sending.share import named_error
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
@@ -63,21 +64,39 @@ class Peers:
 
         Raises:
             Fp8SyncError: somebody joins twice, or is not expected.
-            TransferTimeout: somebody does not come.
+            EngineLost, TransferTimeout: somebody does not come, or leaves; names all who have not joined.
         """
-        for number in range(len(self._expected)):
-            channel = listener.accept(f"peer {number + 1} of {len(self._expected)}")
-            joined = channel.receive("join")
-            role, rank = str(joined["role"]), int(joined["rank"])
-            channel.peer = f"{role} rank {rank}"
-            if (role, rank) not in self._expected or (role, rank) in self.channels:
-                raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
-            if role == "engine":
-                several = self._engine_of[-1] > 0
-                channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
-                self.left_open |= bool(joined["updating"])
-                self.left_mixed |= bool(joined["mixed"])
-            self.channels[role, rank] = channel
+        while missing := self._expected - self.channels.keys():
+            number = len(self.channels) + 1
+            try:
+                self._join(listener.accept(f"peer {number} of {len(self._expected)}"))
+            except (EngineLost, TransferTimeout) as error:
+                names = [f"{self._name(*member)} has not joined" for member in sorted(missing)]
+                raise type(error)(error.summary, [*error.violations, *names]) from error
+
+    def _join(self, channel: Channel) -> None:
+        """Take in who says `join`; anyone else hears why not, and is hung up on."""
+        try:
+            self.channels[self._member(channel)] = channel
+        except Exception as error:
+            channel.try_send({"type": "error", "error": named_error(error, 0).to_wire()})
+            channel.close()
+            raise
+
+    def _member(self, channel: Channel) -> tuple[str, int]:
+        joined = channel.receive("join")
+        role, rank = str(joined["role"]), int(joined["rank"])
+        channel.peer = self._name(role, rank)
+        if (role, rank) not in self._expected or (role, rank) in self.channels:
+            raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
+        if role == "engine":
+            self.left_open |= bool(joined["updating"])
+            self.left_mixed |= bool(joined["mixed"])
+        return role, rank
+
+    def _name(self, role: str, rank: int) -> str:
+        several = role == "engine" and rank < len(self._engine_of) and self._engine_of[-1] > 0
+        return f"{role} rank {rank}" + (f" of engine {self._engine_of[rank]}" if several else "")
 
     def tell(self, role: str, message: Message) -> None:
         """Tell everyone of a role, several at a time: a manifest of many ranks takes its time to each.
