@@ -151,6 +151,11 @@ class Channel:
         except (OSError, ValueError):  # closed here, or reset by the peer
             return True
 
+    def deafen(self) -> None:
+        """Hear what has arrived, and nothing after it; a thread that waits for more wakes with `EngineLost`."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
     def close(self) -> None:
         """Close the connection; the peer sees it as gone."""
         # Shutdown first: close alone does not wake a thread that waits in recv.

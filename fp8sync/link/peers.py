@@ -45,6 +45,7 @@ class Peers:
         self.channels: dict[tuple[str, int], Channel] = {}
         self.lost: dict[tuple[str, int], Fp8SyncError] = {}
         """Why somebody was hung up on."""
+        self.interrupted = False
         self.left_open = False
         """Whether an engine's update was left open by a trainer that is gone."""
         self.left_mixed = False
@@ -78,6 +79,8 @@ class Peers:
         """Take in who says `join`; anyone else hears why not, and is hung up on."""
         try:
             self.channels[self._member(channel)] = channel
+            if self.interrupted:  # perhaps before this one was known
+                channel.deafen()
         except Exception as error:
             channel.try_send({"type": "error", "error": named_error(error, 0).to_wire()})
             channel.close()
@@ -171,6 +174,12 @@ class Peers:
                 error = from_wire(vote["error"])
                 faults.append(error.named(f"{vote['peer']}: {error.summary}"))
         return faults
+
+    def interrupt(self) -> None:
+        """Hear no more of workers than they have said; a thread that waits for one wakes with `EngineLost`."""
+        self.interrupted = True
+        for channel in self.each("engine"):
+            channel.deafen()
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""
