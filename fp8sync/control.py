@@ -102,11 +102,21 @@ class Channel:
             self.send(message, attached)
 
     def receive(
-        self, kind: str, timeout_s: float | None = None, max_bytes: int = _MAX_BYTES
+        self,
+        kind: str,
+        timeout_s: float | None = None,
+        max_bytes: int = _MAX_BYTES,
+        ends: float | None = None,
     ) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
         A peer that is at work says `progress`, with ever less left to do: then its time begins anew.
+
+        Args:
+            kind: of message.
+            timeout_s: limit, if not the channel's own.
+            max_bytes: that a message may have.
+            ends: when, by `time.monotonic`, the first time ends that began before this call.
 
         Raises:
             EngineLost: the peer is gone.
@@ -114,12 +124,14 @@ class Channel:
             Fp8SyncError: what the peer reported, or a message out of turn.
         """
         limit_s = self.timeout_s if timeout_s is None else timeout_s
-        message, before = self._next(kind, limit_s, max_bytes), math.inf
+        ends = time.monotonic() + limit_s if ends is None else ends
+        message, before = self._next(kind, limit_s, max_bytes, ends), math.inf
         while message.get("type") == "progress":
             left = message.get("left")
             if not isinstance(left, int) or not 0 <= left < before:
                 raise Fp8SyncError(f"{self.peer} said progress with {left!r} left after {before}")
-            message, before = self._next(kind, limit_s, max_bytes), left
+            ends = time.monotonic() + limit_s
+            message, before = self._next(kind, limit_s, max_bytes, ends), left
         if message.get("type") == "error":
             raise self._told(message.get("error"))
         if message.get("type") != kind:
@@ -139,6 +151,11 @@ class Channel:
         except (OSError, ValueError):  # closed here, or reset by the peer
             return True
 
+    def deafen(self) -> None:
+        """Hear what has arrived, and nothing after it; a thread that waits for more wakes with `EngineLost`."""
+        with suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RD)
+
     def close(self) -> None:
         """Close the connection; the peer sees it as gone."""
         # Shutdown first: close alone does not wake a thread that waits in recv.
@@ -146,8 +163,7 @@ class Channel:
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
 
-    def _next(self, kind: str, limit_s: float, max_bytes: int) -> Message:
-        ends = time.monotonic() + limit_s
+    def _next(self, kind: str, limit_s: float, max_bytes: int, ends: float) -> Message:
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind, ends, limit_s))
         packed, size = bool(size & _PACKED), size & ~_PACKED
         if size > max_bytes:

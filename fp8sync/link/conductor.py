@@ -22,7 +22,7 @@ from fp8sync.errors import (
     gathered,
 )
 from fp8sync.link.commit import choose_commit, strategies_of
-from fp8sync.link.faults import broken, difference, failures, nonfinite, with_refusals
+from fp8sync.link.faults import as_ours, broken, difference, failures, nonfinite, with_refusals
 from fp8sync.link.peers import Peers
 from fp8sync.manifest import Manifest
 from fp8sync.plan import in_order, in_portions, messages_of, stamps_of
@@ -104,6 +104,7 @@ class Conductor:
         self._invitation: Invitation | None = None
         self._audited: dict[str, list[int]] = {}
         self._ledger: Ledger | None = None
+        self._interrupt: Fp8SyncError | None = None
 
     @property
     def plan(self) -> Plan:
@@ -152,7 +153,7 @@ class Conductor:
         # Peers hear of anything at once, instead of waiting for a message that will not come.
         except Exception as error:
             listener.close()  # for whoever has not been heard yet
-            told = named_error(error, 0)
+            told = self._cause(named_error(error, 0))
             for channel in self._peers.all:
                 channel.try_send({"type": "error", "error": told.to_wire()})
             self._member.close()  # its caller may have done so while it opened
@@ -226,8 +227,27 @@ class Conductor:
 
     def abandon(self, error: BaseException) -> None:
         """Tell the trainer's other ranks why a version will not be decided."""
-        told = error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
-        self._peers.spread("trainer", {"type": "error", "error": told.to_wire()})
+        self._peers.spread("trainer", {"type": "error", "error": as_ours(error).to_wire()})
+
+    def interrupt(self, error: BaseException) -> Fp8SyncError | None:
+        """Let a call in another thread end soon; the trainer's other ranks hear of `error` as the reason.
+
+        What workers have said before is still heard.
+
+        Returns:
+            What had gone wrong before, which is then the reason instead.
+        """
+        reason = as_ours(error)
+        reason.severed = True  # what workers say from now on stays in the channels
+        self._interrupt = None if self.faults else reason
+        self._peers.interrupt()
+        return gathered(self.faults) if self.faults else None
+
+    def _cause(self, error: Fp8SyncError) -> Fp8SyncError:
+        """Return why workers were interrupted in the place of an error that only says that they were."""
+        if self._interrupt is None or not isinstance(error, EngineLost):
+            return error
+        return self._interrupt
 
     def refuse(self, error: Fp8SyncError) -> None:
         """Let `commit` fail with `error`, so that all hear of it."""
@@ -254,9 +274,9 @@ class Conductor:
         done: list[Message] = []
         if self.decided:
             done, lost = self._peers.hear("engine", "committed")
-            faults = broken(done, lost)
+            faults = broken(done, [*dict.fromkeys(map(self._cause, lost))])
         error = gathered(faults) if faults else None
-        outcome = {"type": "outcome", "error": error.to_wire() if error else None}
+        outcome = {"type": "outcome", "error": self._cause(error).to_wire() if error else None}
         self._peers.spread("trainer", outcome)
         if error is not None:
             raise error

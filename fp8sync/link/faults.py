@@ -23,7 +23,12 @@ if TYPE_CHECKING:
     from fp8sync.plan import Plan
     from fp8sync.sending.share import Sent
 
-__all__ = ["broken", "difference", "failures", "nonfinite", "with_refusals"]
+__all__ = ["as_ours", "broken", "difference", "failures", "nonfinite", "with_refusals"]
+
+
+def as_ours(error: BaseException) -> Fp8SyncError:
+    """Return what peers can be told of an error, whatever it is."""
+    return error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
 
 
 def broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
@@ -33,7 +38,10 @@ def broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8Syn
     found += [str(error) for error in lost]
     if not found:
         return []
-    return [(type(lost[0]) if lost else InstallFailed)(text, found)]
+    kinds = [type(error) for error in lost if type(error).severed]
+    whole = (kinds[0] if kinds else InstallFailed)(text, found)
+    whole.severed |= any(error.severed for error in lost)
+    return [whole]
 
 
 def failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:

@@ -208,7 +208,7 @@ class Link:
                     self._engine.start()
                     task = self._threads.submit(conductor.audit)
                     self._engine.update(self.version)
-                    return together(task, self._engine.finish, conductor.close, self._timeout_s)
+                    return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
             except BaseException:
                 self._disconnect()  # messages of this audit may still be under way
                 raise
@@ -262,8 +262,14 @@ class Link:
             task = self._threads.submit(conductor.agree, listener)
             try:
                 calls = partial(self._engine.initialize, info)
+
+                def interrupt(error: BaseException) -> Fp8SyncError | None:
+                    known = conductor.interrupt(error)
+                    listener.close()
+                    return known
+
                 with uncollected(), self._engine.standing():
-                    together(task, calls, listener.close, self._timeout_s)
+                    together(task, calls, interrupt, self._timeout_s)
                 self._label = self._engine.last_label()
             except BaseException:
                 conductor.close()
@@ -352,7 +358,7 @@ class Link:
         task = self._threads.submit(conductor.commit)
         try:
             with waiting(), uncollected():
-                return together(task, self._engine.finish, conductor.close, self._timeout_s)
+                return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
         except BaseException:
             if conductor.decided:  # some workers may hold the new weights, or parts of them
                 self._mixed = True

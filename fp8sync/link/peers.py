@@ -5,12 +5,14 @@ Every wait is bounded by the link's timeout; every error names the peer.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from fp8sync.control import framed
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
+from fp8sync.sending.share import named_error
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ __all__ = ["Peers"]
 
 _AT_ONCE = 16
 """Peers that a message goes to at the same time; a thread each, and only while a link is made."""
+_LEAST = 0.1
+"""Of a timeout, what is left for a peer whose turn comes when it is over: to read what has arrived."""
 
 
 class Peers:
@@ -41,6 +45,7 @@ class Peers:
         self.channels: dict[tuple[str, int], Channel] = {}
         self.lost: dict[tuple[str, int], Fp8SyncError] = {}
         """Why somebody was hung up on."""
+        self.interrupted = False
         self.left_open = False
         """Whether an engine's update was left open by a trainer that is gone."""
         self.left_mixed = False
@@ -60,21 +65,41 @@ class Peers:
 
         Raises:
             Fp8SyncError: somebody joins twice, or is not expected.
-            TransferTimeout: somebody does not come.
+            EngineLost, TransferTimeout: somebody does not come, or leaves; names all who have not joined.
         """
-        for number in range(len(self._expected)):
-            channel = listener.accept(f"peer {number + 1} of {len(self._expected)}")
-            joined = channel.receive("join")
-            role, rank = str(joined["role"]), int(joined["rank"])
-            channel.peer = f"{role} rank {rank}"
-            if (role, rank) not in self._expected or (role, rank) in self.channels:
-                raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
-            if role == "engine":
-                several = self._engine_of[-1] > 0
-                channel.peer += f" of engine {self._engine_of[rank]}" if several else ""
-                self.left_open |= bool(joined["updating"])
-                self.left_mixed |= bool(joined["mixed"])
-            self.channels[role, rank] = channel
+        while missing := self._expected - self.channels.keys():
+            number = len(self.channels) + 1
+            try:
+                self._join(listener.accept(f"peer {number} of {len(self._expected)}"))
+            except (EngineLost, TransferTimeout) as error:
+                names = [f"{self._name(*member)} has not joined" for member in sorted(missing)]
+                raise type(error)(error.summary, [*error.violations, *names]) from error
+
+    def _join(self, channel: Channel) -> None:
+        """Take in who says `join`; anyone else hears why not, and is hung up on."""
+        try:
+            self.channels[self._member(channel)] = channel
+            if self.interrupted:  # perhaps before this one was known
+                channel.deafen()
+        except Exception as error:
+            channel.try_send({"type": "error", "error": named_error(error, 0).to_wire()})
+            channel.close()
+            raise
+
+    def _member(self, channel: Channel) -> tuple[str, int]:
+        joined = channel.receive("join")
+        role, rank = str(joined["role"]), int(joined["rank"])
+        channel.peer = self._name(role, rank)
+        if (role, rank) not in self._expected or (role, rank) in self.channels:
+            raise Fp8SyncError(f"{channel.peer} joined twice, or is not expected here")
+        if role == "engine":
+            self.left_open |= bool(joined["updating"])
+            self.left_mixed |= bool(joined["mixed"])
+        return role, rank
+
+    def _name(self, role: str, rank: int) -> str:
+        several = role == "engine" and rank < len(self._engine_of) and self._engine_of[-1] > 0
+        return f"{role} rank {rank}" + (f" of engine {self._engine_of[rank]}" if several else "")
 
     def tell(self, role: str, message: Message) -> None:
         """Tell everyone of a role, several at a time: a manifest of many ranks takes its time to each.
@@ -108,23 +133,34 @@ class Peers:
     ) -> tuple[list[Message], list[Fp8SyncError]]:
         """Take a message of everyone who can be heard; who cannot is hung up on.
 
+        All are due since now: those who stay silent cost one timeout, not one each. After the first one the
+        others are heard at the same time, as word of their progress gives each its own time again.
+
         Returns:
             What was said, and why each of the others was hung up on, be it now or before.
         """
-        said: list[Message] = []
-        lost: list[Fp8SyncError] = []
-        for member, channel in sorted(self.channels.items()):
-            if member[0] != role:
-                continue
+        began = time.monotonic()
+
+        def heard(member: tuple[str, int]) -> Message | Fp8SyncError:
+            channel = self.channels[member]
+            limit_s = channel.timeout_s if timeout_s is None else timeout_s
+            ends = max(began + limit_s, time.monotonic() + _LEAST * limit_s)
             try:
-                if member not in self.lost:
-                    said.append({"peer": channel.peer, **channel.receive(kind, timeout_s)})
+                return {"peer": channel.peer, **channel.receive(kind, limit_s, ends=ends)}
             except Fp8SyncError as error:
                 channel.close()
                 self.lost[member] = error
-            if member in self.lost:
-                lost.append(self.lost[member])
-        return said, lost
+                return error
+
+        due = [m for m in sorted(self.channels) if m[0] == role and m not in self.lost]
+        answers: list[Message | Fp8SyncError] = []
+        while due and not (answers and isinstance(answers[-1], Fp8SyncError)):
+            answers.append(heard(due.pop(0)))
+        if due:
+            with waiting(), ThreadPoolExecutor(len(due), "fp8sync-hear") as pool:
+                answers += pool.map(heard, due)
+        said = [each for each in answers if not isinstance(each, Fp8SyncError)]
+        return said, [error for member, error in sorted(self.lost.items()) if member[0] == role]
 
     def votes(self, patience: int = 1) -> list[Fp8SyncError]:
         """Return the errors of workers that are lost, then those that workers report.
@@ -138,6 +174,12 @@ class Peers:
                 error = from_wire(vote["error"])
                 faults.append(error.named(f"{vote['peer']}: {error.summary}"))
         return faults
+
+    def interrupt(self) -> None:
+        """Hear no more of workers than they have said; a thread that waits for one wakes with `EngineLost`."""
+        self.interrupted = True
+        for channel in self.each("engine"):
+            channel.deafen()
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures import Future, wait
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout
@@ -15,41 +15,58 @@ __all__ = ["together"]
 
 T = TypeVar("T")
 
+_MOMENT_S = 0.5
+"""For the conductor to hear what workers have said just now, and ranks that are on their way."""
+
 
 def together(
     task: Future[T],
     calls: Callable[[], None],
-    interrupt: Callable[[], None],
+    interrupt: Callable[[BaseException], Fp8SyncError | None],
     timeout_s: float,
 ) -> T:
     """Run vLLM's calls here while the conductor works; the conductor's error says more.
 
+    Unless it is one that comes of our own hanging up, because a call has failed: then that call's does.
+
     Args:
         task: the conductor's.
         calls: return when vLLM has.
-        interrupt: makes `task` end soon.
+        interrupt: makes `task` end soon, with `EngineLost`; takes the reason, returns what had gone wrong before.
         timeout_s: how long `task` may take after the calls.
+
+    Raises:
+        Fp8SyncError: the conductor's error.
+        TransferTimeout: the conductor does not end in time.
+        BaseException: what a call raised, if the conductor knows no more than that.
     """
     try:
         calls()
     except BaseException as error:
-        if not task.done():
-            interrupt()
-        told = _error_of(task, timeout_s)
-        if isinstance(error, EngineLost) or not isinstance(told, Fp8SyncError):
+        told = _known(task, partial(interrupt, error), timeout_s)
+        # The conductor's may well be the reason why a call failed; but who is lost, vLLM knows better.
+        if told is None or isinstance(error, EngineLost) or not isinstance(error, Exception):
             raise
         raise told from error
-    told = _error_of(task, timeout_s)
-    if told is not None:
-        if not task.done():
-            interrupt()
-        raise told
+    wait([task], timeout_s)
+    if not task.done():
+        late = TransferTimeout(f"the conductor was not done within {timeout_s:g} s")
+        interrupt(late)
+        wait([task], _MOMENT_S)
+        raise late
     return task.result()
 
 
-def _error_of(task: Future[Any], timeout_s: float) -> BaseException | None:
-    """Return what a thread's task raised, or that it did not end in time."""
-    try:
-        return task.exception(timeout_s)
-    except FutureTimeout:
-        return TransferTimeout(f"the conductor was not done within {timeout_s:g} s")
+def _known(
+    task: Future[Any], interrupt: Callable[[], Fp8SyncError | None], timeout_s: float
+) -> Fp8SyncError | None:
+    """Return what has stopped the conductor, other than its being interrupted."""
+    wait([task], _MOMENT_S)
+    interrupted, known = not task.done(), None
+    if interrupted:
+        known = interrupt()
+        wait([task], timeout_s)
+    told = task.exception() if task.done() else known
+    if interrupted and isinstance(told, EngineLost):
+        return known
+    return told if isinstance(told, Fp8SyncError) else None

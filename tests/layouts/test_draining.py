@@ -118,6 +118,23 @@ def test_a_worker_that_fails_while_it_hands_on(way: str, target: str, monkeypatc
     assert not wire.differing(refit.destination, refit.wanted())
 
 
+def test_silent_trainer_ranks_cost_one_timeout() -> None:
+    """By gloo: with the first wait that ends in vain it gives up all connections, so no other one follows."""
+    limit_s = 2.0
+    refit = two_and_two("buckets", limit_s)
+    began = time.monotonic()
+    taken = [
+        refit.pool.submit(receiver.receive, 1, refit.destination[rank])
+        for rank, receiver in refit.receivers.items()
+    ]
+    for each in taken:
+        with pytest.raises(
+            TransferTimeout, match="trainer rank 0 did not send a bucket within 2 s"
+        ):
+            each.result()
+    assert limit_s <= time.monotonic() - began < 1.8 * limit_s
+
+
 LATE, BAD = TransferTimeout("trainer rank 1 sent nothing"), CorruptBucket("bucket 2: digest")
 MEMORY = torch.OutOfMemoryError("no memory left")
 

@@ -301,6 +301,32 @@ def test_closing_a_channel_wakes_who_waits(pair: tuple[Channel, socket.socket]) 
             waiting()
 
 
+def test_a_deaf_channel_hears_what_has_arrived_and_still_speaks(
+    pair: tuple[Channel, socket.socket],
+) -> None:
+    channel, peer = pair
+    peer.sendall(framed(b'{"type":"vote"}'))
+    time.sleep(0.1)
+    channel.deafen()
+    assert channel.receive("vote") == {"type": "vote"}
+    with pytest.raises(EngineLost, match="engine rank 7"):
+        channel.receive("vote")
+    channel.send({"type": "decision"})
+    assert Channel(peer, "trainer", WAIT_S).receive("decision") == {"type": "decision"}
+
+
+def test_deafening_a_channel_wakes_who_waits(pair: tuple[Channel, socket.socket]) -> None:
+    channel, _ = pair
+    with ThreadPoolExecutor(1) as pool:
+        waiting: Callable[[], object] = pool.submit(channel.receive, "vote").result
+        time.sleep(0.1)
+        began = time.monotonic()
+        channel.deafen()
+        with pytest.raises(EngineLost, match="engine rank 7"):
+            waiting()
+        assert time.monotonic() - began < WAIT_S / 2
+
+
 def test_values_that_are_not_json_are_never_sent(pair: tuple[Channel, socket.socket]) -> None:
     channel, _ = pair
     with pytest.raises(ValueError, match="not JSON compliant"):

@@ -9,9 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from fp8sync.engines.vllm import Server
 from fp8sync.errors import Fp8SyncError, TransferTimeout
+from fp8sync.link import connect
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,3 +80,29 @@ def test_an_answer_that_does_not_end(sent: bytes, monkeypatch: pytest.MonkeyPatc
             Server(f"http://127.0.0.1:{listener.getsockname()[1]}")
         done.set()
         thread.join()
+
+
+class Misconfigured(Answering):
+    body = b'{"world_size": 1}'
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(500)
+        self.end_headers()
+        self.wfile.write(b"Weight transfer not configured")
+
+
+def test_what_a_server_answers_is_said_when_connecting() -> None:
+    """Not that the link was given up for it, which would be taken for the loss of an engine."""
+    with HTTPServer(("127.0.0.1", 0), Misconfigured) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            with pytest.raises(Fp8SyncError) as raised:
+                connect(torch.nn.Linear(8, 8), f"http://127.0.0.1:{server.server_port}")
+        finally:
+            server.shutdown()
+            thread.join()
+    assert type(raised.value) is Fp8SyncError
+    text = "/init_weight_transfer_engine answered 500: Weight transfer not configured"
+    assert str(raised.value).endswith(text)
