@@ -10,6 +10,7 @@ from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, Planner, in_portions
 from fp8sync.sending.ahead import look_ahead
+from fp8sync.sending.alike import kept_in, read_by
 from fp8sync.sending.exchange import AmaxExchange, open_exchange
 from fp8sync.sending.outgoing import open_senders
 from fp8sync.sending.share import Outgoing, Share, named_error
@@ -19,7 +20,7 @@ from fp8sync.transport.memory import reader_of
 from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import torch
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from fp8sync.sending.share import Sent, Told
     from fp8sync.sources import LiveSource
     from fp8sync.transport import Choice
+    from fp8sync.wire.payload import Storages
 
 __all__ = ["Member"]
 
@@ -116,6 +118,8 @@ class Member:
         device = next(iter(storages.values())).device if one_by_one else reader_of(storages)
         join = partial(join_team, self.rank, device, team, host, timeout_s)
         exchange = self._exchange = open_exchange(self.plan.amax, self.rank, device, join)
+        # Some ways look at weights in a refit alone, and before it they may come to lie otherwise.
+        exchange.alike.check(storages, kept_in(self._held.ranks.get(self.rank, ())))
         own = self._own = self.plan.sent_by(self.rank)
         plans = in_portions(own, dict(choice["portions"]))
         stamps = choice["stamps"] or [None] * len(plans)
@@ -141,7 +145,7 @@ class Member:
         sent = self._senders[portion].send(version, told)
         if portion == 0 and sent.error is None:
             try:
-                sent.parts += look_ahead(self.source.storages(), self._later)
+                sent.parts += look_ahead(self._checked(self._later), self._later)
             except Exception as error:  # noqa: BLE001  (what stops it is told, as while it sends)
                 sent.error = named_error(error, self.rank)
         if portion == self.portions - 1:
@@ -154,7 +158,7 @@ class Member:
             raise Fp8SyncError("the link was not established")
         try:
             self.source.prepare()
-            storages = self._exchange.agree(self.source.storages)
+            storages = self._exchange.agree(partial(self._checked, self._own.copies))
         except Exception as error:
             raise named_error(error, self.rank) from error
         self.source.release()
@@ -162,6 +166,12 @@ class Member:
         ledger = trainer_ledger(storages, self._exchange.amax, *about)
         self._scales = ledger.scales
         return ledger
+
+    def _checked(self, copies: Iterable[Copy]) -> Storages:
+        """The weights, of which those that `copies` read lie as they did when the link was made."""
+        if self._exchange is None:
+            raise Fp8SyncError("the link was not established")
+        return self._exchange.alike.read(self.source.storages, read_by(copies))
 
     def close(self) -> None:
         """Free the way out; a `send` under way ends with an error."""

@@ -20,6 +20,7 @@ from fp8sync.manifest import Placement
 from fp8sync.plan import teams
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import BLOCK
+from fp8sync.sending.alike import Alike
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import view
 from fp8sync.wire.tables import matrix
@@ -52,12 +53,15 @@ class AmaxExchange:
         rank: this rank among the trainer's.
         team: to exchange with; None where nobody else holds a part.
         device: where this rank's weights are.
+
+    `alike` knows how this rank's weights lay when the link was made, for all who read them.
     """
 
     def __init__(
         self, groups: Sequence[AmaxGroup], rank: int, team: Team | None, device: torch.device
     ) -> None:
         self._rank, self._team, self._device = rank, team, device
+        self.alike = Alike(rank)
         sizes = [math.prod(group.shape) for group in groups]
         self._joint = torch.zeros(1 + sum(sizes), dtype=torch.float32, device=device)
         self._parts: list[tuple[AmaxPart, int, AmaxGroup, int]] = []
@@ -74,7 +78,7 @@ class AmaxExchange:
         # A rank may hold several parts of a block; each has a plane of its own.
         depth = 1 + max((plane for _, plane, _, _ in self._parts), default=0)
         self._planes = torch.zeros(depth, offset, dtype=torch.float32, device=device)
-        self._names = {part.at.storage for part, _, _, _ in self._parts}
+        self._names = list(dict.fromkeys(part.at.storage for part, _, _, _ in self._parts))
         self._pointers: dict[str, int] = {}
         self._table: Table | None = None
         self._strided: list[tuple[AmaxPart, torch.Tensor]] = []
@@ -85,6 +89,7 @@ class AmaxExchange:
         Every rank of a team calls it once per refit. A rank whose `read` fails takes part all the same.
 
         Raises:
+            TensorMismatch: weights with cut blocks lie otherwise than when they were first looked at.
             PeerFailed: another rank of the team failed before it could take part.
             TransferTimeout, EngineLost: another rank is late, or gone.
         """
@@ -112,6 +117,7 @@ class AmaxExchange:
 
     def _measure(self, storages: Storages) -> None:
         """Put this rank's share of every block's amax into the packed vector."""
+        self.alike.check(storages, self._names)
         self._prepare(storages)
         with device_work(self._device):
             if self._table is not None:

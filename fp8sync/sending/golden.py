@@ -18,6 +18,7 @@ import torch
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.plan.formats import cut_pairs
+from fp8sync.sending.alike import kept_in
 from fp8sync.sending.share import Sent, Told, named_error
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.transport.memory import reader_of
@@ -119,6 +120,7 @@ class GoldenSender:
         self._plan = bytes.fromhex(share.held.digest())[:16]
         pieces = [piece for found in pieces_of(share.held).values() for piece in found]
         self._pieces = [piece for piece in pieces if piece.rank == share.rank]
+        self._names = kept_in(piece.box for piece in self._pieces)
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[GoldenSender]:
@@ -139,7 +141,7 @@ class GoldenSender:
         began = time.perf_counter()
         storages: Storages = {}
         try:
-            storages = self._share.read()
+            storages = self._share.read(self._names)
         # Workers get every message all the same, marked void.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._share.rank)

@@ -75,6 +75,7 @@ class GroupSender:
                 (part.copy for placed in turn.buckets for part in placed.bucket.parts),
                 partial(self._table, turn),
                 self._device,
+                share.exchange.alike,
             )
             for turn in self._turns
         ]

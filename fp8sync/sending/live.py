@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fp8sync.errors import Fp8SyncError, TensorMismatch
+from fp8sync.errors import Fp8SyncError
+from fp8sync.sending.alike import read_by
 from fp8sync.transport.memory import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from fp8sync.plan import Copy
+    from fp8sync.sending.alike import Alike
     from fp8sync.wire.payload import Storages
     from fp8sync_kernels import Table
 
@@ -32,14 +34,15 @@ class LiveTable:
         copies: that it reads for.
         build: returns the table, given what finds address and dtype of a storage.
         device: that launches, and can read the storages (`reader_of`).
+        alike: how the storages have to lie, wherever they have moved.
     """
 
-    def __init__(self, copies: Iterable[Copy], build: Build, device: torch.device) -> None:
-        places = (at for c in copies for at in (c.source_at, c.source_scale_at) if at is not None)
-        self._names = list(dict.fromkeys(at.storage for at in places))
-        self._build, self._device = build, device
+    def __init__(
+        self, copies: Iterable[Copy], build: Build, device: torch.device, alike: Alike
+    ) -> None:
+        self._names = read_by(copies)
+        self._build, self._device, self._alike = build, device, alike
         self._pointers: list[int] = []
-        self._lie: dict[str, tuple[torch.Size, tuple[int, ...]]] = {}
         self._table: Table | None = None
 
     def at(self, storages: Storages) -> Table:
@@ -48,7 +51,7 @@ class LiveTable:
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
-            TensorMismatch: they have another shape, or other strides, than when they were first read.
+            TensorMismatch: they have moved, and lie otherwise than when they were first looked at.
         """
         # No bytecode for each storage: there may be as many as tensors.
         pointers = list(map(torch.Tensor.data_ptr, map(storages.__getitem__, self._names)))
@@ -60,22 +63,9 @@ class LiveTable:
                         f"{name}: expected weights that {self._device} reads, as when the link was made, "
                         f"found them on {storages[name].device}"
                     )
-            self._check_how_they_lie(storages)
+            self._alike.check(storages, self._names)
             dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
             found = dict(zip(self._names, zip(pointers, dtypes, strict=True), strict=True))
             self._table = self._build(found.__getitem__)
             self._pointers = pointers
         return self._table
-
-    def _check_how_they_lie(self, storages: Storages) -> None:
-        """What has moved must lie as it did: the plan counts elements from a storage's first."""
-        found = {name: (storages[name].shape, storages[name].stride()) for name in self._names}
-        first = self._lie = self._lie or found
-        faults = [
-            f"{name}: expected {tuple(first[name][0])} with strides {first[name][1]}, "
-            f"found {tuple(shape)} with strides {strides}"
-            for name, (shape, strides) in found.items()
-            if first[name] != (shape, strides)
-        ]
-        if faults:
-            raise TensorMismatch("weights lie otherwise than when the link was made", faults)

@@ -9,6 +9,7 @@ import torch
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.plan import Bucket, in_turns
+from fp8sync.sending.alike import read_by
 from fp8sync.sending.share import Sent, Told, named_error, own_buckets
 from fp8sync.transport.gloo import GlooGroup
 from fp8sync.waiting import device_work
@@ -42,6 +43,7 @@ class Sender:
         self._share, self._rank, self._group, self._members = share, rank, group, members
         turns = in_turns(own_buckets(share, members, bucket_bytes))
         self._buckets = [bucket for turn in turns for bucket in turn]
+        self._names = read_by(part.copy for b in self._buckets for part in b.parts)
         self._plans = {r: share.plan_id(r) for r in {b.destination_rank for b in self._buckets}}
         largest = max((b.nbytes for b in self._buckets), default=0)
         self._message = torch.zeros(HEADER_BYTES + largest, dtype=torch.uint8)
@@ -67,7 +69,7 @@ class Sender:
         over: set[int] = set()
         began = time.perf_counter()
         try:
-            storages = self._share.read()
+            storages = self._share.read(self._names)
         # Whatever stops reading or packing, the workers that wait for a bucket have to hear of it.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)

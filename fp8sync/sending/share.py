@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fp8sync.errors import Fp8SyncError, from_wire
@@ -11,7 +12,7 @@ from fp8sync.plan import Bucket, fill_buckets
 from fp8sync.wire.payload import PartReport
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from fp8sync.manifest import Manifest
     from fp8sync.plan import Plan, Stamps
@@ -105,15 +106,20 @@ class Share:
             return bytes.fromhex(self.plan.digest(rank))[:16]
         return next(bytes.fromhex(known) for to, known, _ in self.stamps if to == rank)
 
-    def read(self) -> Storages:
+    def read(self, names: Collection[str] = ()) -> Storages:
         """Return the weights as they are now, and bring `exchange.amax` up to date with them.
 
         A collective of the ranks that share blocks: once per refit, in its first portion, whatever
         else fails.
+
+        Args:
+            names: of the storages that are looked at here; a `LiveTable` looks at its own.
+
+        Raises:
+            TensorMismatch: some lie otherwise than when they were first looked at.
         """
-        if self.portion:
-            return self.source.storages()
-        return self.exchange.agree(self.source.storages)
+        read = partial(self.exchange.alike.read, self.source.storages, names)
+        return read() if self.portion else self.exchange.agree(read)
 
 
 def own_buckets(share: Share, ranks: Iterable[int], bucket_bytes: int) -> list[Bucket]:

@@ -125,7 +125,8 @@ class Writer:
     def _part(self, copies: tuple[Copy, ...], counters: slice) -> _Part:
         ranks = [copy.destination_rank for copy in copies]
         slots = {r: slice(ranks.index(r), ranks.index(r) + n) for r, n in Counter(ranks).items()}
-        table = LiveTable(copies, partial(self._table, copies), self._device)
+        alike = self._share.exchange.alike
+        table = LiveTable(copies, partial(self._table, copies), self._device, alike)
         both = (whole[counters].view(2, len(copies)) for whole in (self._counters, self._seen))
         return _Part(copies, slots, table, *both)
 

@@ -19,10 +19,13 @@ from fp8sync.errors import (
     EngineLost,
     Fp8SyncError,
     NonFiniteWeight,
+    TensorMismatch,
     TransferTimeout,
 )
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.link.conductor import Conductor
+from fp8sync.sending.sender import Sender
+from fp8sync.sending.share import Share
 from fp8sync.sending.writer import PARTS, Writer
 from fp8sync.transport import GlooGroup
 from fp8sync.transport.nccl import NcclGroup
@@ -192,6 +195,62 @@ def test_a_weight_that_is_not_a_number(refit: Refit) -> None:
     expected = f"{name} (trainer rank 1): expected finite values, found 1 NaN or Inf"
     assert first.violations == (expected,)
     assert [str(error) for error in others] == [str(first), "None", "None"]
+
+
+def lie_otherwise(refit: Refit) -> tuple[str, torch.Tensor, str]:
+    """Let a weight of rank 1 alone have other strides; its name, what it was, and what is to be said."""
+    name, kept = next((n, x) for n, x in refit.held[1].items() if "down_proj" in n)
+    refit.held[1][name] = torch.stack([kept, kept], 1)[:, 0]
+    size, text = kept.numel(), f"{name}: expected bfloat16"
+    return (
+        name,
+        kept,
+        f"{text} ({size},) with strides (1,), found bfloat16 ({size},) with strides (2,)",
+    )
+
+
+@pytest.mark.parametrize("refit", ["ipc", "nccl", "gloo", "golden"], indirect=True)
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_weight_that_lies_otherwise_than_at_connect(refit: Refit, after: int) -> None:
+    """Also where it came to between connecting and the first refit."""
+    for _ in range(after):
+        assert refit.run() == [None] * 4
+    name, kept, text = lie_otherwise(refit)
+    first, *others = refit.run()
+    refit.held[1][name] = kept
+    assert isinstance(first, TensorMismatch)
+    assert first.summary == "weights of trainer rank 1 lie otherwise than when the link was made"
+    assert text in first.violations
+    assert type(others[0]) is TensorMismatch
+
+
+@pytest.mark.parametrize("refit", ["gloo"], indirect=True)
+def test_an_audit_of_a_weight_that_lies_otherwise(refit: Refit) -> None:
+    """It would find the bytes that a refit that read them wrong had sent, and call them equal."""
+    member = refit.follower._member
+    assert member.ledger().digests()
+    name, kept, text = lie_otherwise(refit)
+    with pytest.raises(TensorMismatch) as refusal:
+        member.ledger()
+    refit.held[1][name] = kept
+    assert refusal.value.violations == (text,)
+
+
+@pytest.mark.parametrize("refit", ["gloo"], indirect=True)
+def test_a_weight_of_a_later_portion_is_refused_with_the_first(
+    refit: Refit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the first has nothing in it; once it is installed, a refusal would come too late."""
+    member: Any = refit.follower._member
+    none = Share(member.source, 1, SOURCE, member.plan, WAIT_S, member._exchange)
+    name, kept, text = lie_otherwise(refit)
+    with monkeypatch.context() as patch:
+        patch.setattr(member, "_senders", [Sender(none, member._senders[0]._group, {}, 1)])
+        patch.setattr(member, "_later", member.plan.copies)
+        error = member.send(1, 0, lambda _: None).error
+    refit.held[1][name] = kept
+    assert isinstance(error, TensorMismatch)
+    assert error.violations == (text,)
 
 
 def test_a_flipped_byte(refit: Refit) -> None:

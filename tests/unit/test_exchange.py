@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed
 
-from fp8sync.errors import Fp8SyncError, PeerFailed, TransferTimeout
+from fp8sync.errors import Fp8SyncError, PeerFailed, TensorMismatch, TransferTimeout
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan
 from fp8sync.recipe import Encoding, Formula
@@ -78,6 +78,25 @@ def test_a_rank_that_fails_is_named_and_the_next_exchange_works() -> None:
     for exchange in team:
         ((_, joint),) = exchange.amax["w"]
         assert joint.tolist() == [[3.0]]
+
+
+def test_weights_that_lie_otherwise_are_not_measured() -> None:
+    """A shorter tensor would be read past its end; here its neighbours in memory would be the maximum."""
+    team = exchanges()
+    reads = [lambda r=r: weights(r) for r in RANKS]
+    assert together(team, reads) == [None] * len(RANKS)
+    short = torch.full((50, 128), 7.0, dtype=torch.bfloat16)[:10]
+    began = time.monotonic()
+    errors = together(team, [reads[0], lambda: {"w": short}, reads[2]])
+    assert time.monotonic() - began < TIMEOUT_S
+    assert isinstance(errors[1], TensorMismatch)
+    found = "found bfloat16 (10, 128) with strides (128, 1)"
+    assert errors[1].violations == (
+        f"w: expected bfloat16 (50, 128) with strides (128, 1), {found}",
+    )
+    for rank in (0, 2):
+        assert str(errors[rank]) == "trainer rank 1 failed before amax was exchanged"
+    assert together(team, reads) == [None] * len(RANKS)
 
 
 def test_another_default_dtype_changes_nothing() -> None:

@@ -10,6 +10,7 @@ import torch
 from fp8sync.errors import Fp8SyncError, TensorMismatch
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import build_plan
+from fp8sync.sending.alike import Alike
 from fp8sync.sending.live import LiveTable
 
 if TYPE_CHECKING:
@@ -32,28 +33,39 @@ def test_made_anew_only_where_weights_have_moved() -> None:
         found.append(source("norm"))
         return len(found)
 
-    table = LiveTable(copies(), build, torch.device("cpu"))
+    table = LiveTable(copies(), build, torch.device("cpu"), Alike(0))
     first, second = (torch.ones(64, dtype=torch.bfloat16) for _ in range(2))
     assert [table.at({"norm": t, "unused": t}) for t in (first, first, second)] == [1, 1, 2]
     assert found == [(t.data_ptr(), "bfloat16") for t in (first, second)]
 
 
 def test_weights_that_were_moved_to_the_host_are_refused() -> None:
-    table = LiveTable(copies(), lambda _: pytest.fail("built"), torch.device("cuda", 0))
+    table = LiveTable(copies(), lambda _: pytest.fail("built"), torch.device("cuda", 0), Alike(0))
     text = "norm: expected weights that cuda:0 reads, as when the link was made, found them on cpu"
     with pytest.raises(Fp8SyncError, match=text):
         table.at({"norm": torch.ones(64, dtype=torch.bfloat16)})
 
 
-@pytest.mark.parametrize("found", [torch.ones(128)[::2], torch.ones(65), torch.ones(63)])
+@pytest.mark.parametrize(
+    "found", [torch.ones(128)[::2], torch.ones(65), torch.ones(63), torch.ones(64).half()]
+)
 def test_weights_that_moved_must_lie_as_they_did(found: torch.Tensor) -> None:
     """An embedding with more rows, or a transposed weight: the same places hold something else."""
-    table = LiveTable(copies(), lambda _: "table", torch.device("cpu"))
+    table = LiveTable(copies(), lambda _: "table", torch.device("cpu"), Alike(3))
     table.at({"norm": torch.ones(64)})
     with pytest.raises(TensorMismatch) as refusal:
         table.at({"norm": found})
-    shape, strides = tuple(found.shape), found.stride()
-    assert refusal.value.violations == (
-        f"norm: expected (64,) with strides (1,), found {shape} with strides {strides}",
-    )
+    dtype, shape = str(found.dtype).removeprefix("torch."), tuple(found.shape)
+    assert refusal.value.summary.startswith("weights of trainer rank 3 lie otherwise")
+    told = f"found {dtype} {shape} with strides {found.stride()}"
+    assert refusal.value.violations == (f"norm: expected float32 (64,) with strides (1,), {told}",)
     assert table.at({"norm": torch.zeros(64)}) == "table"
+
+
+def test_a_single_row_lies_alike_whatever_its_stride() -> None:
+    """Of a weight such as a shared expert's gate, [1, hidden], torch may say either."""
+    alike, row = Alike(0), torch.ones(1, 64)
+    alike.check({"gate": row}, ["gate"])
+    alike.check({"gate": row.as_strided((1, 64), (1, 1))}, ["gate"])
+    with pytest.raises(TensorMismatch):
+        alike.check({"gate": torch.ones(1, 128)[:, ::2]}, ["gate"])
