@@ -144,6 +144,13 @@ def test_records_of_sleep(tree: Path) -> None:
     assert used >= {"instance", "pointer_to_data", "is_asleep", "tag"}
 
 
+def test_records_of_requests(tree: Path) -> None:
+    """What `compat.pause` and the handles read."""
+    nodes = [*ast.walk(parsed(tree / "v1/engine/output_processor.py"))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert used >= {"request_states", "parent_requests", "is_prefilling"}
+
+
 def test_config_of_the_text_model(tree: Path) -> None:
     """What `compat.text_config` reads, and names of `further.py`."""
     nodes = [*ast.walk(parsed(tree / "config/model.py"))]

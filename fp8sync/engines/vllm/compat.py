@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.recipe import Formula
@@ -49,10 +50,28 @@ def update_request(info: dict[str, Any]) -> Any:
 
 
 async def pause(engine: Any, mode: str) -> None:
-    """Pause an AsyncLLM like its `pause_generation`, which then sleeps for 20 ms more."""
+    """Pause an AsyncLLM like its `pause_generation`; with `wait`, until no request is left that has tokens.
+
+    vLLM waits for what runs. A request that it has preempted, for want of KV blocks, stands in the queue with
+    its tokens, and would go on with the new weights: so vLLM goes on and is paused again, until all have
+    ended.
+    """
     if mode != "keep":  # the scheduler then clears its half of this cache
         await engine.renderer.clear_mm_cache_async()
-    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    core = engine.engine_core
+    await core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    while mode == "wait" and await _some_have_begun(engine.output_processor.request_states):
+        await engine.resume_generation()
+        await core.pause_scheduler_async(mode=mode, clear_cache=True)
+
+
+async def _some_have_begun(states: Any) -> bool:
+    """Whether one of an AsyncLLM's requests has tokens, once those on their way have come."""
+    for _ in range(20):  # ms, as vLLM's own pause_generation sleeps for its last outputs
+        if not states:
+            return False
+        await asyncio.sleep(1e-3)
+    return any(not state.is_prefilling for state in states.values())
 
 
 def number_of_label(label: str) -> int:
