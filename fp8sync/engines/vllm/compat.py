@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "caches_prefixes",
     "captures_full_graphs",
     "compiles_hooks",
     "derived_from",
@@ -72,6 +73,12 @@ async def _some_have_begun(states: Any) -> bool:
             return False
         await asyncio.sleep(1e-3)
     return any(not state.is_prefilling for state in states.values())
+
+
+def caches_prefixes(vllm_config: Any) -> bool:
+    """Whether the engine holds keys and values for later requests, in its own cache or by a KV connector."""
+    own = vllm_config.cache_config.enable_prefix_caching
+    return bool(own or vllm_config.kv_transfer_config is not None)
 
 
 def number_of_label(label: str) -> int:
