@@ -1,13 +1,14 @@
-"""A KV connector that vLLM can empty, as its OffloadingConnector, over directories as its example's."""
+"""KV connectors of these tests: one that vLLM can empty, over directories as its example, and one that is unknown."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
 from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
 
-__all__ = ["EmptiedConnector"]
+__all__ = ["EmptiedConnector", "UnknownConnector"]
 
 
 class EmptiedConnector(ExampleConnector):
@@ -17,3 +18,7 @@ class EmptiedConnector(ExampleConnector):
         for prompt in Path(self._storage_path).iterdir():
             shutil.rmtree(prompt)
         return True
+
+
+class UnknownConnector(KVConnectorBase_V1):
+    """Says nothing of what it keeps."""

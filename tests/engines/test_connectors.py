@@ -30,6 +30,11 @@ def at(store: Path, connector: dict[str, Any] = EMPTIED) -> dict[str, Any]:
     return {**connector, "kv_connector_extra_config": {"shared_storage_path": str(store)}}
 
 
+def start(folder: Path, **options: Any) -> Any:
+    """In a process of its own, as a connector is the only one of its process."""
+    return world.start_engine(folder, multiprocess=True, load_format="dummy", **options)
+
+
 @pytest.mark.parametrize("online", [False, True])
 def test_an_external_cache_is_emptied_where_there_is_no_other(tmp_path: Path, online: bool) -> None:
     """Without a prefix cache of vLLM's own there is still the connector's; `keep` leaves it to the link."""
@@ -42,7 +47,7 @@ def test_an_external_cache_is_emptied_where_there_is_no_other(tmp_path: Path, on
         engine = Engine(folder, max_model_len=128, **options)
         llm, generate = engine.llm, lambda: engine.greedy(PROMPT, 12)
     else:
-        llm = world.start_engine(folder, load_format="dummy", **options)
+        llm = start(folder, **options)
         generate = lambda: world.generate(llm, 12, PROMPT)  # noqa: E731
     found = []
     for model in (models[1], models[0], models[1]):
@@ -55,4 +60,80 @@ def test_an_external_cache_is_emptied_where_there_is_no_other(tmp_path: Path, on
         engine.close()
     else:
         fp8sync.close(engine=llm)
-        world.forget_engines()
+        world.stop_engine(llm)
+
+
+def test_a_connector_that_cannot_forget_is_refused(tmp_path: Path) -> None:
+    """Before anything is sent, and by name, also as one of several: vLLM takes all of them for emptied."""
+    model = world.tiny_model("dense", 1)
+    forgets = at(tmp_path / "a")
+    keeps = at(tmp_path / "b", {"kv_connector": "ExampleConnector", "kv_role": "kv_both"})
+    both = {
+        "kv_connector": "MultiConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"connectors": [forgets, keeps]},
+    }
+    folder = world.write_config(model, tmp_path / "config")
+    llm = start(folder, block_size=16, kv_transfer_config=both)
+    before = world.generate(llm)
+    with pytest.raises(fp8sync.UnsupportedLayout, match="overrides reset_cache") as refusal:
+        fp8sync.connect(model, llm, world.recipe("blockwise-pow2"))
+    (line,) = refusal.value.violations
+    assert line.startswith("ExampleConnector (engine rank 0)")
+    assert world.generate(llm) == before
+    world.stop_engine(llm)
+
+
+def warned_of(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Connectors that `check_connectors` warns of; raises what it raises."""
+    from vllm.config import KVTransferConfig
+
+    from fp8sync.engines.vllm import connectors
+
+    found: list[str] = []
+    monkeypatch.setattr(connectors.logger, "warning_once", lambda _, name: found.append(name))
+    connectors.check_connectors(KVTransferConfig(**config), 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "OffloadingConnector",
+        "SimpleCPUOffloadConnector",
+        "MooncakeStoreConnector",
+        "NixlConnector",
+        "NixlPushConnector",
+        "MooncakeConnector",
+        "MoRIIOConnector",
+        "ExampleHiddenStatesConnector",
+        "NoSuchConnector",
+    ],
+)
+def test_connectors_without_old_keys_and_values(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that can be emptied, that only hand over, and that cannot be looked at here."""
+    assert not warned_of({"kv_connector": name, "kv_role": "kv_both"}, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "refused"),
+    [
+        ("LMCacheConnectorV1", "kv_both", True),
+        ("LMCacheConnectorV1", "kv_consumer", False),
+        ("FlexKVConnectorV1", "kv_both", True),
+        ("HF3FSKVConnector", "kv_both", True),
+        ("UnknownConnector", "kv_both", False),
+    ],
+)
+def test_connectors_that_vllm_does_not_empty(
+    name: str, role: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused where it is known that they keep something, else named in vLLM's log."""
+    config = {"kv_connector": name, "kv_role": role}
+    if name == "UnknownConnector":
+        config["kv_connector_module_path"] = "tests.engines.emptied_connector"
+    if not refused:
+        assert warned_of(config, monkeypatch) == [name]
+        return
+    with pytest.raises(fp8sync.UnsupportedLayout, match=f"{name} .engine rank 0.: expected"):
+        warned_of(config, monkeypatch)

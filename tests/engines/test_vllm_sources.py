@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SIGNATURES = {
+    "distributed/kv_transfer/kv_connector/factory.py": {
+        "KVConnectorFactory.get_connector_class": ["kv_transfer_config"],
+    },
+    "distributed/kv_transfer/kv_connector/v1/base.py": {"KVConnectorBase_V1.reset_cache": []},
     "distributed/weight_transfer/base.py": {
         "WeightTransferEngine.__init__": ["config", "vllm_config", "device", "model"],
         "WeightTransferEngine.init_transfer_engine": ["init_info"],

@@ -26,6 +26,7 @@ __all__ = [
     "kept_formula",
     "kernels_live_in_parameters",
     "kv_cache_method",
+    "kv_transfer_config",
     "number_of_label",
     "pause",
     "reads_host_scales",
@@ -173,6 +174,13 @@ def text_config() -> Any:
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config().model_config.hf_text_config
+
+
+def kv_transfer_config() -> Any:
+    """Return how the engine's KV connector was asked for, or None; needs vLLM's current config."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().kv_transfer_config
 
 
 def compiles_hooks() -> bool:
