@@ -59,7 +59,7 @@ class RefitReport:
         seconds: wall seconds per stage: `quantize` and `send` (of the slowest trainer rank), `verify`
             (until every worker had compared digests), `forward` (until workers had handed on to one
             another what several of them want), `drain` (until requests in flight had ended or were
-            frozen), `prepare`, `commit` and `total`.
+            frozen; the last outputs of an `AsyncLLM` are given up to 20 ms), `prepare`, `commit` and `total`.
         pause_s: how long the engine stood still, as the caller measured it: from the call of pause (with
             `wait`, from its answer) to the answer to resume, installing and caches included. With `keep`, an
             engine that need not be paused: from the call that installs to the word that all is installed;

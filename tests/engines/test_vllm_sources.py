@@ -17,6 +17,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 SIGNATURES = {
+    "distributed/kv_transfer/kv_connector/factory.py": {
+        "KVConnectorFactory.get_connector_class": ["kv_transfer_config"],
+    },
+    "distributed/kv_transfer/kv_connector/v1/base.py": {"KVConnectorBase_V1.reset_cache": []},
     "distributed/weight_transfer/base.py": {
         "WeightTransferEngine.__init__": ["config", "vllm_config", "device", "model"],
         "WeightTransferEngine.init_transfer_engine": ["init_info"],
@@ -142,6 +146,13 @@ def test_records_of_sleep(tree: Path) -> None:
     nodes = [*ast.walk(parsed(tree / "device_allocator/cumem.py"))]
     used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     assert used >= {"instance", "pointer_to_data", "is_asleep", "tag"}
+
+
+def test_records_of_requests(tree: Path) -> None:
+    """What `compat.pause` and the handles read."""
+    nodes = [*ast.walk(parsed(tree / "v1/engine/output_processor.py"))]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    assert used >= {"request_states", "parent_requests", "is_prefilling"}
 
 
 def test_config_of_the_text_model(tree: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.recipe import Formula
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "caches_prefixes",
     "captures_full_graphs",
     "compiles_hooks",
     "derived_from",
@@ -24,6 +26,7 @@ __all__ = [
     "kept_formula",
     "kernels_live_in_parameters",
     "kv_cache_method",
+    "kv_transfer_config",
     "number_of_label",
     "pause",
     "reads_host_scales",
@@ -49,10 +52,34 @@ def update_request(info: dict[str, Any]) -> Any:
 
 
 async def pause(engine: Any, mode: str) -> None:
-    """Pause an AsyncLLM like its `pause_generation`, which then sleeps for 20 ms more."""
+    """Pause an AsyncLLM like its `pause_generation`; with `wait`, until no request is left that has tokens.
+
+    vLLM waits for what runs. A request that it has preempted, for want of KV blocks, stands in the queue with
+    its tokens, and would go on with the new weights: so vLLM goes on and is paused again, until all have
+    ended.
+    """
     if mode != "keep":  # the scheduler then clears its half of this cache
         await engine.renderer.clear_mm_cache_async()
-    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    core = engine.engine_core
+    await core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    while mode == "wait" and await _some_have_begun(engine.output_processor.request_states):
+        await engine.resume_generation()
+        await core.pause_scheduler_async(mode=mode, clear_cache=True)
+
+
+async def _some_have_begun(states: Any) -> bool:
+    """Whether one of an AsyncLLM's requests has tokens, once those on their way have come."""
+    for _ in range(20):  # ms, as vLLM's own pause_generation sleeps for its last outputs
+        if not states:
+            return False
+        await asyncio.sleep(1e-3)
+    return any(not state.is_prefilling for state in states.values())
+
+
+def caches_prefixes(vllm_config: Any) -> bool:
+    """Whether the engine holds keys and values for later requests, in its own cache or by a KV connector."""
+    own = vllm_config.cache_config.enable_prefix_caching
+    return bool(own or vllm_config.kv_transfer_config is not None)
 
 
 def number_of_label(label: str) -> int:
@@ -147,6 +174,13 @@ def text_config() -> Any:
     from vllm.config import get_current_vllm_config
 
     return get_current_vllm_config().model_config.hf_text_config
+
+
+def kv_transfer_config() -> Any:
+    """Return how the engine's KV connector was asked for, or None; needs vLLM's current config."""
+    from vllm.config import get_current_vllm_config
+
+    return get_current_vllm_config().kv_transfer_config
 
 
 def compiles_hooks() -> bool:

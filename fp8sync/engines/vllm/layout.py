@@ -10,6 +10,7 @@ import torch
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from fp8sync.engines.vllm import compat
+from fp8sync.engines.vllm.connectors import check_connectors
 from fp8sync.engines.vllm.experts import check_experts
 from fp8sync.engines.vllm.further import not_of_main_model
 from fp8sync.engines.vllm.kv_cache import add_scale_parameters, check_scales
@@ -71,6 +72,7 @@ class _Describer:
 
     def run(self) -> EngineLayout:
         check_experts(self.model, self.rank)
+        check_connectors(compat.kv_transfer_config(), self.rank)
         aliases = _shared_parameters(self.model)
         with load_form(self.model.modules()):
             with torch.device("meta"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from fp8sync.engines.vllm.compat import number_of_label
+from fp8sync.engines.vllm.compat import caches_prefixes, number_of_label
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
 from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
@@ -43,7 +43,7 @@ class LLMHandle(Handle):
             )
         super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
         self._llm = llm
-        self._caches = bool(config.cache_config.enable_prefix_caching)
+        self._caches = caches_prefixes(config)
         self._encodes = bool(config.model_config.is_multimodal_model)
         self._labels = hasattr(llm, "update_weight_version")
         self._resources = getattr(llm.llm_engine.engine_core, "resources", None)

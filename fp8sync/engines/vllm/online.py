@@ -46,7 +46,7 @@ class AsyncHandle(Handle):
             )
         self._loop = loop or handler.get_loop()
         # Several schedulers step together, and a label is changed by a call of its own.
-        self._caches = bool(config.cache_config.enable_prefix_caching)
+        self._caches = compat.caches_prefixes(config)
         self._encodes = bool(config.model_config.is_multimodal_model)
         self.replicas = config.parallel_config.data_parallel_size
         self._labels = hasattr(engine, "update_weight_version")
