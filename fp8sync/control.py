@@ -134,8 +134,12 @@ class Channel:
         """Whether the peer, from which nothing is expected now, has closed the connection."""
         poll = select.poll()
         try:
-            poll.register(self._sock, select.POLLIN)
-            return bool(poll.poll(0)) and not self._sock.recv(1, socket.MSG_PEEK)
+            # Its last words may not have been read.
+            poll.register(self._sock, select.POLLIN | select.POLLRDHUP)
+            ((_, found),) = poll.poll(0) or ((0, 0),)
+            if found & ~select.POLLIN:
+                return True
+            return bool(found) and not self._sock.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):  # closed here, or reset by the peer
             return True
 
