@@ -131,6 +131,11 @@ class Conductor:
         return self._peers.left_mixed
 
     @property
+    def stoppers(self) -> list[str]:
+        """Of each engine, a link that has stopped it and has not said that it goes on."""
+        return self._peers.stoppers
+
+    @property
     def lost(self) -> Fp8SyncError | None:
         """The loss of workers among the faults of the version that is open, all of them by name.
 
@@ -227,6 +232,10 @@ class Conductor:
         """Tell the trainer's other ranks why a version will not be decided."""
         told = error if isinstance(error, Fp8SyncError) else Fp8SyncError(repr(error))
         self._peers.spread("trainer", {"type": "error", "error": told.to_wire()})
+
+    def say_stopped(self, link: str, stay: Sequence[bool] = ()) -> None:
+        """Tell workers which link stops their engine, should it die before that goes on; then ""."""
+        self._peers.say_stopped(link, stay)
 
     def refuse(self, error: Fp8SyncError) -> None:
         """Let `commit` fail with `error`, so that all hear of it."""

@@ -277,6 +277,10 @@ class Link:
         if conductor.left_open:
             with suppress(Exception):  # engines of a list that have none open say so
                 self._engine.finish()
+        self._engine.learn(conductor.stoppers)
+        # Parts of two versions compute nothing until a complete refit.
+        if any(conductor.stoppers) and not self._mixed and self._engine.repay():
+            conductor.say_stopped("")
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version, mixed = self.version + 1, self._mixed
@@ -287,10 +291,13 @@ class Link:
                 self._commit(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
-        with self._engine.resuming(unless=lambda: self._mixed):
+        going = partial(conductor.say_stopped, "")
+        with self._engine.resuming(unless=lambda: self._mixed, then=going):
             try:
                 with waiting():
-                    if (self._engine.look(ours=mixed) or mixed) and in_flight == "wait":
+                    stay = self._engine.look()
+                    conductor.say_stopped(self._name, stay)
+                    if (any(stay) or mixed) and in_flight == "wait":
                         in_flight = "keep"  # to end, requests would need an engine that goes on
                     arrived = time.perf_counter()
                     stands = self._engine.stop(in_flight, once=once)

@@ -101,14 +101,14 @@ def test_requests_of_a_paused_engine_are_not_waited_for(
     assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
 
 
+def refuse(_: AsyncHandle, *__: object, **___: object) -> None:
+    raise RuntimeError("pause is still in flight")
+
+
 def test_what_did_not_resume_is_resumed_by_the_next_refit(
     engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As replicas do not, before their requests have ended."""
-
-    def refuse(_: AsyncHandle) -> None:
-        raise RuntimeError("pause is still in flight")
-
     with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
         with monkeypatch.context() as patch:
             patch.setattr(AsyncHandle, "resume", refuse)
@@ -117,6 +117,36 @@ def test_what_did_not_resume_is_resumed_by_the_next_refit(
         assert engine.loop.run(engine.llm.is_paused())
         link.refit()
         assert not engine.loop.run(engine.llm.is_paused())
+
+
+def test_what_did_not_resume_is_resumed_by_another_link(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With old prefixes cached it stands until a refit has succeeded, whichever link's."""
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "reset_caches", refuse)
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[1], engine.llm, recipe)
+        assert run(engine.llm.is_paused())
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[1], engine.llm, recipe, timeout_s=60.0)
+        assert run(engine.llm.is_paused())
+    fp8sync.refit(models[1], engine.llm, recipe, timeout_s=300.0)
+    assert not run(engine.llm.is_paused())
+    run(engine.llm.pause_generation(mode="keep"))
+    fp8sync.refit(models[1], engine.llm, recipe)  # its owner's, as nothing is owed any more
+    assert run(engine.llm.is_paused())
+    run(engine.llm.resume_generation())
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "resume", refuse)
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[0], engine.llm, recipe)
+    assert run(engine.llm.is_paused())
+    with fp8sync.connect(models[0], engine.llm, recipe) as link:
+        link.refit()
+    assert not run(engine.llm.is_paused())
 
 
 def test_refit_makes_the_link_anew_when_its_limit_changes(

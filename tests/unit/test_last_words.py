@@ -1,4 +1,4 @@
-"""What a peer has said before it hung up."""
+"""What a peer has said before it hung up, and what it may say between any messages."""
 
 from __future__ import annotations
 
@@ -32,3 +32,26 @@ def test_a_peer_has_hung_up_whose_last_words_are_not_read(joined: tuple[Channel,
     assert worker.receive("prepare")["go"]
     worker.close()
     assert worker.hung_up()
+
+
+def test_who_has_stopped_an_engine_is_heeded_between_any_messages(
+    joined: tuple[Channel, Channel],
+) -> None:
+    trainer, worker = joined
+    said: list[str] = []
+    worker.heed = lambda message: said.append(message["by"])
+    trainer.send({"type": "stopped", "by": "a"})
+    trainer.send({"type": "prepare", "go": True})
+    assert worker.receive("prepare")["go"]
+    assert said == ["a"]
+    for message in ({"type": "stopped", "by": "b"}, {"type": "version"}):
+        trainer.send(message)
+    trainer.send({"type": "stopped", "by": ""})
+    worker.drain()
+    assert said == ["a", "b", ""]
+    trainer.send({"type": "stopped", "by": "c"})
+    trainer.close()
+    worker.drain()
+    assert said == ["a", "b", "", "c"]
+    worker.close()
+    worker.drain()

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "asleep",
     "captures_full_graphs",
     "compiles_hooks",
     "derived_from",
@@ -78,13 +79,17 @@ def worker_rank(parallel_config: Any) -> int:
 
 def weights_asleep() -> bool:
     """Whether this worker's weights are away, at either level of vLLM's own sleep."""
+    return "weights" in asleep()
+
+
+def asleep() -> set[str]:
+    """What of this worker is away, by vLLM's tags: `weights`, `kv_cache`."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     pool = CuMemAllocator.instance
     # Copied, as another thread may allocate.
-    return pool is not None and any(
-        kept.is_asleep and kept.tag == "weights" for kept in list(pool.pointer_to_data.values())
-    )
+    kept = [] if pool is None else list(pool.pointer_to_data.values())
+    return {each.tag for each in kept if each.is_asleep}
 
 
 def is_attention(module: torch.nn.Module) -> bool:
