@@ -295,9 +295,8 @@ class Link:
         with self._engine.resuming(unless=lambda: self._mixed, then=going):
             try:
                 with waiting():
-                    stay = self._engine.look()
-                    conductor.say_stopped(self._name, stay)
-                    if (any(stay) or mixed) and in_flight == "wait":
+                    conductor.say_stopped(self._name, self._engine.look())
+                    if mixed and in_flight == "wait":
                         in_flight = "keep"  # to end, requests would need an engine that goes on
                     arrived = time.perf_counter()
                     stands = self._engine.stop(in_flight, once=once)
@@ -317,7 +316,7 @@ class Link:
             self.version = version
             ended = time.perf_counter()
             with waiting():
-                self._engine.reset_caches(in_flight, stale=conductor.sends_kv_scales)
+                self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
                 self._mixed = False
                 self._label += 1
                 labelled = self._engine.label(str(self._label))

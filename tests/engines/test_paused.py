@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -159,6 +159,48 @@ def test_refit_makes_the_link_anew_when_its_limit_changes(
         for limit in (120.0, 120.0, 60.0, 60.0)
     ]
     assert versions == [1, 2, 1, 2]
+
+
+def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
+    engine: Engine,
+    models: list[torch.nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`wait` is `keep` for the paused one alone: it holds a request, too."""
+    monkeypatch.delenv("VLLM_PORT")  # which the first engine has
+    other = Engine(world.write_config(models[0], tmp_path))
+    run, both = engine.loop.run, [engine.llm, other.llm]
+    prompt, tokens = serving.PROMPTS[3], serving.TOKENS[3]
+
+    def begun(at: Engine) -> Any:
+        stream = at.loop.begin(at.stream(prompt, tokens))
+        while not at.llm.output_processor.request_states:
+            time.sleep(0.01)
+        return stream
+
+    try:
+        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
+            link.refit()
+            new = other.greedy(prompt, tokens)
+        with fp8sync.connect(models[0], both, world.recipe("blockwise-pow2")) as link:
+            link.refit()
+            old = other.greedy(prompt, tokens)
+        run(engine.llm.pause_generation(mode="keep"))
+        frozen = begun(engine)
+        monkeypatch.setattr(AsyncHandle, "check_requests", lambda *_: None)  # as of a server
+        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
+            stream = begun(other)
+            link.refit()
+        assert stream.result(60) == (old, "length")
+        assert not other.loop.run(other.llm.is_paused())
+        assert run(engine.llm.is_paused())
+        assert not frozen.done()
+        run(engine.llm.resume_generation())
+        assert frozen.result(60) == (new, "length")
+        assert other.greedy(prompt, tokens) == new
+    finally:
+        other.close()
 
 
 @pytest.mark.multigpu(2 if skips.cuda_devices() else 0)

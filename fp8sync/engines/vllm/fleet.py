@@ -126,6 +126,9 @@ class Fleet(Handle):
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         self._each(lambda engine: engine.reset_caches(in_flight, stale=stale))
 
+    def forget(self, in_flight: InFlight, *, stale: bool) -> None:
+        self._each(lambda engine: engine.forget(in_flight, stale=stale))
+
     def last_label(self) -> int:
         return max(self._each(lambda engine: engine.last_label()))
 

@@ -194,12 +194,19 @@ class Handle(ABC):
     def stop(self, in_flight: InFlight, *, once: bool) -> bool:
         """Pause an engine that was going on when it was looked at; of another one requests are aborted at most.
 
+        To end (`wait`), they would need an engine that goes on.
+
         Returns:
             Whether it stands.
         """
         if self._stays and in_flight != "abort":
             return True
         return self.pause(in_flight, once=once)
+
+    def forget(self, in_flight: InFlight, *, stale: bool) -> None:
+        """Reset its caches; requests of an engine that was not going on were kept at least."""
+        kept = self._stays and in_flight == "wait"
+        self.reset_caches("keep" if kept else in_flight, stale=stale)
 
     def go_on(self) -> None:
         """Resume an engine that was going on when it was looked at."""
