@@ -19,12 +19,12 @@ from vllm.distributed.weight_transfer.base import (
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
-from fp8sync.engines.vllm.compat import asleep, engine_commit, worker_rank
+from fp8sync.engines.vllm.compat import asleep, engine_commit, unreached, worker_rank
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
 from fp8sync.engines.vllm.portions import Installed
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
-from fp8sync.errors import RefitInProgress
+from fp8sync.errors import RefitInProgress, UnsupportedLayout
 from fp8sync.sending.usual import compile_taking
 
 if TYPE_CHECKING:
@@ -90,6 +90,11 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
         rank = info.first_rank + worker_rank(self.parallel_config)
+        if why := unreached(self.parallel_config):  # a server's config is not served
+            text = f"engine rank {rank}: {why}"
+            channel.send({"type": "error", "error": UnsupportedLayout(text).to_wire()})
+            channel.close()
+            return
         busy = self._session is not None and self._session.busy
         if self._channel is not None and not busy:
             self._channel.drain()

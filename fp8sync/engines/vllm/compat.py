@@ -29,6 +29,7 @@ __all__ = [
     "pause",
     "reads_host_scales",
     "text_config",
+    "unreached",
     "update_request",
     "weights_asleep",
     "worker_rank",
@@ -75,6 +76,17 @@ def worker_rank(parallel_config: Any) -> int:
     """Return this worker's rank among all workers of the engine, data-parallel replicas included."""
     index = getattr(parallel_config, "data_parallel_index", parallel_config.data_parallel_rank)
     return int(index * parallel_config.world_size + parallel_config.rank)
+
+
+def unreached(parallel_config: Any) -> str:
+    """Return why an engine's caller, or a server's, does not reach all of its workers; or ""."""
+    if getattr(parallel_config, "local_engines_only", False):
+        return (
+            "data parallel with an external or hybrid load balancer: expected an engine that reaches all "
+            "replicas, found one that reaches those of its own rank or node alone; let vLLM balance "
+            "them itself"
+        )
+    return ""
 
 
 def weights_asleep() -> bool:
