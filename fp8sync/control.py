@@ -21,7 +21,7 @@ from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, from_wire
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 __all__ = ["Channel", "Listener", "Message", "framed"]
 
@@ -34,6 +34,8 @@ _MAX_BYTES = 1 << 30
 _HELLO_BYTES = 1 << 10
 """Largest first message: whoever sends it has not shown the token yet."""
 _HELLO_S = 5.0
+_DRAIN_S = 0.01
+"""How long the next message may take that is read only for what is to be heeded."""
 
 Message = dict[str, Any]
 
@@ -60,6 +62,8 @@ class Channel:
         self._sock = sock
         self.peer = peer
         self.timeout_s = timeout_s
+        self.heed: Callable[[Message], None] = lambda _: None
+        """Called with each `stopped`, which may come before any other message."""
 
     @classmethod
     def connect(cls, host: str, port: int, token: str, timeout_s: float) -> Channel:
@@ -125,18 +129,25 @@ class Channel:
         """
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         ends = time.monotonic() + limit_s if ends is None else ends
-        message, before = self._next(kind, limit_s, max_bytes, ends), math.inf
+        message, before = self._due(kind, limit_s, max_bytes, ends), math.inf
         while message.get("type") == "progress":
             left = message.get("left")
             if not isinstance(left, int) or not 0 <= left < before:
                 raise Fp8SyncError(f"{self.peer} said progress with {left!r} left after {before}")
             ends = time.monotonic() + limit_s
-            message, before = self._next(kind, limit_s, max_bytes, ends), left
+            message, before = self._due(kind, limit_s, max_bytes, ends), left
         if message.get("type") == "error":
             raise self._told(message.get("error"))
         if message.get("type") != kind:
             raise Fp8SyncError(f"{self.peer} sent {message.get('type')!r}, expected {kind!r}")
         return message
+
+    def drain(self) -> None:
+        """Read what the peer has said and nobody waits for, for what is to be heeded in it."""
+        with suppress(Fp8SyncError):
+            while True:
+                ends = time.monotonic() + _DRAIN_S
+                self._heeded(self._next("stopped", _DRAIN_S, _MAX_BYTES, ends))
 
     def progress(self, left: int) -> None:
         """Tell a peer that waits how much there is left to do; less each time."""
@@ -146,8 +157,12 @@ class Channel:
         """Whether the peer, from which nothing is expected now, has closed the connection."""
         poll = select.poll()
         try:
-            poll.register(self._sock, select.POLLIN)
-            return bool(poll.poll(0)) and not self._sock.recv(1, socket.MSG_PEEK)
+            # Its last words may not have been read.
+            poll.register(self._sock, select.POLLIN | select.POLLRDHUP)
+            ((_, found),) = poll.poll(0) or ((0, 0),)
+            if found & ~select.POLLIN:
+                return True
+            return bool(found) and not self._sock.recv(1, socket.MSG_PEEK)
         except (OSError, ValueError):  # closed here, or reset by the peer
             return True
 
@@ -162,6 +177,17 @@ class Channel:
         with suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
         self._sock.close()
+
+    def _due(self, kind: str, limit_s: float, max_bytes: int, ends: float) -> Message:
+        while self._heeded(message := self._next(kind, limit_s, max_bytes, ends)):
+            pass
+        return message
+
+    def _heeded(self, message: Message) -> bool:
+        if message.get("type") != "stopped":
+            return False
+        self.heed(message)
+        return True
 
     def _next(self, kind: str, limit_s: float, max_bytes: int, ends: float) -> Message:
         (size,) = _LENGTH.unpack(self._read(_LENGTH.size, kind, ends, limit_s))

@@ -122,14 +122,9 @@ class Conductor:
         return self._member.portions
 
     @property
-    def left_open(self) -> bool:
-        """Whether an engine's update was left open by a trainer that is gone."""
-        return self._peers.left_open
-
-    @property
-    def left_mixed(self) -> bool:
-        """Whether a worker joined with parts of two versions, be it of other links."""
-        return self._peers.left_mixed
+    def peers(self) -> Peers:
+        """Everyone who has joined, and what workers said of their engines then."""
+        return self._peers
 
     @property
     def lost(self) -> Fp8SyncError | None:

@@ -278,11 +278,17 @@ class Link:
             listener.close()
         self._conductor = conductor
         # What another link has made whole since is no mixture any more.
-        self._mixed = conductor.left_mixed or (self._mixed and self._engine.follows(self._name))
+        self._mixed = conductor.peers.left_mixed or (
+            self._mixed and self._engine.follows(self._name)
+        )
         self._engine.claim(self._name)
-        if conductor.left_open:
+        if conductor.peers.left_open:
             with suppress(Exception):  # engines of a list that have none open say so
                 self._engine.finish()
+        self._engine.learn(conductor.peers.stoppers)
+        # Parts of two versions compute nothing until a complete refit.
+        if any(conductor.peers.stoppers) and not self._mixed and self._engine.repay():
+            conductor.peers.say_stopped("")
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version, mixed = self.version + 1, self._mixed
@@ -293,10 +299,12 @@ class Link:
                 self._commit(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
-        with self._engine.resuming(unless=lambda: self._mixed):
+        going = partial(conductor.peers.say_stopped, "")
+        with self._engine.resuming(unless=lambda: self._mixed, then=going):
             try:
                 with waiting():
-                    if (self._engine.look(ours=mixed) or mixed) and in_flight == "wait":
+                    conductor.peers.say_stopped(self._name, self._engine.look())
+                    if mixed and in_flight == "wait":
                         in_flight = "keep"  # to end, requests would need an engine that goes on
                     arrived = time.perf_counter()
                     stands = self._engine.stop(in_flight, once=once)
@@ -316,7 +324,7 @@ class Link:
             self.version = version
             ended = time.perf_counter()
             with waiting():
-                self._engine.reset_caches(in_flight, stale=conductor.sends_kv_scales)
+                self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
                 self._mixed = False
                 self._label += 1
                 labelled = self._engine.label(str(self._label))

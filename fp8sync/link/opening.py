@@ -34,6 +34,8 @@ def connect(
 ) -> Link | FollowerLink:
     """Join a trainer's model and a live engine; nothing in the engine is changed.
 
+    But one that a trainer had paused and that holds its old weights goes on, if that trainer is gone.
+
     On a trainer of several ranks (an initialized torch.distributed default group) every rank calls
     this, and later `refit`, like a collective. Rank 0 holds the engine; others may pass None.
 

@@ -50,6 +50,8 @@ class Peers:
         """Whether an engine's update was left open by a trainer that is gone."""
         self.left_mixed = False
         """Whether a worker holds parts of two versions, be it of other links."""
+        self.stoppers = [""] * len(engines)
+        """Of each engine, a link that has stopped it and has not said that it goes on."""
 
     @property
     def all(self) -> list[Channel]:
@@ -95,6 +97,8 @@ class Peers:
         if role == "engine":
             self.left_open |= bool(joined["updating"])
             self.left_mixed |= bool(joined["mixed"])
+            number = self._engine_of[rank]
+            self.stoppers[number] = self.stoppers[number] or str(joined["stopped"])
         return role, rank
 
     def _name(self, role: str, rank: int) -> str:
@@ -127,6 +131,17 @@ class Peers:
         for channel in self.each(role):
             with suppress(EngineLost, TransferTimeout):
                 channel.send_framed(data)
+
+    def say_stopped(self, link: str, stay: Sequence[bool] = ()) -> None:
+        """Tell workers which link stops their engine, or "" once it goes on.
+
+        Args:
+            link: its name.
+            stay: of each engine, whether it was stopped by somebody else; empty for none.
+        """
+        for rank, channel in enumerate(self.each("engine")):
+            if not (stay and stay[self._engine_of[rank]]):
+                channel.try_send({"type": "stopped", "by": link})
 
     def hear(
         self, role: str, kind: str, timeout_s: float | None = None

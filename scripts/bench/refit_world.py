@@ -215,7 +215,7 @@ class Worker:
     def join(self, store: Any, key: str) -> None:
         """Join the link as `WorkerSession` does."""
         self._channel = channel = _reach(store, key)
-        found = {"updating": False, "mixed": False}
+        found = {"updating": False, "mixed": False, "stopped": ""}
         channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
         source = Manifest.from_json(channel.receive("source")["manifest"])
         seat = Seat.at(self._device).to_json()

@@ -1,4 +1,7 @@
-"""Trainers that die in the middle of sending: `killed_trainer server URL`, `killed_trainer ranks FOLDER RANK`."""
+"""Trainers that die: `killed_trainer server URL`, `killed_trainer ranks FOLDER RANK` in the middle of sending,
+
+`killed_trainer stopped URL CALL` where it would make a call to a server that it has stopped.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 import fp8sync
+from fp8sync.engines.vllm import Server
 from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import serving, world
 
@@ -61,6 +65,25 @@ def to_server(url: str) -> None:
     link.refit()
 
 
+def tall(seed: int) -> torch.nn.Module:
+    """A model that writes for seconds."""
+    return world.tiny_model("dense", seed, max_position_embeddings=4096)
+
+
+def of_stopped(url: str, name: str) -> None:
+    """Killed by itself at the call of that name; `none`: at once told to refit, and killed by others."""
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    link = fp8sync.connect(tall(2), url, world.recipe("blockwise-pow2"), timeout_s=TIMEOUT_S)
+    print("connected", flush=True)
+    sys.stdin.readline()
+    if name != "none":
+        setattr(Server, name, die)
+    link.refit()
+
+
 def of_two_ranks(folder: Path, rank: int) -> None:
     """Rank 1 dies; rank 0 says what it saw, goes on alone, and refits the same engine."""
     store = dist.FileStore(str(folder / "store"), 2)
@@ -100,5 +123,7 @@ def of_two_ranks(folder: Path, rank: int) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "server":
         to_server(sys.argv[2])
+    elif sys.argv[1] == "stopped":
+        of_stopped(*sys.argv[2:])
     else:
         of_two_ranks(Path(sys.argv[2]), int(sys.argv[3]))

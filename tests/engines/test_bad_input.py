@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.engines.vllm import AsyncHandle
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.sources import ModuleSource
@@ -308,6 +310,43 @@ def test_engine_that_reaches_its_own_worker_alone(
     monkeypatch.setattr(config, "world_size", 2)
     with pytest.raises(fp8sync.UnsupportedLayout, match="'external_launcher': expected an engine"):
         fp8sync.connect(world.tiny_model("dense", 2), live, world.recipe("blockwise"))
+
+
+def test_engine_that_reaches_its_own_replicas_alone(
+    live: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for each rank or node, behind a balancer of their own: the others' workers would not come."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    class Configured:
+        def __init__(self, **options: Any) -> None:
+            folder = world.write_config(world.tiny_model("moe", 2), tmp_path)
+            settings = world.settings(folder, load_format="dummy", **options)
+            self.vllm_config = AsyncEngineArgs(**settings).create_engine_config()
+            self.output_handler = None
+
+    one = Configured(data_parallel_size=2, data_parallel_rank=1)
+    node = Configured(
+        data_parallel_size=4, data_parallel_size_local=2, data_parallel_hybrid_lb=True
+    )
+    loop = asyncio.new_event_loop()
+    for engine in (one, node):
+        with pytest.raises(fp8sync.UnsupportedLayout, match="external or hybrid load balancer"):
+            AsyncHandle(engine, loop)
+    assert AsyncHandle(Configured(data_parallel_size=2), loop).workers == 2
+    loop.close()
+
+    model, recipe = world.tiny_model("dense", 2), world.recipe("blockwise")
+    config = live.llm_engine.vllm_config.parallel_config
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "data_parallel_size", 2)  # as under VLLM_DP_SIZE
+        with pytest.raises(fp8sync.UnsupportedLayout, match="all 2 replicas, found one that"):
+            fp8sync.connect(model, live, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "data_parallel_external_lb", True)  # which a server does not tell
+        with pytest.raises(fp8sync.UnsupportedLayout, match="engine rank 0: data parallel with an"):
+            fp8sync.connect(model, live, recipe)
+    fp8sync.connect(model, live, recipe).close()
 
 
 def test_no_engine() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -101,14 +101,14 @@ def test_requests_of_a_paused_engine_are_not_waited_for(
     assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
 
 
+def refuse(_: AsyncHandle, *__: object, **___: object) -> None:
+    raise RuntimeError("pause is still in flight")
+
+
 def test_what_did_not_resume_is_resumed_by_the_next_refit(
     engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As replicas do not, before their requests have ended."""
-
-    def refuse(_: AsyncHandle) -> None:
-        raise RuntimeError("pause is still in flight")
-
     with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
         with monkeypatch.context() as patch:
             patch.setattr(AsyncHandle, "resume", refuse)
@@ -117,6 +117,36 @@ def test_what_did_not_resume_is_resumed_by_the_next_refit(
         assert engine.loop.run(engine.llm.is_paused())
         link.refit()
         assert not engine.loop.run(engine.llm.is_paused())
+
+
+def test_what_did_not_resume_is_resumed_by_another_link(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With old prefixes cached it stands until a refit has succeeded, whichever link's."""
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "reset_caches", refuse)
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[1], engine.llm, recipe)
+        assert run(engine.llm.is_paused())
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[1], engine.llm, recipe, timeout_s=60.0)
+        assert run(engine.llm.is_paused())
+    fp8sync.refit(models[1], engine.llm, recipe, timeout_s=300.0)
+    assert not run(engine.llm.is_paused())
+    run(engine.llm.pause_generation(mode="keep"))
+    fp8sync.refit(models[1], engine.llm, recipe)  # its owner's, as nothing is owed any more
+    assert run(engine.llm.is_paused())
+    run(engine.llm.resume_generation())
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "resume", refuse)
+        with pytest.raises(RuntimeError, match="in flight"):
+            fp8sync.refit(models[0], engine.llm, recipe)
+    assert run(engine.llm.is_paused())
+    with fp8sync.connect(models[0], engine.llm, recipe) as link:
+        link.refit()
+    assert not run(engine.llm.is_paused())
 
 
 def test_refit_makes_the_link_anew_when_its_limit_changes(
@@ -129,6 +159,48 @@ def test_refit_makes_the_link_anew_when_its_limit_changes(
         for limit in (120.0, 120.0, 60.0, 60.0)
     ]
     assert versions == [1, 2, 1, 2]
+
+
+def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
+    engine: Engine,
+    models: list[torch.nn.Module],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`wait` is `keep` for the paused one alone: it holds a request, too."""
+    monkeypatch.delenv("VLLM_PORT")  # which the first engine has
+    other = Engine(world.write_config(models[0], tmp_path))
+    run, both = engine.loop.run, [engine.llm, other.llm]
+    prompt, tokens = serving.PROMPTS[3], serving.TOKENS[3]
+
+    def begun(at: Engine) -> Any:
+        stream = at.loop.begin(at.stream(prompt, tokens))
+        while not at.llm.output_processor.request_states:
+            time.sleep(0.01)
+        return stream
+
+    try:
+        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
+            link.refit()
+            new = other.greedy(prompt, tokens)
+        with fp8sync.connect(models[0], both, world.recipe("blockwise-pow2")) as link:
+            link.refit()
+            old = other.greedy(prompt, tokens)
+        run(engine.llm.pause_generation(mode="keep"))
+        frozen = begun(engine)
+        monkeypatch.setattr(AsyncHandle, "check_requests", lambda *_: None)  # as of a server
+        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
+            stream = begun(other)
+            link.refit()
+        assert stream.result(60) == (old, "length")
+        assert not other.loop.run(other.llm.is_paused())
+        assert run(engine.llm.is_paused())
+        assert not frozen.done()
+        run(engine.llm.resume_generation())
+        assert frozen.result(60) == (new, "length")
+        assert other.greedy(prompt, tokens) == new
+    finally:
+        other.close()
 
 
 @pytest.mark.multigpu(2 if skips.cuda_devices() else 0)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from fp8sync.engines.vllm import Server
-from fp8sync.errors import Fp8SyncError, TransferTimeout
+from fp8sync.engines.vllm import Server, as_engine
+from fp8sync.errors import Fp8SyncError, TransferTimeout, UnsupportedLayout
 from fp8sync.link import connect
 
 if TYPE_CHECKING:
@@ -57,6 +57,19 @@ def test_what_is_not_vllms(
     monkeypatch.setattr(Answering, "body", body)
     with pytest.raises(Fp8SyncError, match=f"/get_world_size answered 200: expected {expected}"):
         Server(url)
+
+
+def test_servers_behind_one_gateway(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A path tells them apart, and errors name it."""
+    monkeypatch.setattr(Answering, "body", b'{"world_size": 1}')
+    first, second = Server(f"{url}/rollout-0"), Server(f"{url}/rollout-1/")
+    assert [first.url, second.url] == [f"{url}/rollout-0", f"{url}/rollout-1"]
+    as_engine([first, second])
+    with pytest.raises(UnsupportedLayout, match="listed twice"):
+        as_engine([first, Server(f"{url}/rollout-0/")])
+    monkeypatch.setattr(Answering, "body", b"[1]")
+    with pytest.raises(Fp8SyncError, match="/rollout-1/is_paused answered 200: expected a JSON"):
+        second.paused()
 
 
 @pytest.mark.parametrize("sent", [b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n", b""])

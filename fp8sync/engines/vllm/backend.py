@@ -19,12 +19,12 @@ from vllm.distributed.weight_transfer.base import (
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
-from fp8sync.engines.vllm.compat import engine_commit, worker_rank
+from fp8sync.engines.vllm.compat import asleep, engine_commit, unreached, worker_rank
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
 from fp8sync.engines.vllm.portions import Installed
 from fp8sync.engines.vllm.session import WorkerSession
 from fp8sync.engines.vllm.staging import Staging, reserved_bytes
-from fp8sync.errors import RefitInProgress
+from fp8sync.errors import RefitInProgress, UnsupportedLayout
 from fp8sync.sending.usual import compile_taking
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
     update_info_cls = Fp8SyncUpdateInfo
     supports_draft_weight_update = False
     _session: WorkerSession | None = None
+    _channel: Channel | None = None
     _owner = ""
     _updating = False
     """Whether vLLM takes an update for open, also after the trainer that opened it has died."""
@@ -89,17 +90,30 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         info = init_info
         channel = Channel.connect(info.host, info.port, info.token, info.timeout_s)
         rank = info.first_rank + worker_rank(self.parallel_config)
-        found = {"updating": self._updating, "mixed": self._installed.mixed}
+        if why := unreached(self.parallel_config):  # a server's config is not served
+            text = f"engine rank {rank}: {why}"
+            channel.send({"type": "error", "error": UnsupportedLayout(text).to_wire()})
+            channel.close()
+            return
+        busy = self._session is not None and self._session.busy
+        if self._channel is not None and not busy:
+            self._channel.drain()
+            if asleep():  # who put it to sleep since lets it go on
+                self._installed.stopped = ""
+        installed = self._installed
+        found = {"mixed": installed.mixed, "stopped": installed.stopped}
+        found["updating"] = self._updating
         channel.send({"type": "join", "role": "engine", "rank": rank, **found})
-        if self._session is not None and self._session.busy:
+        if busy:
             text = f"engine rank {rank} is being refitted by {self._owner}"
             channel.send({"type": "error", "error": RefitInProgress(text).to_wire()})
             channel.close()
             return
         self.shutdown()
-        self._owner = info.owner
+        self._owner, self._channel = info.owner, channel
+        channel.heed = installed.heed
         dtype = self.model_config.dtype
-        own = self._staging, self._installed, self.device, dtype
+        own = self._staging, installed, self.device, dtype
         session = WorkerSession(channel, self.model, rank, *own)
         # 0.25 does not set the current config around these calls; later versions do.
         with set_current_vllm_config(self.vllm_config), uncollected():

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = [
+    "asleep",
     "caches_prefixes",
     "captures_full_graphs",
     "compiles_hooks",
@@ -31,6 +32,7 @@ __all__ = [
     "pause",
     "reads_host_scales",
     "text_config",
+    "unreached",
     "update_request",
     "weights_asleep",
     "worker_rank",
@@ -103,15 +105,30 @@ def worker_rank(parallel_config: Any) -> int:
     return int(index * parallel_config.world_size + parallel_config.rank)
 
 
+def unreached(parallel_config: Any) -> str:
+    """Return why an engine's caller, or a server's, does not reach all of its workers; or ""."""
+    if getattr(parallel_config, "local_engines_only", False):
+        return (
+            "data parallel with an external or hybrid load balancer: expected an engine that reaches all "
+            "replicas, found one that reaches those of its own rank or node alone; let vLLM balance "
+            "them itself"
+        )
+    return ""
+
+
 def weights_asleep() -> bool:
     """Whether this worker's weights are away, at either level of vLLM's own sleep."""
+    return "weights" in asleep()
+
+
+def asleep() -> set[str]:
+    """What of this worker is away, by vLLM's tags: `weights`, `kv_cache`."""
     from vllm.device_allocator.cumem import CuMemAllocator
 
     pool = CuMemAllocator.instance
     # Copied, as another thread may allocate.
-    return pool is not None and any(
-        kept.is_asleep and kept.tag == "weights" for kept in list(pool.pointer_to_data.values())
-    )
+    kept = [] if pool is None else list(pool.pointer_to_data.values())
+    return {each.tag for each in kept if each.is_asleep}
 
 
 def is_attention(module: torch.nn.Module) -> bool:

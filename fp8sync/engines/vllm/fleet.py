@@ -6,7 +6,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.engines.vllm.handle import Handle, InFlight, in_thread, settle
@@ -97,8 +97,15 @@ class Fleet(Handle):
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         return any(self._each(lambda engine: engine.pause(in_flight, once=once)))
 
-    def look(self, *, ours: bool) -> bool:
-        return any(self._each(lambda engine: engine.look(ours=ours)))
+    def learn(self, stoppers: Sequence[str]) -> None:
+        for engine, stopper in zip(self._engines, stoppers, strict=True):
+            engine.learn([stopper])
+
+    def repay(self) -> bool:
+        return all(self._each(lambda engine: engine.repay()))
+
+    def look(self) -> tuple[bool, ...]:
+        return tuple(chain.from_iterable(self._each(lambda engine: engine.look())))
 
     def stop(self, in_flight: InFlight, *, once: bool) -> bool:
         return any(self._each(lambda engine: engine.stop(in_flight, once=once)))
@@ -118,6 +125,9 @@ class Fleet(Handle):
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         self._each(lambda engine: engine.reset_caches(in_flight, stale=stale))
+
+    def forget(self, in_flight: InFlight, *, stale: bool) -> None:
+        self._each(lambda engine: engine.forget(in_flight, stale=stale))
 
     def last_label(self) -> int:
         return max(self._each(lambda engine: engine.last_label()))

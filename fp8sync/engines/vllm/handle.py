@@ -21,7 +21,7 @@ from fp8sync.errors import (
 from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
 __all__ = [
     "Handle",
@@ -47,6 +47,8 @@ class Seat:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.link: object = None
+        self.settled: object = None
+        """The link of this process that has stopped it last, and resumed it."""
 
 
 _of_objects: WeakKeyDictionary[Any, Seat] = WeakKeyDictionary()
@@ -162,18 +164,37 @@ class Handle(ABC):
         """Whether nothing is scheduled: its owner has paused it, or parts of it are still asleep."""
         return False
 
-    def look(self, *, ours: bool) -> bool:
-        """Learn whether somebody else has stopped it, who shall let it go on.
+    def learn(self, stoppers: Sequence[str]) -> None:
+        """Take over what a link owes that has stopped it and is gone.
 
         Args:
-            ours: whether a link may have left it paused.
+            stoppers: of each engine, the last link that has not told its workers that it goes on, or "".
         """
-        if not (ours or self._owed):
+        self._owed = stoppers[0] not in {"", self.seat.settled}
+
+    def repay(self) -> bool:
+        """Resume it if that is owed; returns whether nothing is owed now."""
+        if self._owed:
+            with suppress(Exception):
+                self._release()
+        return not self._owed
+
+    def look(self) -> tuple[bool, ...]:
+        """Learn whether somebody else has stopped it, who shall let it go on; of each engine.
+
+        What is not stopped by somebody else is to be resumed from now on.
+        """
+        if not self._owed:
             self._stays = self.paused()
-        return self._stays
+            self._owed = not self._stays
+        if self._owed:
+            self.seat.settled = None
+        return (self._stays,)
 
     def stop(self, in_flight: InFlight, *, once: bool) -> bool:
         """Pause an engine that was going on when it was looked at; of another one requests are aborted at most.
+
+        To end (`wait`), they would need an engine that goes on.
 
         Returns:
             Whether it stands.
@@ -181,6 +202,11 @@ class Handle(ABC):
         if self._stays and in_flight != "abort":
             return True
         return self.pause(in_flight, once=once)
+
+    def forget(self, in_flight: InFlight, *, stale: bool) -> None:
+        """Reset its caches; requests of an engine that was not going on were kept at least."""
+        kept = self._stays and in_flight == "wait"
+        self.reset_caches("keep" if kept else in_flight, stale=stale)
 
     def go_on(self) -> None:
         """Resume an engine that was going on when it was looked at."""
@@ -191,20 +217,27 @@ class Handle(ABC):
         """Resume what was paused here; should it refuse, the next refit does."""
         self._stays, self._owed = False, True
         self.resume()
-        self._owed = False
+        self._owed, self.seat.settled = False, self.seat.link
 
     @contextmanager
-    def resuming(self, unless: Callable[[], bool]) -> Iterator[None]:
-        """Let it go on afterwards, whatever happens; after a failure only if not `unless`."""
+    def resuming(self, unless: Callable[[], bool], then: Callable[[], None]) -> Iterator[None]:
+        """Let it go on afterwards, whatever happens; after a failure only if not `unless`.
+
+        Args:
+            unless: whether it stays as it is after a failure.
+            then: called once it goes on.
+        """
         try:
             yield
         except BaseException:
             if not unless():
                 with suppress(Exception):
                     self.go_on()
+                    then()
             raise
         with waiting():
             self.go_on()
+        then()
 
     @contextmanager
     def standing(self) -> Iterator[None]:
@@ -216,8 +249,8 @@ class Handle(ABC):
         if self.replicas == 1 or self.paused():
             yield
             return
-        self.pause("keep", once=False)
         try:
+            self.pause("keep", once=False)
             yield
         except BaseException:
             with suppress(Exception):

@@ -24,7 +24,7 @@ class LLMHandle(Handle):
         llm: made with `weight_transfer_config={"backend": "fp8sync"}`.
 
     Raises:
-        UnsupportedLayout: made without it.
+        UnsupportedLayout: made without it, or one of several that share workers.
 
     Examples:
         >>> fp8sync.refit(model, LLMHandle(llm))  # what refit(model, llm) does  # doctest: +SKIP
@@ -41,7 +41,13 @@ class LLMHandle(Handle):
                 f"{parallel.world_size} workers, found one that has a single worker, and others on other "
                 "ranks; start an LLM that starts its workers itself"
             )
-        super().__init__(llm, parallel.world_size * parallel.data_parallel_size)
+        if parallel.data_parallel_size > 1:
+            raise UnsupportedLayout(
+                "an LLM of a data-parallel group: expected an engine that reaches all "
+                f"{parallel.data_parallel_size} replicas, found one that reaches its own, as each rank "
+                "has an LLM; start an AsyncLLM or a server with data_parallel_size"
+            )
+        super().__init__(llm, parallel.world_size)
         self._llm = llm
         self._caches = caches_prefixes(config)
         self._encodes = bool(config.model_config.is_multimodal_model)

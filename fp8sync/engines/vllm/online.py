@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, settled
-from fp8sync.errors import Fp8SyncError
+from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -26,7 +26,7 @@ class AsyncHandle(Handle):
         loop: the event loop that it runs in; found by itself once the engine has one.
 
     Raises:
-        UnsupportedLayout: made without it.
+        UnsupportedLayout: made without it, or one of several that share its replicas.
         Fp8SyncError: the engine runs in no event loop yet.
 
     Examples:
@@ -36,6 +36,8 @@ class AsyncHandle(Handle):
     def __init__(self, engine: Any, loop: asyncio.AbstractEventLoop | None = None) -> None:
         config = engine.vllm_config
         check_backend(config)
+        if why := compat.unreached(config.parallel_config):
+            raise UnsupportedLayout(why)
         super().__init__(engine, config.parallel_config.world_size_across_dp)
         self._engine = engine
         handler = engine.output_handler

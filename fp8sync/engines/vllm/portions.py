@@ -18,6 +18,7 @@ from fp8sync.engines.vllm.storage import MISC, module_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fp8sync.control import Message
     from fp8sync.engines.vllm.direct import DirectInstall
     from fp8sync.engines.vllm.install import ProcessInstall
     from fp8sync.engines.vllm.intake import Receiver
@@ -31,7 +32,15 @@ class Installed:
     """What links have made of a worker's weights; outlives them."""
 
     mixed: bool = False
-    """Whether parts of two versions are live."""
+    """Whether parts of two versions are live, or what was computed with another one."""
+    stopped: str = ""
+    """The link that has stopped the engine and has not said that it goes on."""
+
+    def heed(self, message: Message) -> None:
+        """Take a link's word that it stops the engine, or that the engine goes on."""
+        self.stopped = str(message["by"])
+        if not self.stopped:
+            self.mixed = False
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ class Server(Handle):
     Whoever reaches these routes can change the weights: keep them on loopback or behind a proxy.
 
     Args:
-        url: `http://host:port`, or https.
+        url: `http://host:port`, or https, and a path where a gateway has several servers.
         headers: sent with every call, for a proxy in front of the server.
 
     Raises:
@@ -55,7 +55,8 @@ class Server(Handle):
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or parts.hostname is None:
             raise ValueError(f"expected http://host:port, found {url!r}")
-        self.url = f"{parts.scheme}://{parts.netloc}"
+        self._prefix = parts.path.rstrip("/")
+        self.url = f"{parts.scheme}://{parts.netloc}{self._prefix}"
         self._parts, self._headers = parts, dict(headers or {})
         self.timeout_s = _ASK_S
         self._seen = 0.0
@@ -173,7 +174,7 @@ class Server(Handle):
         data = None if body is None else json.dumps(body).encode()
         with closing(connect(parts.hostname or "", parts.port, timeout=limit_s)) as connection:
             try:
-                connection.request(method, parts.path.rstrip("/") + target, data, headers)
+                connection.request(method, self._prefix + target, data, headers)
                 answer = connection.getresponse()
                 return answer.status, answer.read()
             except TimeoutError as error:

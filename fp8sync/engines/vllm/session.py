@@ -170,7 +170,8 @@ class WorkerSession:
         self._installed.mixed = True
         try:
             event = self._install(portion)
-            self._installed.mixed = self._opened
+            # While it is stopped, it may hold prefixes of the old version.
+            self._installed.mixed = self._opened or bool(self._installed.stopped)
         # The live weights may be a mixture now; only the trainer can put that right.
         except Exception as error:
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)

@@ -1,0 +1,57 @@
+"""What a peer has said before it hung up, and what it may say between any messages."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from fp8sync.control import Channel, Listener
+
+TOKEN, WAIT_S = "5ca1ab1e" * 4, 5.0
+
+
+@pytest.fixture
+def joined() -> tuple[Channel, Channel]:
+    """The trainer's end, then the worker's."""
+    listener = Listener(TOKEN, timeout_s=WAIT_S)
+    with ThreadPoolExecutor(1) as pool:
+        worker = pool.submit(Channel.connect, "127.0.0.1", listener.port, TOKEN, WAIT_S)
+        ends = listener.accept("engine worker 0 of 1"), worker.result()
+    listener.close()
+    return ends
+
+
+def test_a_peer_has_hung_up_whose_last_words_are_not_read(joined: tuple[Channel, Channel]) -> None:
+    trainer, worker = joined
+    assert not worker.hung_up()
+    trainer.send({"type": "prepare", "go": True})
+    assert not worker.hung_up()
+    trainer.close()
+    assert worker.hung_up()
+    assert worker.receive("prepare")["go"]
+    worker.close()
+    assert worker.hung_up()
+
+
+def test_who_has_stopped_an_engine_is_heeded_between_any_messages(
+    joined: tuple[Channel, Channel],
+) -> None:
+    trainer, worker = joined
+    said: list[str] = []
+    worker.heed = lambda message: said.append(message["by"])
+    trainer.send({"type": "stopped", "by": "a"})
+    trainer.send({"type": "prepare", "go": True})
+    assert worker.receive("prepare")["go"]
+    assert said == ["a"]
+    for message in ({"type": "stopped", "by": "b"}, {"type": "version"}):
+        trainer.send(message)
+    trainer.send({"type": "stopped", "by": ""})
+    worker.drain()
+    assert said == ["a", "b", ""]
+    trainer.send({"type": "stopped", "by": "c"})
+    trainer.close()
+    worker.drain()
+    assert said == ["a", "b", "", "c"]
+    worker.close()
+    worker.drain()
