@@ -195,16 +195,16 @@ def test_requests_that_nobody_steps(live: Any) -> None:
     from vllm import SamplingParams
 
     engine, model = live.llm_engine, world.tiny_model("dense", 2)
-    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, detokenize=False)
 
-    def ask(name: str) -> None:
+    def ask(name: str, **options: Any) -> None:
+        params = SamplingParams(max_tokens=8, ignore_eos=True, detokenize=False, **options)
         engine.add_request(name, {"prompt_token_ids": world.PROMPT}, params)
         while not any(output.outputs[0].token_ids for output in engine.step()):
             pass
 
     before = world.generate(live, 8)
     with fp8sync.connect(model, live, world.recipe("blockwise-pow2")) as link:
-        ask("kept")
+        ask("kept", temperature=0.0)
         with torch.no_grad():
             weight = model.lm_head.weight.clone()
             model.lm_head.weight[3, 3] = torch.nan
@@ -219,9 +219,12 @@ def test_requests_that_nobody_steps(live: Any) -> None:
         same = next(i for i, token in enumerate(before) if tokens[i] != token)
         assert tokens[same:] == world.generate(live, 8 - same, [*world.PROMPT, *tokens[:same]])
         assert same
-        ask("aborted")
+        ask("aborted", n=2)
+        assert engine.get_num_unfinished_requests() == 2
         assert link.refit("abort").version == 2
         assert not engine.has_unfinished_requests()
+        assert not engine.output_processor.parent_requests
+        assert not live.wait_for_completion(use_tqdm=False)
     fp8sync.refit(world.tiny_model("dense", 1), live, world.recipe("blockwise-pow2"))
 
 

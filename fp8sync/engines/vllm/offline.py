@@ -78,7 +78,8 @@ class LLMHandle(Handle):
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (nothing runs)
         engine = self._llm.llm_engine
-        requests = list(engine.output_processor.request_states)
+        known = engine.output_processor
+        requests = [*known.request_states, *known.parent_requests]  # one with n > 1 is kept in both
         if requests and in_flight == "abort":
             engine.abort_request(requests, internal=True)
         return True
