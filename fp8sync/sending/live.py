@@ -1,4 +1,4 @@
-"""A descriptor table over live weights: built anew only when one of the storages that it reads has moved.
+"""A descriptor table over live weights: built anew only when one of the storages that it reads has changed.
 
 Each launch looks at its own storages just before it, so that the GPU works while the next launch's are looked
 at: a trainer may have as many storages as tensors.
@@ -6,7 +6,8 @@ at: a trainer may have as many storages as tensors.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -26,6 +27,13 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveTable"]
 
+_LOOKED_AT: tuple[Callable[[torch.Tensor], Any], ...] = (
+    torch.Tensor.data_ptr,
+    torch.Tensor.size,
+    torch.Tensor.stride,
+    attrgetter("dtype"),
+)
+
 
 class LiveTable:
     """The table of one launch.
@@ -34,7 +42,7 @@ class LiveTable:
         copies: that it reads for.
         build: returns the table, given what finds address and dtype of a storage.
         device: that launches, and can read the storages (`reader_of`).
-        alike: how the storages have to lie, wherever they have moved.
+        alike: how the storages have to lie, wherever they are.
     """
 
     def __init__(
@@ -42,7 +50,7 @@ class LiveTable:
     ) -> None:
         self._names = read_by(copies)
         self._build, self._device, self._alike = build, device, alike
-        self._pointers: list[int] = []
+        self._looks: list[list[Any]] = []
         self._table: Table | None = None
 
     def at(self, storages: Storages) -> Table:
@@ -51,11 +59,12 @@ class LiveTable:
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
-            TensorMismatch: they have moved, and lie otherwise than when they were first looked at.
+            TensorMismatch: they lie otherwise than when they were first looked at.
         """
         # No bytecode for each storage: there may be as many as tensors.
-        pointers = list(map(torch.Tensor.data_ptr, map(storages.__getitem__, self._names)))
-        if self._table is None or pointers != self._pointers:
+        tensors = list(map(storages.__getitem__, self._names))
+        looks = [list(map(of, tensors)) for of in _LOOKED_AT]
+        if self._table is None or looks != self._looks:
             for name in self._names:
                 found_on = reader_of({name: storages[name]})
                 if found_on != self._device and storages[name].numel():
@@ -65,7 +74,7 @@ class LiveTable:
                     )
             self._alike.check(storages, self._names)
             dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
-            found = dict(zip(self._names, zip(pointers, dtypes, strict=True), strict=True))
+            found = dict(zip(self._names, zip(looks[0], dtypes, strict=True), strict=True))
             self._table = self._build(found.__getitem__)
-            self._pointers = pointers
+            self._looks = looks
         return self._table

@@ -197,25 +197,24 @@ def test_a_weight_that_is_not_a_number(refit: Refit) -> None:
     assert [str(error) for error in others] == [str(first), "None", "None"]
 
 
-def lie_otherwise(refit: Refit) -> tuple[str, torch.Tensor, str]:
+def lie_otherwise(refit: Refit, *, moved: bool = True) -> tuple[str, torch.Tensor, str]:
     """Let a weight of rank 1 alone have other strides; its name, what it was, and what is to be said."""
     name, kept = next((n, x) for n, x in refit.held[1].items() if "down_proj" in n)
-    refit.held[1][name] = torch.stack([kept, kept], 1)[:, 0]
-    size, text = kept.numel(), f"{name}: expected bfloat16"
-    return (
-        name,
-        kept,
-        f"{text} ({size},) with strides (1,), found bfloat16 ({size},) with strides (2,)",
-    )
+    other = refit.held[1][name] = torch.stack([kept, kept], 1)[:, 0] if moved else kept[::2]
+    expected = f"{name}: expected bfloat16 {tuple(kept.shape)} with strides (1,)"
+    return name, kept, f"{expected}, found bfloat16 {tuple(other.shape)} with strides (2,)"
 
 
 @pytest.mark.parametrize("refit", ["ipc", "nccl", "gloo", "golden"], indirect=True)
+@pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_weight_that_lies_otherwise_than_at_connect(refit: Refit, after: int) -> None:
-    """Also where it came to between connecting and the first refit."""
+def test_a_weight_that_lies_otherwise_than_at_connect(
+    refit: Refit, after: int, moved: bool
+) -> None:
+    """Also where it came to between connecting and the first refit, and where it has the same address."""
     for _ in range(after):
         assert refit.run() == [None] * 4
-    name, kept, text = lie_otherwise(refit)
+    name, kept, text = lie_otherwise(refit, moved=moved)
     first, *others = refit.run()
     refit.held[1][name] = kept
     assert isinstance(first, TensorMismatch)
