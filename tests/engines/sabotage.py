@@ -15,6 +15,15 @@ SABOTAGE = {"worker_extension_cls": "tests.engines.sabotage.Sabotage"}
 class Sabotage:
     """Methods of a worker; called by name, with `collective_rpc`."""
 
+    def keep_prefixes(self, rank: int) -> None:
+        """Let the prefix cache not be emptied any more, of the replica that this worker of an engine is."""
+        from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+        from fp8sync.engines.vllm.compat import worker_rank
+
+        if worker_rank(self.vllm_config.parallel_config) == rank:
+            KVCacheManager.reset_prefix_cache = lambda _: False
+
     def fail_to_install(self) -> None:
         """Damage a weight in the next install, and raise."""
         from fp8sync.engines.vllm.session import WorkerSession

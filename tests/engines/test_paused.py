@@ -11,6 +11,7 @@ import fp8sync
 from fp8sync.engines.vllm import AsyncHandle
 from tests import skips
 from tests.engines import serving, world
+from tests.engines.sabotage import SABOTAGE
 from tests.engines.test_async import Engine
 
 if TYPE_CHECKING:
@@ -207,9 +208,12 @@ def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
 def test_replicas_stand_while_all_workers_are_waited_for(
     models: list[torch.nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Data parallel: at connect and in an audit, not for the transfer; all replicas hold the same afterwards."""
+    """Data parallel: at connect and in an audit, not for the transfer; all replicas hold the same afterwards.
+
+    That the second one alone has kept its prefixes is heard, too.
+    """
     monkeypatch.delenv("VLLM_PORT")  # from which both replicas would take the first
-    engine = Engine(world.write_config(models[0], tmp_path), data_parallel_size=2)
+    engine = Engine(world.write_config(models[0], tmp_path), data_parallel_size=2, **SABOTAGE)
     stood: dict[str, bool] = {}
 
     def watched(name: str) -> Callable[..., None]:
@@ -232,5 +236,9 @@ def test_replicas_stand_while_all_workers_are_waited_for(
         assert not engine.loop.run(engine.llm.is_paused())
         assert link.audit().equal
         assert stood["finish"]
-    assert not engine.loop.run(engine.llm.is_paused())
+        assert not engine.loop.run(engine.llm.is_paused())
+        engine.loop.run(engine.llm.collective_rpc("keep_prefixes", args=(1,)))
+        with pytest.raises(fp8sync.InstallFailed, match="kept prefixes"):
+            link.refit("keep")
+        assert (link.version, engine.loop.run(engine.llm.is_paused())) == (4, True)
     engine.close()

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 
 from fp8sync.errors import (
     EngineLost,
+    Fp8SyncError,
     InstallFailed,
     RefitInProgress,
     TransferTimeout,
@@ -27,7 +28,7 @@ __all__ = [
     "Handle",
     "InFlight",
     "check_backend",
-    "check_forgotten",
+    "check_emptied",
     "check_in_flight",
     "in_thread",
     "settle",
@@ -292,13 +293,29 @@ def check_backend(config: Any) -> None:
         )
 
 
-def check_forgotten(answer: object) -> None:
-    """Raise InstallFailed where vLLM says that it did not empty its prefix cache."""
-    if answer is False:
-        raise InstallFailed(
-            "the new weights are installed, but vLLM kept prefixes computed with the old ones: "
-            "expected an empty prefix cache; refit again before the engine is used"
-        )
+def check_emptied(call: Callable[[], object]) -> None:
+    """Let vLLM empty its prefix cache.
+
+    Args:
+        call: into vLLM.
+
+    Raises:
+        InstallFailed: vLLM answers that it did not, or raises.
+        Fp8SyncError: as `call` raises it.
+    """
+    said = ""
+    try:
+        if call() is not False:
+            return
+    except Fp8SyncError:
+        raise
+    # vLLM's own, of a class that each version may choose.
+    except Exception as error:  # noqa: BLE001
+        said = f" (vLLM says: {error})"
+    raise InstallFailed(
+        "the new weights are installed, but vLLM kept prefixes computed with the old ones: "
+        f"expected an empty prefix cache; refit again before the engine is used{said}"
+    )
 
 
 def check_in_flight(mode: str) -> None:

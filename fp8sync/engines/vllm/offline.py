@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm.compat import caches_prefixes, number_of_label
-from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, in_thread, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, in_thread, settled
 from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class LLMHandle(Handle):
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         if self._caches or self._encodes or (stale and in_flight == "keep"):
-            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep", True))
+            check_emptied(lambda: self._call("reset_prefix_cache", in_flight == "keep", True))
         if self._encodes:
             self._answer("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache)
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.handle import Handle, check_backend, check_forgotten, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, settled
 from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ class AsyncHandle(Handle):
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
         if self._caches or self._encodes or (stale and in_flight == "keep"):
-            check_forgotten(self._call("reset_prefix_cache", in_flight == "keep", True))
+            check_emptied(lambda: self._call("reset_prefix_cache", in_flight == "keep", True))
         if self._encodes:
             self._call("reset_encoder_cache")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
 from fp8sync.engines.vllm.compat import number_of_label
-from fp8sync.engines.vllm.handle import Handle, check_forgotten, in_thread, settled
+from fp8sync.engines.vllm.handle import Handle, check_emptied, in_thread, settled
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Server(Handle):
         answer = self._post(
             "/reset_prefix_cache", reset_running_requests=recompute, reset_external="true"
         )
-        check_forgotten(answer.get("success"))
+        check_emptied(lambda: answer.get("success"))
         if in_flight == "keep":  # else it went when the server was paused
             self._post("/reset_encoder_cache")
 
