@@ -150,6 +150,26 @@ def test_what_did_not_resume_is_resumed_by_another_link(
     assert not run(engine.llm.is_paused())
 
 
+def test_what_another_link_left_paused_is_not_its_owners_pause_before(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
+    with fp8sync.connect(models[0], engine.llm, recipe) as link:
+        run(engine.llm.pause_generation(mode="keep"))
+        link.refit()
+        run(engine.llm.resume_generation())
+        with (
+            fp8sync.connect(models[1], engine.llm, recipe) as other,
+            monkeypatch.context() as patch,
+        ):
+            patch.setattr(AsyncHandle, "reset_caches", refuse)
+            with pytest.raises(RuntimeError, match="in flight"):
+                other.refit()
+        assert run(engine.llm.is_paused())
+        link.refit()
+        assert not run(engine.llm.is_paused())
+
+
 def test_refit_makes_the_link_anew_when_its_limit_changes(
     engine: Engine, models: list[torch.nn.Module]
 ) -> None:
@@ -202,6 +222,23 @@ def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
         assert other.greedy(prompt, tokens) == new
     finally:
         other.close()
+
+
+def test_a_pause_of_replicas_that_is_late_is_ended(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handle = AsyncHandle(engine.llm)
+    pause = handle.pause
+
+    def late(mode: Any, *, once: bool) -> bool:
+        pause(mode, once=once)
+        raise fp8sync.TransferTimeout("the vLLM engine did not answer pause")
+
+    monkeypatch.setattr(handle, "replicas", 2)
+    monkeypatch.setattr(handle, "pause", late)
+    with pytest.raises(fp8sync.TransferTimeout), handle.standing():
+        raise AssertionError("it does not stand")
+    assert not engine.loop.run(engine.llm.is_paused())
 
 
 @pytest.mark.multigpu(2 if skips.cuda_devices() else 0)

@@ -185,9 +185,8 @@ class Handle(ABC):
 
         What is not stopped by somebody else is to be resumed from now on.
         """
-        if not self._owed:
-            self._stays = self.paused()
-            self._owed = not self._stays
+        self._stays = not self._owed and self.paused()
+        self._owed = not self._stays
         if self._owed:
             self.seat.settled = None
         return (self._stays,)
