@@ -252,7 +252,9 @@ def test_a_worker_whose_second_portion_has_no_memory(
         patch.setattr("fp8sync.engines.vllm.session.open_receivers", open_noted)
         patch.setattr(BucketReceiver, "close", close)
         fail_once(patch, "fp8sync.engines.vllm.session.ProcessInstall", 1)
-        with pytest.raises(fp8sync.Fp8SyncError, match="engine rank 0: OutOfMemoryError: no memor"):
+        with pytest.raises(
+            fp8sync.Fp8SyncError, match="engine rank 0: OutOfMemoryError: no memory"
+        ):
             connect(model, engine)
         assert len(opened) > 4
         assert closed[-len(opened) :] == opened  # after those of the link before
