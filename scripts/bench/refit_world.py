@@ -214,9 +214,7 @@ class Worker:
 
     def join(self, store: Any, key: str) -> None:
         """Join the link as `WorkerSession` does."""
-        self._channel = channel = _reach(store, key)
-        found = {"updating": False, "mixed": False, "stopped": ""}
-        channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
+        self._channel = channel = self._arrive(store, key)
         source = Manifest.from_json(channel.receive("source")["manifest"])
         seat = Seat.at(self._device).to_json()
         own = {"manifest": self._wanted.to_json(), "seat": seat, "short": ""}
@@ -235,6 +233,12 @@ class Worker:
         self._forwards = bool(choice["forward_bytes"])
         (self._receiver,) = open_receivers(choice, [intake])
         channel.send({"type": "ready", "direct": 0, "process": 0, "unproven": {}})
+
+    def _arrive(self, store: Any, key: str) -> Channel:
+        channel = _reach(store, key)
+        found = {"updating": False, "mixed": False, "stopped": ""}
+        channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
+        return channel
 
     def take(self) -> None:
         """One version, to the vote and through the commit."""

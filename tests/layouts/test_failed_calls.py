@@ -44,9 +44,7 @@ class Worker(refit_world.Worker):
         if self.stops_at != "join":
             super().join(store, key)
             return
-        self._channel = refit_world._reach(store, key)
-        found = {"updating": False, "mixed": False}
-        self._channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
+        self._channel = self._arrive(store, key)
         if self.tells is not None:
             self._channel.send({"type": "error", "error": self.tells.to_wire()})
 

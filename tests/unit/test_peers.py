@@ -147,7 +147,7 @@ def door() -> Iterator[Callable[..., Any]]:
         peers, listener = Peers(3, [2, 2], limit_s), Listener(TOKEN, timeout_s=limit_s)
         theirs = [Channel.connect("127.0.0.1", listener.port, TOKEN, WAIT_S) for _ in members]
         for channel, (role, rank) in zip(theirs, members, strict=True):
-            said = {"role": role, "rank": rank, "updating": False, "mixed": False}
+            said = {"role": role, "rank": rank, "updating": False, "mixed": False, "stopped": ""}
             channel.send({"type": "join", **said})
         ends.extend((peers, listener, *theirs))
         return peers, listener, theirs
