@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.control import Channel, Listener
+from fp8sync.engines.vllm.agreement import place, settle
 from fp8sync.engines.vllm.intake import Intake
 from fp8sync.engines.vllm.layout import StorageSpec
 from fp8sync.engines.vllm.receive import open_receivers
@@ -25,13 +26,9 @@ from fp8sync.link.conductor import Conductor
 from fp8sync.link.follower import Follower
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
-from fp8sync.plan import build_plan
 from fp8sync.plan.boxes import touched_blocks
-from fp8sync.plan.forward import from_runs, with_forwarding
 from fp8sync.recipe import Encoding, Recipe
 from fp8sync.sources import LiveSource
-from fp8sync.transport.memory import gpu_id
-from fp8sync.transport.seat import Seat
 from fp8sync.waiting import HostTime
 from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
@@ -216,19 +213,11 @@ class Worker:
         """Join the link as `WorkerSession` does."""
         self._channel = channel = self._arrive(store, key)
         source = Manifest.from_json(channel.receive("source")["manifest"])
-        seat = Seat.at(self._device).to_json()
-        own = {"manifest": self._wanted.to_json(), "seat": seat, "short": ""}
-        channel.send({"type": "manifest", **own})
-        plan = build_plan(source, self._wanted, exchange_amax=True)
-        if sharers := from_runs(channel.receive("shared")["runs"]):
-            plan = with_forwarding(plan, {self._rank: sharers})
-        channel.send({"type": "plan", "digests": {str(self._rank): plan.digest(self._rank)}})
-        channel.receive("agreed")
-        place = {"type": "place", "memory": self._staging.export().to_json(), "portions": []}
-        channel.send({**place, "offsets": self._staging.offsets, "gpu": gpu_id(self._device)})
-        intake = Intake(
-            channel, self._staging, source, self._wanted, plan, self._rank, self._device
-        )
+        where = self._rank, self._device
+        plan, _ = settle(channel, source, self._wanted, *where)
+        staging = self._staging
+        channel.send(place(self._device, [], staging.export(), staging.offsets))
+        intake = Intake(channel, staging, source, self._wanted, plan, *where)
         choice = channel.receive("transport")
         self._forwards = bool(choice["forward_bytes"])
         (self._receiver,) = open_receivers(choice, [intake])

@@ -34,7 +34,7 @@ class Sabotage:
             WorkerSession._install = install
             install(session, portion)
             with torch.no_grad():
-                next(session._model.parameters()).zero_()
+                next(session._worker.model.parameters()).zero_()
             raise RuntimeError("the device is lost")
 
         WorkerSession._install = fail

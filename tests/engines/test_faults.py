@@ -201,7 +201,7 @@ def test_commit_that_fails_after_the_decision(
     def fail(session: Any, portion: Any) -> None:
         install(session, portion)
         with torch.no_grad():
-            next(session._model.parameters()).zero_()
+            next(session._worker.model.parameters()).zero_()
         if hang_up:
             session._channel.close()
         raise RuntimeError("the device is lost")

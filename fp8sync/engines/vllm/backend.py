@@ -19,6 +19,7 @@ from vllm.distributed.weight_transfer.base import (
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
+from fp8sync.engines.vllm.agreement import Worker
 from fp8sync.engines.vllm.compat import asleep, engine_commit, unreached, worker_rank
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
 from fp8sync.engines.vllm.portions import Installed
@@ -112,9 +113,8 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self.shutdown()
         self._owner, self._channel = info.owner, channel
         channel.heed = installed.heed
-        dtype = self.model_config.dtype
-        own = self._staging, installed, self.device, dtype
-        session = WorkerSession(channel, self.model, rank, *own)
+        where = self._staging, self.device, self.model_config.dtype
+        session = WorkerSession(channel, Worker(self.model, rank, *where), installed)
         # 0.25 does not set the current config around these calls; later versions do.
         with set_current_vllm_config(self.vllm_config), uncollected():
             if session.agree():

@@ -50,13 +50,13 @@ class Portion:
     Args:
         layout: of its storages.
         receiver: takes its bytes.
-        direct: installs those of its modules that need no processing, if there are any.
+        direct: installs those of its modules that need no processing.
         process: installs the others.
     """
 
     layout: EngineLayout
     receiver: Receiver
-    direct: DirectInstall | None
+    direct: DirectInstall
     process: ProcessInstall
 
 

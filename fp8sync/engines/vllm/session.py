@@ -1,4 +1,4 @@
-"""One link as a worker sees it: agree on a plan, receive versions, install them.
+"""One link as a worker sees it: agree on a plan (`agreement`), receive versions, install them.
 
 The conversation runs over the control channel (docs/wire-format.md, "Control messages"); bytes arrive in
 a thread of their own from `start` on, which also votes on them. What goes wrong is reported there, by
@@ -15,34 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
-from fp8sync.engines.vllm.compat import weights_asleep
-from fp8sync.engines.vllm.direct import DirectInstall
-from fp8sync.engines.vllm.install import ProcessInstall
-from fp8sync.engines.vllm.intake import Intake
+from fp8sync.engines.vllm.agreement import agree
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales
-from fp8sync.engines.vllm.layout import describe_engine
-from fp8sync.engines.vllm.live import LiveWeights, worker_ledger
-from fp8sync.engines.vllm.portions import Portion, memory_short, storages_by_portion
-from fp8sync.engines.vllm.receive import open_receivers
-from fp8sync.engines.vllm.storage import module_of
-from fp8sync.engines.vllm.strategy import direct_modules
 from fp8sync.errors import Fp8SyncError, InstallFailed
-from fp8sync.manifest import Manifest
-from fp8sync.plan import Plan, build_plan, in_portions
-from fp8sync.plan.forward import from_runs, with_forwarding
-from fp8sync.recipe import Recipe
-from fp8sync.transport.memory import gpu_id
-from fp8sync.transport.seat import Seat
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
-    from fp8sync.audit.ledger import Ledger
     from fp8sync.control import Channel
+    from fp8sync.engines.vllm.agreement import Agreed, Worker
+    from fp8sync.engines.vllm.install import ProcessInstall
     from fp8sync.engines.vllm.intake import Receiver
-    from fp8sync.engines.vllm.portions import Installed
-    from fp8sync.engines.vllm.staging import Staging
-    from fp8sync.engines.vllm.storage import EngineLayout
+    from fp8sync.engines.vllm.portions import Installed, Portion
 
 __all__ = ["WorkerSession"]
 
@@ -57,40 +41,27 @@ class WorkerSession:
 
     Args:
         channel: connected to the trainer's link.
-        model: the live model.
-        rank: this worker's rank among the engine's workers.
-        staging: this worker's staging memory.
+        worker: whose weights are refitted.
         installed: what earlier links have made of its weights.
-        device: where the model lives.
-        dtype: the model's dtype.
     """
 
-    def __init__(
-        self,
-        channel: Channel,
-        model: torch.nn.Module,
-        rank: int,
-        staging: Staging,
-        installed: Installed,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._channel, self._model = channel, model
-        self._rank, self._staging, self._installed = rank, staging, installed
-        self._device, self._dtype = device, dtype
-        self._caching = caching_modules(model)
-        self._receivers: Sequence[Receiver] = ()
-        self._portions: list[Portion] = []
+    def __init__(self, channel: Channel, worker: Worker, installed: Installed) -> None:
+        self._channel, self._worker, self._installed = channel, worker, installed
+        self._rank = worker.rank
+        self._caching = caching_modules(worker.model)
+        self._agreed: Agreed | None = None
         self._number = 0
         self._opened = False
-        self._direct_modules: set[str] = set()
-        self._unproven: dict[str, str] = {}
         self._thread: threading.Thread | None = None
         self._staged: dict[str, torch.Tensor] = {}
         self._failure: Fp8SyncError | None = None
-        self._forwards = False
-        self._audit: Callable[[], Ledger] | None = None
         self._auditing = False
+
+    @property
+    def _link(self) -> Agreed:
+        if self._agreed is None:
+            raise Fp8SyncError("the link was not established")
+        return self._agreed
 
     @property
     def busy(self) -> bool:
@@ -101,10 +72,10 @@ class WorkerSession:
         return receives or not self._channel.hung_up()
 
     def agree(self) -> bool:
-        """Describe this worker, build the plan, compare digests, join the transport.
+        """Agree with the link.
 
         Returns:
-            Whether the link stands; if not, the trainer has been told why.
+            Whether it stands; if not, the trainer has been told why.
         """
         return self._report(self._agree)
 
@@ -139,7 +110,7 @@ class WorkerSession:
         if self._auditing:
             self._report(self._answer_audit)
             return
-        portion = self._portions[self._number]
+        portion = self._link.portions[self._number]
         prepared = False
         try:
             prepared = self._prepare(portion.process)
@@ -150,16 +121,15 @@ class WorkerSession:
             logger.warning("fp8sync: engine rank %d keeps its old weights: %s", self._rank, error)
             go = False
         if prepared and go:
-            self._opened = self._number + 1 < len(self._portions)  # more of this version is to come
+            # Whether more of this version is to come.
+            self._opened = self._number + 1 < len(self._link.portions)
             self._commit(portion)
         elif prepared:
             portion.process.abandon()
 
     def _answer_audit(self) -> None:
-        if self._audit is None:
-            raise Fp8SyncError("the link was not established")
-        self._check_awake()
-        self._audit().answer(self._channel)
+        self._worker.check_awake()
+        self._link.audit().answer(self._channel)
 
     def _commit(self, portion: Portion) -> None:
         """Install, and tell when it is done: a GPU is not waited for here, as the engine may go on at once.
@@ -183,13 +153,12 @@ class WorkerSession:
 
     def _install(self, portion: Portion) -> torch.cuda.Event | None:
         """Enqueue everything; the event follows it on a GPU."""
-        if portion.direct is not None:
-            portion.direct.commit()
+        portion.direct.commit()
         portion.process.commit()
         restore_scales(self._caching)
-        if self._device.type == "cpu":
+        if self._worker.device.type == "cpu":
             return None
-        return torch.cuda.current_stream(self._device).record_event()
+        return torch.cuda.current_stream(self._worker.device).record_event()
 
     def _await_commit(self, began: float, event: torch.cuda.Event) -> None:
         failure = ""
@@ -207,124 +176,27 @@ class WorkerSession:
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
-        for receiver in self._receivers:
-            receiver.close()
-        self._receivers, self._portions = (), []
-
-    def _check_awake(self) -> None:
-        """Refuse to read or write weights that are not mapped, which ends the process."""
-        if weights_asleep():
-            text = f"engine rank {self._rank}: expected weights that are awake, found them asleep"
-            raise InstallFailed(f'{text}: call wake_up(tags=["weights"]) first')
+        if self._agreed is not None:
+            self._agreed.close()
+            self._agreed = None
 
     def _agree(self) -> None:
-        message = self._channel.receive("source")
-        self._check_awake()
-        recipe = Recipe.from_json(message["recipe"])
-        source = Manifest.from_json(message["manifest"])
-        layout = describe_engine(self._model, list(source.tensors.values()), recipe, self._rank)
-        seat = Seat.at(self._device).to_json()
-        short = memory_short(layout, self._staging.nbytes, self._device)
-        own = {"manifest": layout.manifest.to_json(), "seat": seat, "short": short}
-        self._channel.send({"type": "manifest", **own})
-        plan = build_plan(
-            source, layout.manifest, exchange_amax=True, requantize=recipe.requantizes
-        )
-        sharers = from_runs(self._channel.receive("shared")["runs"])
-        # Not as many as copies: then the plans differ, which is found when they are compared.
-        if len(sharers) == len(plan.copies):
-            plan = with_forwarding(plan, {self._rank: sharers})
-        commit = self._compare(plan)
-        layout = layout.with_misc_of(plan)
-        portions = [list(layout.storages)]
-        if commit == "in-place":
-            portions = storages_by_portion(layout, message["bucket_bytes"])
-        self._open_portions(source, layout, plan, portions)
-        # Made anew for every audit, as it remembers what it read.
-        about = self._model, layout, self._direct_modules, self._device, self._dtype
-        live = partial(LiveWeights, *about)
-        self._audit = partial(worker_ledger, live, plan, self._rank, message["bucket_bytes"])
-        processed = sum(portion.process.modules for portion in self._portions)
-        strategies = {"direct": len(self._direct_modules), "process": processed}
-        self._channel.send({"type": "ready", **strategies, "unproven": self._unproven})
-
-    def _open_portions(
-        self, held: Manifest, layout: EngineLayout, plan: Plan, portions: list[list[str]]
-    ) -> None:
-        layouts = [layout.only(own) for own in portions]
-        try:
-            self._staging.lay_out([own.storages for own in layouts])
-        except InstallFailed as error:
-            raise InstallFailed(f"engine rank {self._rank}: {error}") from error
-        self._send_place(portions)
-        # Trainer ranks open their ways out meanwhile.
-        self._direct_modules, self._unproven = direct_modules(
-            self._model, layout, self._device, self._dtype
-        )
-        choice = self._channel.receive("transport")
-        self._forwards = bool(choice["forward_bytes"])
-        # Another worker may have more portions; this one receives nothing in them.
-        count = max(len(own) for _, own in choice["portions"])
-        layouts += [layout.only(())] * (count - len(layouts))
-        plans = in_portions(plan, dict(choice["portions"]))
-        about = self._rank, self._device
-        receivers = self._receivers = open_receivers(
-            choice,
-            [
-                Intake(self._channel, self._staging, held, layout.manifest, own, *about)
-                for own in plans
-            ],
-        )
-        skip = self._direct_modules
-        self._portions = [
-            Portion(
-                own,
-                receiver,
-                self._direct(number),
-                ProcessInstall(self._model, own, self._device, self._dtype, skip),
-            )
-            for number, (own, receiver) in enumerate(zip(layouts, receivers, strict=True))
-        ]
-
-    def _direct(self, portion: int) -> DirectInstall | None:
-        staged = self._staging.views(portion) if self._direct_modules else {}
-        if not any(module_of(name) in self._direct_modules for name in staged):
-            return None
-        return DirectInstall(self._model, self._direct_modules, staged, self._device)
-
-    def _compare(self, plan: Plan) -> str:
-        """Compare digests with the trainer's; returns how versions are to be installed."""
-        mine = {str(self._rank): plan.digest(self._rank)}
-        self._channel.send({"type": "plan", "digests": mine})
-        agreed = self._channel.receive("agreed")
-        if agreed["digests"] != mine:
-            details = {str(self._rank): plan.digests(self._rank)}
-            self._channel.send({"type": "digests", "digests": details})
-            self._channel.receive("error")  # the trainer's, which names the tensor
-        return str(agreed["commit"])
-
-    def _send_place(self, portions: list[list[str]]) -> None:
-        place: dict[str, Any] = {"type": "place", "memory": None, "offsets": {}}
-        place["portions"] = portions if len(portions) > 1 else []
-        place["gpu"] = gpu_id(self._device)
-        if self._device.type == "cuda":
-            try:
-                place["memory"] = self._staging.export().to_json()
-                place["offsets"] = self._staging.offsets
-            except Fp8SyncError as error:
-                logger.warning("fp8sync: staging memory cannot be shared: %s", error)
-        self._channel.send(place)
+        self._agreed = agree(self._channel, self._worker)
 
     def _receive(self, version: int) -> None:
-        self._stage(partial(self._take, version))
-        if self._forwards and self._may_forward():
-            receiver = self._portions[self._number].receiver
+        link, number = (
+            self._link,
+            self._number,
+        )  # which `close` drops while it ends this thread's call
+        receiver = link.portions[number].receiver
+        self._stage(partial(self._take, receiver, version, number))
+        if link.forwards and self._may_forward():
             self._stage(lambda: receiver.forward(version, self._staged))
 
-    def _take(self, version: int) -> None:
-        self._staged = self._staging.views(self._number)
-        self._portions[self._number].receiver.receive(version, self._staged)
-        self._check_awake()  # here, as a trainer that writes has to be heard to the end
+    def _take(self, receiver: Receiver, version: int, portion: int) -> None:
+        self._staged = self._worker.staging.views(portion)
+        receiver.receive(version, self._staged)
+        self._worker.check_awake()  # here, as a trainer that writes has to be heard to the end
 
     def _may_forward(self) -> bool:
         """Wait for the word that every worker has what trainer ranks sent, or that one has not."""
@@ -362,7 +234,7 @@ class WorkerSession:
         if not go or self._failure is not None:
             return False
         try:
-            self._check_awake()
+            self._worker.check_awake()
             install.prepare(staged)
         except InstallFailed as error:
             self._failure = error
