@@ -72,11 +72,13 @@ def this_process() -> str:
 class Opening:
     """Trainer rank 0's word to the other ranks, once per call that all ranks make.
 
-    An error that comes before anything was said is what the others are told.
+    An error that comes before anything was said is what the others are told; one that comes after an invitation
+    takes its place, for ranks that would come when nobody listens any more.
     """
 
     def __init__(self) -> None:
         self._said = False
+        self._invited_at = ""
 
     def __enter__(self) -> Opening:
         return self
@@ -87,10 +89,15 @@ class Opening:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not self._said:
-            if not isinstance(error, Fp8SyncError):
-                error = Fp8SyncError(f"trainer rank 0 failed: {error!r}")
-            self.say({"error": error.to_wire()})
+        if error is None:
+            return
+        if not isinstance(error, Fp8SyncError):
+            error = Fp8SyncError(f"trainer rank 0 failed: {error!r}")
+        told = {"error": error.to_wire()}
+        if not self._said:
+            self.say(told)
+        elif self._invited_at:
+            _get_default_store().set(self._invited_at, json.dumps(told))
 
     def say(self, message: dict[str, Any]) -> None:
         """Tell all other ranks, which wait in `hear` or will."""
@@ -99,6 +106,7 @@ class Opening:
             return
         store = _get_default_store()
         turn = store.add(_TURN, 1)
+        self._invited_at = f"{_TURN}/{turn}" if "open" in message else ""
         store.set(f"{_TURN}/{turn}", json.dumps(message))
         if turn > _KEPT:
             store.delete_key(f"{_TURN}/{turn - _KEPT}")

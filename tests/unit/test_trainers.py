@@ -25,6 +25,15 @@ def rank_0(folder: str) -> None:
         except (UnsupportedLayout, KeyError):
             pass
         dist.barrier()
+    for said in ({"open": "here"}, {"link": "a"}):
+        try:
+            with Opening() as opening:
+                opening.say(said)
+                raise UnsupportedLayout("too late")
+        except UnsupportedLayout:
+            pass
+        dist.barrier()
+        dist.barrier()
     for number in range(8):  # of these, the other rank missed all but the last
         Opening().say({"number": number, "text": "x" * 10_000})
     dist.barrier()
@@ -37,6 +46,10 @@ def rank_1(folder: str, answers: Any) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=1, world_size=2)
     heard: list[Any] = []
     for _ in range(2):
+        heard.append(hear(WAIT_S))
+        dist.barrier()
+    for _ in range(2):
+        dist.barrier()
         heard.append(hear(WAIT_S))
         dist.barrier()
     dist.barrier()
@@ -59,11 +72,13 @@ def test_what_rank_0_says_is_heard(tmp_path: Path) -> None:
     ]
     for process in ranks:
         process.start()
-    refused, failed, last, late, next_ = answers.get(timeout=60)
+    refused, failed, invited, linked, last, late, next_ = answers.get(timeout=60)
     for process in ranks:
         process.join(30)
     assert refused["error"] == UnsupportedLayout("no such engine", ["engine 1"]).to_wire()
     assert failed["error"] == Fp8SyncError("trainer rank 0 failed: KeyError('lost')").to_wire()
+    assert invited["error"] == UnsupportedLayout("too late").to_wire()
+    assert linked == {"link": "a"}  # those who have the link hear it there
     assert last == {"number": 7, "text": "x" * 10_000}
     assert "made no call to connect or refit within 0.3 s" in late
     assert next_ == {"number": 9}
