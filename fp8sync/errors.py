@@ -110,16 +110,16 @@ class EngineLost(Fp8SyncError):
 
 
 class EngineUnusable(Fp8SyncError):
-    """The engine holds parts of two versions, and must not generate until a complete refit succeeds."""
+    """The engine may hold parts of two versions, and must not generate until a complete refit succeeds.
+
+    Parts of its weights, or new weights and prefixes that were computed with the old ones.
+    """
 
     severed = True
 
 
 class InstallFailed(Fp8SyncError):
-    """The engine could not process the received weights and keeps its old ones.
-
-    Of what fails after all had agreed to install (a worker, the prefix cache), the message says what serves.
-    """
+    """The engine could not process the received weights and keeps its old ones."""
 
 
 class PeerFailed(Fp8SyncError):

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal, get_args
 
 from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, UnsupportedLayout
 from fp8sync.sending.outgoing import check_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from fp8sync.control import Message
 
-__all__ = ["Commit", "check_commit", "choose_commit", "half_installed", "strategies_of"]
+__all__ = [
+    "AFTER_DECISION",
+    "Commit",
+    "check_commit",
+    "choose_commit",
+    "emptying",
+    "half_installed",
+    "strategies_of",
+    "unusable",
+]
 
 Commit = Literal["staged", "in-place", "auto"]
 """`staged`: bytes land beside the live weights, all of them, and are installed at once. `in-place`: in
 portions of some modules, the engine paused from the first installed to the last. `auto`: staged where it
 fits into memory."""
+
+
+AFTER_DECISION = "installing failed after the decision: refit again before the engine is used"
 
 
 def check_commit(commit: str, transport: str) -> None:
@@ -69,5 +82,27 @@ def half_installed(error: Exception, portion: int, portions: int) -> Fp8SyncErro
         f"the engine holds {portion} of {portions} portions of the new weights and the rest of the old: "
         "do not use it until a complete refit has succeeded"
     )
+    return unusable(text, error)
+
+
+def unusable(summary: str, error: Exception) -> Fp8SyncError:
+    """Return what to raise when an engine may hold parts of two versions: the error, if it says just that.
+
+    Args:
+        summary: what it holds.
+        error: the reason; that somebody is lost stays `EngineLost`.
+    """
+    if isinstance(error, Fp8SyncError) and error.summary == summary:
+        return error
     kind = EngineLost if isinstance(error, EngineLost) else EngineUnusable
-    return kind(text, str(error).split("\n  - "))
+    return kind(summary, str(error).split("\n  - "))
+
+
+@contextmanager
+def emptying() -> Iterator[None]:
+    """Empty caches after a commit; until that is done the engine must not be used."""
+    try:
+        yield
+    except Exception as error:
+        text = "the new weights are installed, but caches may hold what the old ones computed"
+        raise unusable(f"{text}: refit again before the engine is used", error) from error

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 
 from fp8sync.errors import (
     EngineLost,
+    EngineUnusable,
     Fp8SyncError,
-    InstallFailed,
     NonFiniteWeight,
     PeerFailed,
     PlanMismatch,
     TransferTimeout,
 )
+from fp8sync.link.commit import AFTER_DECISION
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -32,16 +33,13 @@ def as_ours(error: BaseException) -> Fp8SyncError:
 
 
 def broken(done: Iterable[Message], lost: Sequence[Fp8SyncError]) -> list[Fp8SyncError]:
-    """Return what went wrong after the decision to install."""
-    text = "installing failed after the decision: refit again before the engine is used"
+    """Return what went wrong after the decision to install: the engine may hold parts of two versions."""
     found = [f"{said['peer']}: {said['failure']}" for said in done if said["failure"]]
     found += [str(error) for error in lost]
     if not found:
         return []
-    kinds = [type(error) for error in lost if type(error).severed]
-    whole = (kinds[0] if kinds else InstallFailed)(text, found)
-    whole.severed |= any(error.severed for error in lost)
-    return [whole]
+    gone = any(isinstance(error, EngineLost) for error in lost)
+    return [(EngineLost if gone else EngineUnusable)(AFTER_DECISION, found)]
 
 
 def failures(shares: Iterable[Sent]) -> list[Fp8SyncError]:

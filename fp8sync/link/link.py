@@ -21,7 +21,7 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError
-from fp8sync.link.commit import half_installed
+from fp8sync.link.commit import AFTER_DECISION, emptying, half_installed, unusable
 from fp8sync.link.conductor import Conductor
 from fp8sync.link.member import Member
 from fp8sync.link.together import together
@@ -142,18 +142,18 @@ class Link:
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
-        After an error the engine serves its old weights, if it serves at all; but a worker that is lost,
-        or fails, after all had agreed to install leaves the others with the new ones. If `version` is the
-        new one, only the prefix cache could not be emptied. With commit `in-place`, what goes wrong after
-        the first portion was installed is `EngineUnusable`: the engine holds parts of both versions. In all
-        three an `AsyncLLM` or a server stays paused, and an `LLM` must not be used, until a complete refit
-        has succeeded; `wait` then freezes requests, like `keep`.
+        After an error the engine serves its old weights, if it serves at all; not so after `EngineUnusable`,
+        and after an `EngineLost` whose message says that installing had begun. Then it may hold parts of both
+        versions (if `version` is the new one, only caches of the old). An `AsyncLLM` or a server stays paused,
+        and an `LLM` must not be used, until a complete refit has succeeded; `wait` then freezes requests, like
+        `keep`.
 
         Raises:
             ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost, PeerFailed: see `fp8sync.errors`.
-            EngineUnusable: in place only; names what went wrong between two portions.
+            EngineUnusable: something went wrong after all had agreed to install, with commit `in-place` after
+                the first portion was; says what.
             RefitInProgress: the engine is already being refitted or connected.
             Fp8SyncError: the link was closed; `wait` for requests that nobody steps; or what `connect`
                 raises, where another link has had the engine or the last refit lost a peer.
@@ -323,10 +323,11 @@ class Link:
                 outcome = self._install(conductor, version, portion)
             self.version = version
             ended = time.perf_counter()
-            with waiting():
+            with waiting(), emptying():
                 self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
-                self._mixed = False
-                self._label += 1
+            self._mixed = False
+            self._label += 1
+            with waiting():
                 labelled = self._engine.label(str(self._label))
         if stands:
             ended = time.perf_counter()
@@ -367,7 +368,7 @@ class Link:
         try:
             with waiting(), uncollected():
                 return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
-        except BaseException:
+        except BaseException as error:
             if conductor.decided:  # some workers may hold the new weights, or parts of them
                 self._mixed = True
                 stop = partial(self._engine.pause, "keep", once=False)
@@ -376,6 +377,11 @@ class Link:
                 for call in (stop, forget):
                     with suppress(Exception):
                         call()
+                if (
+                    isinstance(error, Exception)
+                    and (told := unusable(AFTER_DECISION, error)) != error
+                ):
+                    raise told from error
             raise
 
     def _close_update(self, version: int) -> None:

@@ -251,12 +251,12 @@ def test_an_engine_that_failed_to_install_generates_nothing(
 
     def refit() -> fp8sync.RefitReport:
         engine.loop.run(engine.llm.collective_rpc("fail_to_install"))
-        with pytest.raises(fp8sync.InstallFailed, match="after the decision"):
+        with pytest.raises(fp8sync.EngineUnusable, match="after the decision"):
             link.refit()
         assert (link.version, engine.loop.run(engine.llm.is_paused())) == (0, True)
         with monkeypatch.context() as patch:
             patch.setattr(engine.llm, "reset_prefix_cache", refuse)
-            with pytest.raises(fp8sync.InstallFailed, match="kept prefixes"):
+            with pytest.raises(fp8sync.EngineUnusable, match="kept prefixes"):
                 link.refit()
         assert (link.version, engine.loop.run(engine.llm.is_paused())) == (1, True)
         return link.refit()

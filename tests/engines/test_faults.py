@@ -186,7 +186,7 @@ def test_trainer_lost_before_the_decision(
 @pytest.mark.parametrize(
     ("hang_up", "error", "text"),
     [
-        (False, fp8sync.InstallFailed, "engine rank 0: RuntimeError: the device is lost"),
+        (False, fp8sync.EngineUnusable, "engine rank 0: RuntimeError: the device is lost"),
         (True, fp8sync.EngineLost, "engine rank 0 closed the connection"),
     ],
 )
@@ -235,7 +235,7 @@ def test_cache_that_is_not_emptied(engine: Any, link: fp8sync.Link, monkeypatch:
     before = world.logprobs(engine)
     with monkeypatch.context() as patch:
         patch.setattr(engine, "reset_prefix_cache", lambda *_: False)
-        with pytest.raises(fp8sync.InstallFailed, match="the new weights are installed"):
+        with pytest.raises(fp8sync.EngineUnusable, match="the new weights are installed"):
             link.refit()
     assert link.version == 2
     assert not torch.equal(world.logprobs(engine), before)

@@ -312,8 +312,7 @@ def check_emptied(call: Callable[[], object]) -> None:
     except Exception as error:  # noqa: BLE001
         said = f" (vLLM says: {error})"
     raise InstallFailed(
-        "the new weights are installed, but vLLM kept prefixes computed with the old ones: "
-        f"expected an empty prefix cache; refit again before the engine is used{said}"
+        f"vLLM kept prefixes of the old weights; expected an empty prefix cache{said}"
     )
 
 
