@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 import fp8sync
-from fp8sync.engines.vllm.probe import without_torchrun
+from fp8sync.engines.vllm import without_torchrun
 from scripts.bench import qwen30b
 
 ENGINE = torch.device("cuda", 0)

@@ -34,7 +34,6 @@ from fp8sync.recipe import Encoding
 from fp8sync.sources.megatron import MegatronSource
 from fp8sync_kernels import quantize_blockwise
 from tests.engines import world
-from tests.engines.two_ranks import without_torchrun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -64,7 +63,7 @@ def main() -> None:
         refitted |= found
         bad += served
     if rank == 0:
-        bad += without_torchrun(lambda: compare(refitted, options.engine_tp))
+        bad += compare(refitted, options.engine_tp)
         shutil.rmtree(folder)
         sys.exit(1 if bad else 0)
 
@@ -89,7 +88,7 @@ def start_engine(kind: str, folder: Path, options: argparse.Namespace) -> Any:
         "multiprocess": True,
         "tensor_parallel_size": options.engine_tp,
     }
-    return without_torchrun(lambda: world.start_engine(engine, **asked))
+    return world.start_engine(engine, **asked)
 
 
 def run(

@@ -13,7 +13,6 @@ import torch.distributed as dist
 import fp8sync
 from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import world
-from tests.engines.two_ranks import without_torchrun
 
 
 def main(folder: Path) -> None:
@@ -24,7 +23,7 @@ def main(folder: Path) -> None:
     engines: Any = None
     if rank == 0:
         checkpoint = world.write_checkpoint(trained, folder / "fresh", "pow2")
-        engines = without_torchrun(lambda: [engine(checkpoint, f) for f in ("auto", "dummy")])
+        engines = [engine(checkpoint, f) for f in ("auto", "dummy")]
         fresh = world.logprobs(engines[0])
     dist.barrier()
     recipe = world.recipe("blockwise-pow2")

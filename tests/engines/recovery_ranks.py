@@ -15,7 +15,6 @@ import fp8sync
 from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import world
 from tests.engines.sabotage import SABOTAGE
-from tests.engines.two_ranks import without_torchrun
 
 TIMEOUT_S = 8.0
 STEPS: list[tuple[str, tuple[str, ...]]] = [
@@ -32,7 +31,7 @@ def main(folder: Path) -> None:
     if rank == 0:
         config = world.write_config(model, folder / "engine")
         options = {"load_format": "dummy", "multiprocess": True, **SABOTAGE}
-        llm = without_torchrun(lambda: world.start_engine(config, **options))
+        llm = world.start_engine(config, **options)
     dist.barrier()
     about: Any = {"timeout_s": TIMEOUT_S, "bucket_bytes": 1 << 18, "transport": "gloo"}
     link = fp8sync.connect(model, llm, world.recipe("blockwise-pow2"), **about)
@@ -44,7 +43,7 @@ def main(folder: Path) -> None:
     if llm:
         world.stop_engine(llm)
         checkpoint = world.write_checkpoint(model, folder / "fresh", "pow2")
-        fresh = without_torchrun(lambda: world.start_engine(checkpoint, multiprocess=True))
+        fresh = world.start_engine(checkpoint, multiprocess=True)
         result["difference"] = (world.logprobs(fresh) - found).abs().max().item()
         world.stop_engine(fresh)
     (folder / f"rank{rank}.json").write_text(json.dumps(result))

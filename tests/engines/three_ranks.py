@@ -21,7 +21,6 @@ import fp8sync
 from fp8sync.sources import as_source
 from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import world
-from tests.engines.two_ranks import without_torchrun
 
 TIMEOUT_S = 60.0
 WEIGHT = "model.layers.0.self_attn.q_proj.weight"
@@ -62,7 +61,7 @@ def main(folder: Path) -> None:
     llm = None
     if rank == 0:
         checkpoint = world.write_checkpoint(whole, folder / "fresh", "pow2")
-        llm = without_torchrun(lambda: world.start_engine(checkpoint, multiprocess=True))
+        llm = world.start_engine(checkpoint, multiprocess=True)
         fresh = world.logprobs(llm)
     dist.barrier()
     source = Failing(model)

@@ -27,7 +27,7 @@ def main(folder: Path, tensor_parallel: int) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(n) for n in range(tensor_parallel))
         checkpoint = world.write_checkpoint(models[-1], folder / "fresh", "pow2")
         options = {"multiprocess": True, "tensor_parallel_size": tensor_parallel}
-        llm = without_torchrun(lambda: world.start_engine(checkpoint, **options))
+        llm = world.start_engine(checkpoint, **options)
         fresh = world.logprobs(llm)
     dist.barrier()
     # Two links take turns on one engine: each finds that the other has been there, and joins anew.
@@ -64,18 +64,6 @@ def main(folder: Path, tensor_parallel: int) -> None:
         world.stop_engine(llm)
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()
-
-
-def without_torchrun(start: Any) -> Any:
-    """Start an engine as if torchrun had not set its variables, which vLLM would take for its own."""
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
-    kept = {name: value for name, value in os.environ.items() if name.startswith(ours)}
-    for name in kept:
-        del os.environ[name]
-    try:
-        return start()
-    finally:
-        os.environ.update(kept)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import fp8sync
+from fp8sync.engines.vllm import without_torchrun
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests import ports, skips
 
@@ -203,13 +204,14 @@ def hf_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 def start_engine(
     folder: Path, *, multiprocess: bool = False, load_format: str = "auto", **options: Any
 ) -> Any:
-    """A real vLLM on `folder`."""
-    from vllm import LLM, envs
-
-    envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
+    """A real vLLM on `folder`, also under torchrun."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(multiprocess))
     os.environ["VLLM_PORT"] = ports.for_vllm()
-    return LLM(**settings(folder, load_format=load_format, **options))
+    with without_torchrun():
+        from vllm import LLM, envs
+
+        envs.disable_envs_cache()  # an engine started earlier in this process has frozen them
+        return LLM(**settings(folder, load_format=load_format, **options))
 
 
 def settings(folder: Path, *, load_format: str = "auto", **options: Any) -> dict[str, Any]:

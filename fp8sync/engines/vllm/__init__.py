@@ -6,6 +6,7 @@ runs inside vLLM's workers.
 
 from typing import Any
 
+from fp8sync.engines.vllm.environment import without_torchrun
 from fp8sync.engines.vllm.fleet import Fleet
 from fp8sync.engines.vllm.handle import Handle, InFlight, check_in_flight
 from fp8sync.engines.vllm.offline import LLMHandle
@@ -22,6 +23,7 @@ __all__ = [
     "Server",
     "as_engine",
     "check_in_flight",
+    "without_torchrun",
 ]
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fp8sync.engines.vllm.environment import without_torchrun
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 __all__ = [
@@ -22,8 +22,6 @@ __all__ = [
     "start_engine",
     "stop_engine",
 ]
-
-_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_")
 
 
 def fp8_is_supported() -> bool:
@@ -122,18 +120,6 @@ def sample(llm: Any, prompts: torch.Tensor, count: int, seed: int) -> torch.Tens
     outputs = llm.generate(requests, parameters, use_tqdm=False)
     rows = [list(output.outputs[0].token_ids) for output in outputs]
     return torch.cat([prompts, torch.tensor(rows)], dim=1)
-
-
-@contextmanager
-def without_torchrun() -> Iterator[None]:
-    """Hide torchrun's variables, which vLLM would take for its own."""
-    kept = {name: value for name, value in os.environ.items() if name.startswith(_TORCHRUN)}
-    for name in kept:
-        del os.environ[name]
-    try:
-        yield
-    finally:
-        os.environ.update(kept)
 
 
 def _dense(flat: Any, vocabulary: int) -> torch.Tensor:
