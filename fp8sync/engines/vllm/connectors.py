@@ -85,7 +85,8 @@ def _each(transfer: Any) -> Iterator[Any]:
 
     if transfer is None or transfer.kv_connector is None:
         return
-    if transfer.kv_connector != "MultiConnector":
+    found = _class_of(transfer)
+    if found is None or all(base.__name__ != "MultiConnector" for base in found.__mro__):
         yield transfer
         return
     for child in transfer.kv_connector_extra_config.get("connectors", ()):
@@ -94,14 +95,20 @@ def _each(transfer: Any) -> Iterator[Any]:
 
 def _names(config: Any) -> set[str]:
     """Return the names of a connector's class and its bases; none if it can be emptied, or is not found here."""
-    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
-    try:
-        found = KVConnectorFactory.get_connector_class(config)
-    # Whatever an import may raise: vLLM itself has found it, or says so.
-    except Exception:  # noqa: BLE001
-        return set()
-    if found.reset_cache is not KVConnectorBase_V1.reset_cache:
+    found = _class_of(config)
+    if found is None or found.reset_cache is not KVConnectorBase_V1.reset_cache:
         return set()
     return {base.__name__ for base in found.__mro__}
+
+
+def _class_of(config: Any) -> Any:
+    """Return a connector's class; None if it is not found here."""
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    try:
+        return KVConnectorFactory.get_connector_class(config)
+    # Whatever an import may raise: vLLM itself has found it, or says so.
+    except Exception:  # noqa: BLE001
+        return None
