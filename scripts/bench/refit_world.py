@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fp8sync.control import Channel, Listener
-from fp8sync.engines.vllm.agreement import place, settle
+from fp8sync.engines.vllm.agreement import place, plan_with
 from fp8sync.engines.vllm.intake import Intake
 from fp8sync.engines.vllm.layout import StorageSpec
 from fp8sync.engines.vllm.receive import open_receivers
@@ -214,7 +214,7 @@ class Worker:
         self._channel = channel = self._arrive(store, key)
         source = Manifest.from_json(channel.receive("source")["manifest"])
         where = self._rank, self._device
-        plan, _ = settle(channel, source, self._wanted, *where)
+        plan, _ = plan_with(channel, source, self._wanted, *where)
         staging = self._staging
         channel.send(place(self._device, [], staging.export(), staging.offsets))
         intake = Intake(channel, staging, source, self._wanted, plan, *where)

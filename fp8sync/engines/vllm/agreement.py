@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm.storage import EngineLayout
     from fp8sync.transport.memory import ExportedMemory
 
-__all__ = ["Agreed", "Worker", "agree", "place", "settle"]
+__all__ = ["Agreed", "Worker", "agree", "place", "plan_with"]
 
 logger = init_logger("vllm.fp8sync")  # vLLM prints what is below its own name, and nothing else
 
@@ -107,7 +107,7 @@ def agree(channel: Channel, worker: Worker) -> Agreed:
     layout = describe_engine(worker.model, list(source.tensors.values()), recipe, worker.rank)
     short = memory_short(layout, worker.staging.nbytes, worker.device)
     where = worker.rank, worker.device
-    plan, commit = settle(
+    plan, commit = plan_with(
         channel, source, layout.manifest, *where, short=short, requantize=recipe.requantizes
     )
     layout = layout.with_misc_of(plan)
@@ -143,7 +143,7 @@ def agree(channel: Channel, worker: Worker) -> Agreed:
     return Agreed(portions, receivers, bool(choice["forward_bytes"]), audit)
 
 
-def settle(
+def plan_with(
     channel: Channel,
     source: Manifest,
     wanted: Manifest,
