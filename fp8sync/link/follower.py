@@ -29,9 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Follower", "FollowerLink"]
 
-_PATIENCE = 10
-"""Timeouts until the outcome. Rank 0 may spend nine: one on votes, three on vLLM's update, three on
-requests in flight, one on preparing and one on the commit."""
+_PATIENCE = 16
+"""Timeouts until the outcome. Rank 0 may spend fourteen: one on votes, two on forwarding, three on vLLM's update,
+three on asking whether the engine is paused and three on requests in flight, one on preparing and one on the
+commit."""
 
 
 class Follower:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -166,18 +166,24 @@ class Link:
         with Opening() as opening, self._engine.exclusive():
             if self._closed:
                 raise Fp8SyncError("this link was closed; connect again")
-            if not self._mixed:  # else they are frozen
-                self._engine.check_requests(in_flight)
-            if not self._has_engine():
+            if self._has_engine():
+                opening.say({"link": self._name})
+            else:
                 self._disconnect()
                 self._connect(opening)
-            else:
-                opening.say({"link": self._name})
+            conductor = self._connected()
             try:
-                return self._refit(self._connected(), in_flight)
-            except Fp8SyncError as error:
-                if error.severed:
-                    self._disconnect()  # a peer that was late may still be writing: begin anew
+                if not self._mixed:  # else they are frozen
+                    self._engine.check_requests(in_flight)
+            except Exception as error:
+                conductor.abandon(error)
+                raise
+            try:
+                return self._refit(conductor, in_flight)
+            except Exception as error:
+                # A peer that was late may still be writing; and who stopped the engine is asked anew.
+                if getattr(error, "severed", False) or self._engine.owes:
+                    self._disconnect()
                 raise
 
     def audit(self) -> AuditReport:
@@ -199,9 +205,8 @@ class Link:
         with self._engine.exclusive():
             conductor = self._connected()
             if not self._has_engine():
-                raise EngineLost(
-                    "another link has taken the engine, or a peer is gone; refit() connects again"
-                )
+                text = "another link has taken the engine, or a peer left; refit() connects again"
+                raise EngineLost(text)
             try:
                 with self._engine.standing():
                     conductor.open(self.version, audit=True)
@@ -288,22 +293,25 @@ class Link:
         self._engine.learn(conductor.peers.stoppers)
         # Parts of two versions compute nothing until a complete refit.
         if any(conductor.peers.stoppers) and not self._mixed and self._engine.repay():
-            conductor.peers.say_stopped("")
+            conductor.peers.say_stopped("", whole=True)
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version, mixed = self.version + 1, self._mixed
         began, host = time.perf_counter(), HostTime()
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
-            with self._engine.standing():
+            with ExitStack() as stack:
+                with suppress(Exception):  # whether it can be paused or not, all hear of the faults
+                    stack.enter_context(self._engine.standing())
                 self._commit(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
-        going = partial(conductor.peers.say_stopped, "")
+        going = partial(conductor.peers.say_stopped, "", whole=True)
         with self._engine.resuming(unless=lambda: self._mixed, then=going):
             try:
                 with waiting():
-                    conductor.peers.say_stopped(self._name, self._engine.look())
+                    stay = self._engine.look()
+                    conductor.peers.say_stopped(self._name, stay, whole=False)
                     if mixed and in_flight == "wait":
                         in_flight = "keep"  # to end, requests would need an engine that goes on
                     arrived = time.perf_counter()
@@ -326,6 +334,7 @@ class Link:
             with waiting(), emptying():
                 self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
             self._mixed = False
+            conductor.peers.say_stopped(self._name, stay, whole=True)
             self._label += 1
             with waiting():
                 labelled = self._engine.label(str(self._label))
@@ -371,12 +380,7 @@ class Link:
         except BaseException as error:
             if conductor.decided:  # some workers may hold the new weights, or parts of them
                 self._mixed = True
-                stop = partial(self._engine.pause, "keep", once=False)
-                stale = conductor.sends_kv_scales
-                forget = partial(self._engine.reset_caches, "keep", stale=stale)
-                for call in (stop, forget):
-                    with suppress(Exception):
-                        call()
+                self._engine.halt(stale=conductor.sends_kv_scales)
                 if (
                     isinstance(error, Exception)
                     and (told := unusable(AFTER_DECISION, error)) != error

@@ -132,16 +132,17 @@ class Peers:
             with suppress(EngineLost, TransferTimeout):
                 channel.send_framed(data)
 
-    def say_stopped(self, link: str, stay: Sequence[bool] = ()) -> None:
+    def say_stopped(self, link: str, stay: Sequence[bool] = (), *, whole: bool) -> None:
         """Tell workers which link stops their engine, or "" once it goes on.
 
         Args:
             link: its name.
             stay: of each engine, whether it was stopped by somebody else; empty for none.
+            whole: whether their weights are of one version, and nothing is kept that others have computed.
         """
         for rank, channel in enumerate(self.each("engine")):
-            if not (stay and stay[self._engine_of[rank]]):
-                channel.try_send({"type": "stopped", "by": link})
+            by = "" if stay and stay[self._engine_of[rank]] else link
+            channel.try_send({"type": "stopped", "by": by, "whole": whole})
 
     def hear(
         self, role: str, kind: str, timeout_s: float | None = None

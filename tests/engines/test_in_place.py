@@ -249,15 +249,15 @@ def test_a_worker_whose_second_portion_has_no_memory(
         closed.append(receiver)
 
     with monkeypatch.context() as patch:
-        patch.setattr("fp8sync.engines.vllm.session.open_receivers", open_noted)
+        patch.setattr("fp8sync.engines.vllm.agreement.open_receivers", open_noted)
         patch.setattr(BucketReceiver, "close", close)
-        fail_once(patch, "fp8sync.engines.vllm.session.ProcessInstall", 1)
+        fail_once(patch, "fp8sync.engines.vllm.agreement.ProcessInstall", 1)
         with pytest.raises(
             fp8sync.Fp8SyncError, match="engine rank 0: OutOfMemoryError: no memory"
         ):
             connect(model, engine)
         assert len(opened) > 4
-        assert closed[-len(opened) :] == opened  # after those of the link before
+        assert closed[-len(opened) :] == opened[::-1]  # after those of the link before
     with connect(model, engine) as link:
         assert link.refit().version == 1
 

@@ -120,6 +120,47 @@ def test_what_did_not_resume_is_resumed_by_the_next_refit(
         assert not engine.loop.run(engine.llm.is_paused())
 
 
+def test_an_engine_that_does_not_say_whether_it_is_paused_is_left_as_it_is(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = engine.loop.run
+    with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
+        link.refit()
+        run(engine.llm.pause_generation(mode="keep"))
+        with monkeypatch.context() as patch:
+            patch.setattr(AsyncHandle, "paused", refuse)
+            with pytest.raises(fp8sync.Fp8SyncError, match="in flight"):
+                link.refit()
+        assert run(engine.llm.is_paused())
+        link.refit()
+        assert run(engine.llm.is_paused())
+    run(engine.llm.resume_generation())
+
+
+def test_an_engine_that_went_on_without_saying_so_holds_one_version(
+    engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its requests are waited for by the next link; those of an engine that holds parts of two would be kept."""
+    recipe, resume = world.recipe("blockwise-pow2"), AsyncHandle.resume
+
+    def unheard(handle: AsyncHandle) -> None:
+        resume(handle)
+        raise fp8sync.TransferTimeout("no answer to resume_generation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "resume", unheard)
+        with pytest.raises(fp8sync.TransferTimeout, match="no answer"):
+            fp8sync.refit(models[0], engine.llm, recipe)
+    assert not engine.loop.run(engine.llm.is_paused())
+    expected = engine.greedy(world.PROMPT, 80)
+    request = engine.loop.begin(engine.stream(world.PROMPT, 80))
+    while not engine.llm.output_processor.request_states:
+        time.sleep(0.01)
+    fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
+    assert request.result(60)[0] == expected
+    assert engine.greedy(world.PROMPT, 80) != expected
+
+
 def test_what_did_not_resume_is_resumed_by_another_link(
     engine: Engine, models: list[torch.nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,10 +169,10 @@ def test_what_did_not_resume_is_resumed_by_another_link(
     fp8sync.refit(models[0], engine.llm, recipe)
     with monkeypatch.context() as patch:
         patch.setattr(AsyncHandle, "reset_caches", refuse)
-        with pytest.raises(RuntimeError, match="in flight"):
+        with pytest.raises(fp8sync.EngineUnusable, match="in flight"):
             fp8sync.refit(models[1], engine.llm, recipe)
         assert run(engine.llm.is_paused())
-        with pytest.raises(RuntimeError, match="in flight"):
+        with pytest.raises(fp8sync.EngineUnusable, match="in flight"):
             fp8sync.refit(models[1], engine.llm, recipe, timeout_s=60.0)
         assert run(engine.llm.is_paused())
     fp8sync.refit(models[1], engine.llm, recipe, timeout_s=300.0)
@@ -163,7 +204,7 @@ def test_what_another_link_left_paused_is_not_its_owners_pause_before(
             monkeypatch.context() as patch,
         ):
             patch.setattr(AsyncHandle, "reset_caches", refuse)
-            with pytest.raises(RuntimeError, match="in flight"):
+            with pytest.raises(fp8sync.EngineUnusable, match="in flight"):
                 other.refit()
         assert run(engine.llm.is_paused())
         link.refit()

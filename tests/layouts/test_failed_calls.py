@@ -17,6 +17,7 @@ import torch.distributed
 
 from fp8sync.engines.vllm.handle import Handle
 from fp8sync.errors import (
+    CorruptBucket,
     EngineLost,
     EngineUnusable,
     Fp8SyncError,
@@ -100,7 +101,13 @@ class Engine(Handle):
     def finish(self) -> None:
         self._wait("finish")
 
+    def check_requests(self, in_flight: Any) -> None:
+        if "requests" in self.fails:
+            raise self.fails.pop("requests")
+
     def pause(self, in_flight: Any, *, once: bool) -> bool:
+        if "pause" in self.fails:
+            raise self.fails.pop("pause")
         return True
 
     def resume(self) -> None:
@@ -245,6 +252,39 @@ def test_what_was_lost_before(pair: Pair) -> None:
     assert leader.__cause__ is failed
     heard(follower, leader)
     first.stops_at = ""
+    the_next_arrives(pair)
+
+
+def test_faults_are_heard_where_replicas_cannot_be_paused_for_them(pair: Pair) -> None:
+    assert pair.connect() == [None, None]
+    pair.engine.replicas = 2
+    worker, told = pair.engine.of_two[1], CorruptBucket("of another refit")
+    receive = worker._receiver.receive
+
+    def receive_and_fail(*args: Any) -> None:
+        receive(*args)
+        worker._receiver.receive = receive
+        raise told
+
+    worker._receiver.receive = receive_and_fail
+    pair.engine.fails["pause"] = RuntimeError(ANSWER)
+    first, second = pair.refit()
+    assert isinstance(first, CorruptBucket)
+    heard(second, first)
+    assert not pair.engine.fails
+    the_next_arrives(pair)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_requests_that_cannot_be_waited_for(pair: Pair, again: bool) -> None:
+    """They are looked at once the link knows how another one has left the engine."""
+    assert pair.connect() == [None, None]
+    if again:
+        pair.links[0]._disconnect()
+    error = pair.engine.fails["requests"] = Fp8SyncError("3 requests are in flight")
+    first, second = pair.refit()
+    assert first is error
+    heard(second, error)
     the_next_arrives(pair)
 
 

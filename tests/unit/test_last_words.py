@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fp8sync.control import Channel, Listener
+from fp8sync.control import Channel, Listener, Message
+from fp8sync.engines.vllm.portions import Installed
 
 TOKEN, WAIT_S = "5ca1ab1e" * 4, 5.0
 
@@ -38,20 +39,27 @@ def test_who_has_stopped_an_engine_is_heeded_between_any_messages(
     joined: tuple[Channel, Channel],
 ) -> None:
     trainer, worker = joined
-    said: list[str] = []
-    worker.heed = lambda message: said.append(message["by"])
-    trainer.send({"type": "stopped", "by": "a"})
+    said: list[tuple[str, bool]] = []
+    installed = Installed()
+
+    def heed(message: Message) -> None:
+        installed.heed(message)
+        said.append((installed.stopped, installed.mixed))
+
+    worker.heed = heed
+    installed.mixed = True
+    trainer.send({"type": "stopped", "by": "a", "whole": False})
     trainer.send({"type": "prepare", "go": True})
     assert worker.receive("prepare")["go"]
-    assert said == ["a"]
-    for message in ({"type": "stopped", "by": "b"}, {"type": "version"}):
+    assert said == [("a", True)]
+    for message in ({"type": "stopped", "by": "b", "whole": True}, {"type": "version"}):
         trainer.send(message)
-    trainer.send({"type": "stopped", "by": ""})
+    trainer.send({"type": "stopped", "by": "", "whole": True})
     worker.drain()
-    assert said == ["a", "b", ""]
-    trainer.send({"type": "stopped", "by": "c"})
+    assert said[1:] == [("b", False), ("", False)]
+    trainer.send({"type": "stopped", "by": "c", "whole": False})
     trainer.close()
     worker.drain()
-    assert said == ["a", "b", "", "c"]
+    assert said[3:] == [("c", False)]
     worker.close()
     worker.drain()

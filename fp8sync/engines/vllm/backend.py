@@ -97,11 +97,11 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
             channel.close()
             return
         busy = self._session is not None and self._session.busy
-        if self._channel is not None and not busy:
-            self._channel.drain()
-            if asleep():  # who put it to sleep since lets it go on
-                self._installed.stopped = ""
         installed = self._installed
+        if not busy:
+            self.shutdown()  # first, so that its link sees at once that it is left
+            if asleep():  # who put it to sleep since lets it go on
+                installed.stopped = ""
         found = {"mixed": installed.mixed, "stopped": installed.stopped}
         found["updating"] = self._updating
         channel.send({"type": "join", "role": "engine", "rank": rank, **found})
@@ -110,7 +110,6 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
             channel.send({"type": "error", "error": RefitInProgress(text).to_wire()})
             channel.close()
             return
-        self.shutdown()
         self._owner, self._channel = info.owner, channel
         channel.heed = installed.heed
         where = self._staging, self.device, self.model_config.dtype
@@ -142,7 +141,10 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
             self._open_session().finish()
 
     def shutdown(self) -> None:
-        """Leave the link."""
+        """Leave the link, once what it has said is heeded."""
+        if self._channel is not None:
+            self._channel.drain()
+            self._channel = None
         if self._session is not None:
             self._session.close()
             self._session = None

@@ -60,13 +60,16 @@ async def pause(engine: Any, mode: str) -> None:
     its tokens, and would go on with the new weights: so vLLM goes on and is paused again, until all have
     ended.
     """
-    if mode != "keep":  # the scheduler then clears its half of this cache
-        await engine.renderer.clear_mm_cache_async()
-    core = engine.engine_core
-    await core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    await _pause(engine, mode)
     while mode == "wait" and await _some_have_begun(engine.output_processor.request_states):
         await engine.resume_generation()
-        await core.pause_scheduler_async(mode=mode, clear_cache=True)
+        await _pause(engine, mode)
+
+
+async def _pause(engine: Any, mode: str) -> None:
+    if mode != "keep":  # the scheduler then clears its half of this cache
+        await engine.renderer.clear_mm_cache_async()
+    await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
 
 
 async def _some_have_begun(states: Any) -> bool:

@@ -101,6 +101,10 @@ class Fleet(Handle):
         for engine, stopper in zip(self._engines, stoppers, strict=True):
             engine.learn([stopper])
 
+    @property
+    def owes(self) -> bool:
+        return any(engine.owes for engine in self._engines)
+
     def repay(self) -> bool:
         return all(self._each(lambda engine: engine.repay()))
 

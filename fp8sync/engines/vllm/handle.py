@@ -173,6 +173,11 @@ class Handle(ABC):
         """
         self._owed = stoppers[0] not in {"", self.seat.settled}
 
+    @property
+    def owes(self) -> bool:
+        """Whether it was left stopped, and not by its owner."""
+        return self._owed
+
     def repay(self) -> bool:
         """Resume it if that is owed; returns whether nothing is owed now."""
         if self._owed:
@@ -185,7 +190,8 @@ class Handle(ABC):
 
         What is not stopped by somebody else is to be resumed from now on.
         """
-        self._stays = not self._owed and self.paused()
+        self._stays = not self._owed  # so it is left as it is if it does not answer
+        self._stays = self._stays and self.paused()
         self._owed = not self._stays
         if self._owed:
             self.seat.settled = None
@@ -257,6 +263,13 @@ class Handle(ABC):
                 self._release()
             raise
         self._release()
+
+    def halt(self, *, stale: bool) -> None:
+        """Stop an engine that may hold parts of two versions, and what of it answers forgets the old one."""
+        with suppress(Exception):
+            self.pause("keep", once=False)
+        with suppress(Exception):
+            self.reset_caches("keep", stale=stale)
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:

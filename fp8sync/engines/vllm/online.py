@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, settled
-from fp8sync.errors import Fp8SyncError, UnsupportedLayout
+from fp8sync.errors import Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Iterator
@@ -81,7 +81,16 @@ class AsyncHandle(Handle):
         changes = self._caches or self._encodes or self._labels  # more than weights
         if in_flight == "keep" and once and self.replicas == 1 and not changes:
             return False
-        self._run("pause", compat.pause(self._engine, in_flight))
+        try:
+            self._run("pause", compat.pause(self._engine, in_flight))
+        except TransferTimeout as error:
+            if in_flight != "wait":
+                raise
+            count = len(self._engine.output_processor.request_states)
+            text = (
+                f"{count} requests have not ended; choose in_flight='abort' or a longer timeout_s"
+            )
+            raise error.named(f"{error.summary}: {text}") from error
         return True
 
     def resume(self) -> None:

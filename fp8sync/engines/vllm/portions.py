@@ -37,9 +37,9 @@ class Installed:
     """The link that has stopped the engine and has not said that it goes on."""
 
     def heed(self, message: Message) -> None:
-        """Take a link's word that it stops the engine, or that the engine goes on."""
+        """Take a link's word that it stops the engine or that this goes on, and that weights and caches agree."""
         self.stopped = str(message["by"])
-        if not self.stopped:
+        if message["whole"]:
             self.mixed = False
 
 

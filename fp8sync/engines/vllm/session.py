@@ -137,11 +137,10 @@ class WorkerSession:
         Its next step follows on the same stream.
         """
         began, failure, event = time.perf_counter(), "", None
+        # Until the link says otherwise: caches may be of the old version.
         self._installed.mixed = True
         try:
             event = self._install(portion)
-            # While it is stopped, it may hold prefixes of the old version.
-            self._installed.mixed = self._opened or bool(self._installed.stopped)
         # The live weights may be a mixture now; only the trainer can put that right.
         except Exception as error:
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
@@ -166,7 +165,7 @@ class WorkerSession:
             event.synchronize()
         except RuntimeError as error:  # the GPU's
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
-            self._installed.mixed, failure = True, str(error)
+            failure = str(error)
         self._committed(began, failure)
 
     def _committed(self, began: float, failure: str) -> None:
@@ -184,10 +183,8 @@ class WorkerSession:
         self._agreed = agree(self._channel, self._worker)
 
     def _receive(self, version: int) -> None:
-        link, number = (
-            self._link,
-            self._number,
-        )  # which `close` drops while it ends this thread's call
+        # `close` drops the link while it ends this thread's call.
+        link, number = self._link, self._number
         receiver = link.portions[number].receiver
         self._stage(partial(self._take, receiver, version, number))
         if link.forwards and self._may_forward():
