@@ -12,7 +12,7 @@ from fp8sync.errors import UnsupportedLayout
 from fp8sync.sources.checkpoint import CheckpointSource
 from fp8sync.sources.live import LiveSource
 from fp8sync.sources.module import ModuleSource
-from fp8sync.sources.places import COMPILED
+from fp8sync.sources.wrapped import check_readable, unwrapped
 from fp8sync.trainers import rank_and_size
 
 if TYPE_CHECKING:
@@ -112,24 +112,11 @@ def as_source(model: Any, bridge: Any = None, *, master: bool = False) -> Source
 
 
 def _source_of(module: torch.nn.Module, rank: int) -> Source:
-    module = _unwrapped(module)
-    if any(hasattr(p, "tensor_model_parallel") for p in module.parameters()):
-        kind = type(module).__name__
-        raise UnsupportedLayout(f"{kind} is a Megatron-Core model: expected its bridge=")
+    module = unwrapped(module)
+    check_readable(module)
     if "torch.distributed.tensor" in sys.modules:  # without it there are no DTensors
         from fp8sync.sources.dtensor import DTensorSource, holds_dtensors
 
         if holds_dtensors(module):
             return DTensorSource(module, rank)
     return ModuleSource(module, rank)
-
-
-def _unwrapped(module: torch.nn.Module) -> torch.nn.Module:
-    """Return what is in torch's DDP and in `torch.compile`, in whichever order."""
-    while True:
-        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-            module = module.module
-        elif (inner := module._modules.get(COMPILED)) is not None:
-            module = inner
-        else:
-            return module

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fp8sync.errors import UnsupportedLayout
 from fp8sync.manifest import Manifest
@@ -181,6 +182,37 @@ def test_a_megatron_model_without_its_bridge_is_refused() -> None:
     module.weight.tensor_model_parallel = True
     with pytest.raises(UnsupportedLayout, match="is a Megatron-Core model: expected its bridge="):
         as_source(module)
+
+
+def test_shards_of_zero_3_are_refused() -> None:
+    """Its parameters have no elements between two uses, and say so by an attribute."""
+    module = nn.Linear(4, 4)
+    module.weight.ds_id = 0
+    with pytest.raises(UnsupportedLayout, match="DeepSpeed ZeRO-3: expected whole parameters"):
+        as_source(module)
+
+
+def test_adapters_that_are_not_merged_are_refused() -> None:
+    module = nn.Module()
+    module.q_proj = nn.Module()
+    module.q_proj.base_layer = nn.Linear(4, 4)
+    assert as_source(module)  # a checkpoint may name its own tensors so
+    module.peft_config = {}
+    with pytest.raises(UnsupportedLayout, match="expected them merged"):
+        as_source(module)
+
+
+def test_fsdp1_is_refused() -> None:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        module = nn.Sequential(
+            FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu"))
+        )
+        with pytest.raises(UnsupportedLayout, match=r"FSDP1.: expected fully_shard"):
+            as_source(module)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2, torch.uint32])
