@@ -52,7 +52,7 @@ class Alike:
         """Look at the named storages; those that are looked at for the first time are remembered.
 
         Raises:
-            TensorMismatch: some have another dtype, shape or strides; all of them at once.
+            TensorMismatch: some have another dtype, shape or strides, or their memory was freed; all at once.
         """
         tensors = list(map(storages.__getitem__, names))
         # No bytecode for each storage: there may be as many as tensors.
@@ -63,8 +63,14 @@ class Alike:
             for name, lie in zip(names, found, strict=True)
             if (first := self._first.setdefault(name, lie)) != lie and not _same(first, lie)
         ]
+        whose = f"weights of trainer rank {self._rank}"
+        if freed := [
+            f"{name}: expected data, found freed memory"
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor.numel() and not tensor.untyped_storage().nbytes()
+        ]:
+            raise TensorMismatch(f"{whose} hold no data; bring it back first", freed + faults)
         if faults:
-            whose = f"weights of trainer rank {self._rank}"
             raise TensorMismatch(f"{whose} lie otherwise than when the link was made", faults)
 
     def read(self, source: Callable[[], Storages], names: Collection[str]) -> Storages:

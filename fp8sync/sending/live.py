@@ -52,7 +52,7 @@ class LiveTable:
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
-            TensorMismatch: they lie otherwise than when they were first looked at.
+            TensorMismatch: they lie otherwise than when they were first looked at, or were freed.
         """
         if self._table is None or self._look is None or not self._look.holds(storages):
             look = Look(storages, self._names)
