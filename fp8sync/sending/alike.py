@@ -1,7 +1,8 @@
 """How a trainer rank's weights lie: they may move between refits, but not change dtype, shape or strides.
 
-A plan counts elements from a storage's first, so that of a weight which lies otherwise it would find others,
-or none: nothing after this check would notice, and digests would agree on the wrong bytes.
+A plan counts elements from a storage's first, by the strides of when the link was made. Of a weight with others
+it may find other elements, or none, and a table that was made for another dtype reads values that are not there:
+nothing after this check would notice, and digests would agree on the wrong bytes.
 """
 
 from __future__ import annotations
@@ -71,7 +72,9 @@ class Alike:
         ]:
             raise TensorMismatch(f"{whose} hold no data; bring it back first", freed + faults)
         if faults:
-            raise TensorMismatch(f"{whose} lie otherwise than when the link was made", faults)
+            remedy = "close the link (`fp8sync.close` where `refit` keeps it) and connect again"
+            told = f"{whose} lie otherwise than when the link was made; {remedy}"
+            raise TensorMismatch(told, faults)
 
     def read(self, source: Callable[[], Storages], names: Collection[str]) -> Storages:
         """Return what `source` returns, checked."""

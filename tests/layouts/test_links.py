@@ -220,8 +220,8 @@ def test_a_weight_that_lies_otherwise_than_at_connect(refit: Refit, after: int, 
     first, *others = refit.run()
     refit.held[1][name] = kept
     assert isinstance(first, TensorMismatch)
-    freed = how == "freed"
-    where = "hold no data" if freed else "lie otherwise than when the link was made"
+    where = "lie otherwise than when the link was made; close the link (`fp8sync.close` where"
+    where = "hold no data; bring it back" if how == "freed" else where
     assert first.summary.startswith(f"weights of trainer rank 1 {where}")
     assert text in first.violations
     assert type(others[0]) is TensorMismatch
