@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from fp8sync.audit.trainer import trainer_ledger
+from fp8sync.collector import uncollected
 from fp8sync.errors import Fp8SyncError
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, Planner, in_portions
@@ -133,6 +134,7 @@ class Member:
         self._senders = open_senders(choice, shares)
         self.source.release()
 
+    @uncollected()
     def send(self, version: int, portion: int, told: Told) -> Sent:
         """Send this rank's share of a portion of a version; an error is part of what it returns.
 

@@ -131,39 +131,51 @@ def first_senders(spreads: Mapping[str, Spread]) -> dict[str, tuple[int, ...]]:
     """
     count = Counter(spreads.values())
     load: Counter[int] = Counter()
-    shared: list[tuple[int, str, int]] = []
+    holders: dict[tuple[int, ...], _Holders] = {}
+    shared: dict[Spread, list[tuple[int, int, _Holders]]] = {}
     for spread, tensors in count.items():
-        for rect, ranks in zip(spread.rects, spread.ranks, strict=True):
+        shared[spread] = []
+        for i, (rect, ranks) in enumerate(zip(spread.rects, spread.ranks, strict=True)):
             if len(ranks) == 1:
                 load[ranks[0]] += tensors * volume(rect)
-    first: dict[str, tuple[int, ...]] = {}
-    chosen: dict[str, list[int]] = {}
-    alone = {s: (0,) * len(s.rects) for s in count if all(len(r) == 1 for r in s.ranks)}
-    for name, spread in spreads.items():
-        if spread in alone:
-            first[name] = alone[spread]
-            continue
-        chosen[name] = [0] * len(spread.rects)
-        for i, ranks in enumerate(spread.ranks):
-            if len(ranks) > 1:
-                shared.append((volume(spread.rects[i]), name, i))
-    everyone = {r for s in count for ranks in s.ranks for r in ranks}
-    left = sum(size for size, _, _ in shared)
-    enough = _LEFT * (sum(load.values()) + left) / max(1, len(everyone))
-    next_: Counter[tuple[int, ...]] = Counter()
-    for size, name, i in sorted(shared, key=lambda item: (-item[0], item[1], item[2])):
-        if left < enough:
-            break
-        left -= size
-        ranks = spreads[name].ranks[i]
-        begin = next_[ranks]
-        turns = [(begin + k) % len(ranks) for k in range(min(len(ranks), _LOOKAHEAD))]
-        best = min(turns, key=lambda j: load[ranks[j]])
-        chosen[name][i] = best
-        next_[ranks] = best + 1
-        load[ranks[best]] += size
+            elif ranks:
+                load.update(dict.fromkeys(ranks, 0))
+                whose = holders.setdefault(ranks, _Holders(ranks))
+                shared[spread].append((volume(rect), i, whose))
+    chosen = {name: [0] * len(s.rects) for name, s in spreads.items() if shared[s]}
+    left = sum(tensors * size for s, tensors in count.items() for size, _, _ in shared[s])
+    enough = _LEFT * (load.total() + left) / max(1, len(load))
+    # By size, and then by name: most of a model's many rectangles are of few sizes.
+    sized: dict[int, list[tuple[str, int, _Holders]]] = defaultdict(list)
+    for name in sorted(chosen):
+        for size, i, whose in shared[spreads[name]]:
+            sized[size].append((name, i, whose))
+    for size in sorted(sized, reverse=True):
+        for name, i, whose in sized[size]:
+            if left < enough:
+                break
+            left -= size
+            chosen[name][i] = whose.least(load, size)
     kept: dict[tuple[int, ...], tuple[int, ...]] = {}
-    for name, turns in chosen.items():
-        key = tuple(turns)
-        first[name] = kept.setdefault(key, key)
+    first: dict[str, tuple[int, ...]] = {}
+    for name, spread in spreads.items():
+        turns = tuple(chosen.get(name) or (0,) * len(spread.rects))
+        first[name] = kept.setdefault(turns, turns)
     return first
+
+
+class _Holders:
+    """Ranks that hold the same, and whose turn is next."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        self._ring, self._count, self._next = ranks * 2, len(ranks), 0
+
+    def least(self, load: dict[int, int], size: int) -> int:
+        """Return who of the next ones has the least load, which grows by `size`."""
+        ahead = self._ring[self._next : self._next + min(self._count, _LOOKAHEAD)]
+        loads = list(map(load.__getitem__, ahead))
+        place = loads.index(min(loads))
+        load[ahead[place]] += size
+        found = (self._next + place) % self._count
+        self._next = (found + 1) % self._count
+        return found

@@ -1,7 +1,8 @@
 """How a trainer rank's weights lie: they may move between refits, but not change dtype, shape or strides.
 
-A plan counts elements from a storage's first, so that of a weight which lies otherwise it would find others,
-or none: nothing after this check would notice, and digests would agree on the wrong bytes.
+A plan counts elements from a storage's first, by the strides of when the link was made. Of a weight with others
+it may find other elements, or none, and a table that was made for another dtype reads values that are not there:
+nothing after this check would notice, and digests would agree on the wrong bytes.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Alike:
         """Look at the named storages; those that are looked at for the first time are remembered.
 
         Raises:
-            TensorMismatch: some have another dtype, shape or strides; all of them at once.
+            TensorMismatch: some have another dtype, shape or strides, or their memory was freed; all at once.
         """
         tensors = list(map(storages.__getitem__, names))
         # No bytecode for each storage: there may be as many as tensors.
@@ -63,9 +64,17 @@ class Alike:
             for name, lie in zip(names, found, strict=True)
             if (first := self._first.setdefault(name, lie)) != lie and not _same(first, lie)
         ]
+        whose = f"weights of trainer rank {self._rank}"
+        if freed := [
+            f"{name}: expected data, found freed memory"
+            for name, tensor in zip(names, tensors, strict=True)
+            if tensor.numel() and not tensor.untyped_storage().nbytes()
+        ]:
+            raise TensorMismatch(f"{whose} hold no data; bring it back first", freed + faults)
         if faults:
-            whose = f"weights of trainer rank {self._rank}"
-            raise TensorMismatch(f"{whose} lie otherwise than when the link was made", faults)
+            remedy = "close the link (`fp8sync.close` where `refit` keeps it) and connect again"
+            told = f"{whose} lie otherwise than when the link was made; {remedy}"
+            raise TensorMismatch(told, faults)
 
     def read(self, source: Callable[[], Storages], names: Collection[str]) -> Storages:
         """Return what `source` returns, checked."""

@@ -21,6 +21,7 @@ from fp8sync.plan import teams
 from fp8sync.plan.boxes import touched_blocks
 from fp8sync.recipe import BLOCK
 from fp8sync.sending.alike import Alike
+from fp8sync.sending.look import Look
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import view
 from fp8sync.wire.tables import matrix
@@ -79,7 +80,7 @@ class AmaxExchange:
         depth = 1 + max((plane for _, plane, _, _ in self._parts), default=0)
         self._planes = torch.zeros(depth, offset, dtype=torch.float32, device=device)
         self._names = list(dict.fromkeys(part.at.storage for part, _, _, _ in self._parts))
-        self._pointers: dict[str, int] = {}
+        self._look: Look | None = None
         self._table: Table | None = None
         self._strided: list[tuple[AmaxPart, torch.Tensor]] = []
 
@@ -117,7 +118,6 @@ class AmaxExchange:
 
     def _measure(self, storages: Storages) -> None:
         """Put this rank's share of every block's amax into the packed vector."""
-        self.alike.check(storages, self._names)
         self._prepare(storages)
         with device_work(self._device):
             if self._table is not None:
@@ -129,9 +129,11 @@ class AmaxExchange:
 
     def _prepare(self, storages: Storages) -> None:
         """Lay out the launch, unless the weights still lie where they lay."""
-        pointers = {name: storages[name].data_ptr() for name in self._names}
-        if pointers == self._pointers:
+        if self._look is not None and self._look.holds(storages):
             return
+        self._look = None  # should it fail half-way
+        look = Look(storages, self._names)
+        self.alike.check(storages, self._names)
         jobs, self._strided = [], []
         for part, plane, group, offset in self._parts:
             first, blocks = touched_blocks((part.start, part.shape))
@@ -141,12 +143,13 @@ class AmaxExchange:
                 planes = {"": self._planes[plane]}
                 self._strided.append((part, view(planes, at, blocks)))
                 continue
-            dtype = str(storages[part.at.storage].dtype).removeprefix("torch.")
-            x = matrix(pointers[part.at.storage], part.at, part.shape, dtype)
+            storage = storages[part.at.storage]
+            dtype = str(storage.dtype).removeprefix("torch.")
+            x = matrix(storage.data_ptr(), part.at, part.shape, dtype)
             out = matrix(self._planes[plane].data_ptr(), at, blocks, "float32")
             jobs.append(job.partial_amax(x, out, origin=_origin(part)))
         self._table = build_table(jobs, self._device) if jobs else None
-        self._pointers = pointers
+        self._look = look
 
 
 def open_exchange(

@@ -6,17 +6,17 @@ at: a trainer may have as many storages as tensors.
 
 from __future__ import annotations
 
-from operator import attrgetter
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from fp8sync.errors import Fp8SyncError
 from fp8sync.sending.alike import read_by
+from fp8sync.sending.look import Look
 from fp8sync.transport.memory import reader_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    import torch
 
     from fp8sync.plan import Copy
     from fp8sync.sending.alike import Alike
@@ -26,13 +26,6 @@ if TYPE_CHECKING:
     Build = Callable[[Callable[[str], tuple[int, str]]], Table]
 
 __all__ = ["LiveTable"]
-
-_LOOKED_AT: tuple[Callable[[torch.Tensor], Any], ...] = (
-    torch.Tensor.data_ptr,
-    torch.Tensor.size,
-    torch.Tensor.stride,
-    attrgetter("dtype"),
-)
 
 
 class LiveTable:
@@ -50,7 +43,7 @@ class LiveTable:
     ) -> None:
         self._names = read_by(copies)
         self._build, self._device, self._alike = build, device, alike
-        self._looks: list[list[Any]] = []
+        self._look: Look | None = None
         self._table: Table | None = None
 
     def at(self, storages: Storages) -> Table:
@@ -59,12 +52,11 @@ class LiveTable:
         Raises:
             UnsupportedLayout: see `fp8sync.wire.tables.unwritable`.
             Fp8SyncError: they lie where they cannot be read from.
-            TensorMismatch: they lie otherwise than when they were first looked at.
+            TensorMismatch: they lie otherwise than when they were first looked at, or were freed.
         """
-        # No bytecode for each storage: there may be as many as tensors.
-        tensors = list(map(storages.__getitem__, self._names))
-        looks = [list(map(of, tensors)) for of in _LOOKED_AT]
-        if self._table is None or looks != self._looks:
+        if self._table is None or self._look is None or not self._look.holds(storages):
+            look = Look(storages, self._names)
+            self._alike.check(storages, self._names)
             for name in self._names:
                 found_on = reader_of({name: storages[name]})
                 if found_on != self._device and storages[name].numel():
@@ -72,9 +64,11 @@ class LiveTable:
                         f"{name}: expected weights that {self._device} reads, as when the link was made, "
                         f"found them on {storages[name].device}"
                     )
-            self._alike.check(storages, self._names)
-            dtypes = [str(storages[name].dtype).removeprefix("torch.") for name in self._names]
-            found = dict(zip(self._names, zip(looks[0], dtypes, strict=True), strict=True))
+            found = {name: _found(storages[name]) for name in self._names}
             self._table = self._build(found.__getitem__)
-            self._looks = looks
+            self._look = look
         return self._table
+
+
+def _found(storage: torch.Tensor) -> tuple[int, str]:
+    return storage.data_ptr(), str(storage.dtype).removeprefix("torch.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.errors import NonFiniteWeight
 from fp8sync.manifest import ITEMSIZE, Placement
 from fp8sync.plan import Part, strips
 from fp8sync.plan.boxes import Rect, overlap, touched_blocks
@@ -18,7 +20,7 @@ from fp8sync_kernels import dequantize_blockwise, partial_amax, quantize_blockwi
 if TYPE_CHECKING:
     from fp8sync.plan import AmaxGroup, Bucket, Copy
 
-__all__ = ["Amax", "PartReport", "Storages", "dequantized", "pack", "unpack", "view"]
+__all__ = ["Amax", "PartReport", "Storages", "dequantized", "infinite_in", "pack", "unpack", "view"]
 
 STRIP_BYTES = 1 << 22
 """Larger parts are packed and unpacked in strips: in float32, a part takes many times its bytes."""
@@ -114,7 +116,12 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
 
     A blockwise part whose destination keeps no scales is dequantized: codes times scale_inv, rounded
     once to the storage's dtype.
+
+    Raises:
+        NonFiniteWeight: what is dequantized is too large for float16, the one dtype with less room than BF16;
+            after all parts.
     """
+    infinite: Counter[str] = Counter()
     for part in (strip for whole in bucket.parts for strip in _strips(whole)):
         copy = part.copy
         codes = _elements(payload, part.offset, copy.shape, copy.dtype)
@@ -124,10 +131,27 @@ def unpack(bucket: Bucket, payload: torch.Tensor, staging: Storages) -> None:
             continue
         scales = _elements(payload, part.scale_offset, copy.scale_shape, "float32")
         if copy.scale_at is None:
-            destination.copy_(dequantized(codes, scales, copy.origin, destination.dtype))
+            values = dequantized(codes, scales, copy.origin, destination.dtype)
+            if values.dtype == torch.float16:
+                infinite[copy.tensor] += int((~values.isfinite()).sum())
+            destination.copy_(values)
         else:
             destination.copy_(codes)
             view(staging, copy.scale_at, copy.scale_shape).copy_(scales)
+    if infinite.total():
+        raise infinite_in(torch.float16, infinite, bucket.destination_rank)
+
+
+def infinite_in(dtype: torch.dtype, counts: Mapping[str, int], rank: int) -> NonFiniteWeight:
+    """Return the error of an engine rank whose dtype is too small for what a trainer sent, by tensor."""
+    name = str(dtype).removeprefix("torch.")
+    faults = [
+        f"{tensor} (engine rank {rank}): expected values that are finite in {name}, "
+        f"found {count} NaN or Inf"
+        for tensor, count in counts.items()
+        if count
+    ]
+    return NonFiniteWeight("the trainer's weights are not finite in the engine", faults)
 
 
 def _elements(payload: torch.Tensor, offset: int, shape: Sequence[int], dtype: str) -> torch.Tensor:

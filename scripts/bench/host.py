@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from fp8sync.collector import uncollected
 from fp8sync.control import framed
 from fp8sync.layouts import EngineLayout, ModelShape, TrainerLayout, manifest
 from fp8sync.plan import build_plan
@@ -98,7 +99,8 @@ def main() -> None:
         reading.append(host.seconds)
         host = HostTime()  # in which the writer reads the module again
         told: list[Written | None] = []
-        sent = writer.send(version, told.append)
+        with uncollected():  # as a link sends
+            sent = writer.send(version, told.append)
         messages = [framed({"type": "written"}, [*(written or {}).values()]) for written in told]
         source.release()
         seconds.append(host.seconds)

@@ -197,28 +197,32 @@ def test_a_weight_that_is_not_a_number(refit: Refit) -> None:
     assert [str(error) for error in others] == [str(first), "None", "None"]
 
 
-def lie_otherwise(refit: Refit, *, moved: bool = True) -> tuple[str, torch.Tensor, str]:
-    """Let a weight of rank 1 alone have other strides; its name, what it was, and what is to be said."""
+def lie_otherwise(refit: Refit, how: str = "moved") -> tuple[str, torch.Tensor, str]:
+    """Change how a weight of rank 1 alone lies; its name, what it was, and what is to be said."""
     name, kept = next((n, x) for n, x in refit.held[1].items() if "down_proj" in n)
-    other = refit.held[1][name] = torch.stack([kept, kept], 1)[:, 0] if moved else kept[::2]
+    ways = {"moved": lambda: torch.stack([kept, kept], 1)[:, 0], "in place": lambda: kept[::2]}
+    other = refit.held[1][name] = ways.get(how, kept.clone)()
+    if how == "freed":
+        other.untyped_storage().resize_(0)
+        return name, kept, f"{name}: expected data, found freed memory"
     expected = f"{name}: expected bfloat16 {tuple(kept.shape)} with strides (1,)"
     return name, kept, f"{expected}, found bfloat16 {tuple(other.shape)} with strides (2,)"
 
 
 @pytest.mark.parametrize("refit", ["ipc", "nccl", "gloo", "golden"], indirect=True)
-@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("how", ["moved", "in place", "freed"])
 @pytest.mark.parametrize("after", [0, 1])
-def test_a_weight_that_lies_otherwise_than_at_connect(
-    refit: Refit, after: int, moved: bool
-) -> None:
-    """Also where it came to between connecting and the first refit, and where it has the same address."""
+def test_a_weight_that_lies_otherwise_than_at_connect(refit: Refit, after: int, how: str) -> None:
+    """Also where it came to between connecting and the first refit."""
     for _ in range(after):
         assert refit.run() == [None] * 4
-    name, kept, text = lie_otherwise(refit, moved=moved)
+    name, kept, text = lie_otherwise(refit, how)
     first, *others = refit.run()
     refit.held[1][name] = kept
     assert isinstance(first, TensorMismatch)
-    assert first.summary == "weights of trainer rank 1 lie otherwise than when the link was made"
+    where = "lie otherwise than when the link was made; close the link (`fp8sync.close` where"
+    where = "hold no data; bring it back" if how == "freed" else where
+    assert first.summary.startswith(f"weights of trainer rank 1 {where}")
     assert text in first.violations
     assert type(others[0]) is TensorMismatch
 

@@ -25,7 +25,7 @@ from fp8sync.errors import CorruptBucket, EngineLost, NonFiniteWeight, PeerFaile
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
 from fp8sync.plan import Plan, build_plan, order_of
-from fp8sync.recipe import Formula
+from fp8sync.recipe import Encoding, Formula
 from fp8sync.sending.exchange import open_exchange
 from fp8sync.sending.golden import GoldenSender
 from fp8sync.sending.grouped import GroupSender
@@ -198,20 +198,29 @@ def test_pairs_that_are_quantized_anew(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["buckets", "grouped", "golden"])
-def test_what_overflows_in_the_engine_is_not_finite(way: str) -> None:
-    """A trainer in float32, an engine in float16: 7e4 is infinite there, and found before the commit."""
+@pytest.mark.parametrize("formula", [None, Formula.POW2, Formula.FP32])
+def test_what_overflows_in_the_engine_is_not_finite(way: str, formula: Formula | None) -> None:
+    """A trainer in float32, an engine in float16: 7e4 is infinite there, and found before the commit.
+
+    With a formula it travels as FP8, and the engine decodes it.
+    """
     held, found = torch.ones(128, 256), torch.zeros(128, 256, dtype=torch.float16)
     held[3, 5] = 7e4
     boxes = {0: [Box("w", (0, 0), (128, 256), Placement("w", 0, (256, 1)))]}
-    source, destination = (
-        Manifest.of([TensorInfo("w", (128, 256), dtype)], boxes) for dtype in ("float32", "float16")
-    )
+    sent = TensorInfo("w", (128, 256), "float32")
+    taken = TensorInfo("w", (128, 256), "float16")
+    if formula:
+        taken = TensorInfo("w", (128, 256), "float8_e4m3fn", Encoding.BLOCKWISE, formula)
+    source, destination = (Manifest.of([info], boxes) for info in (sent, taken))
     plan = build_plan(source, destination)
     refit = Refit(way, (source, destination), plan, {0: {"w": held}}, {0: {"w": found}})
-    (sent,), (raised,) = refit.run(1)
-    counted = sum(part.nonfinite for part in sent.parts)
-    refused = isinstance(raised, NonFiniteWeight) and "found 1 NaN or Inf" in str(raised)
-    assert refused if way == "golden" else counted == 1
+    (share,), (raised,) = refit.run(1)
+    if formula or way == "golden":
+        assert isinstance(raised, NonFiniteWeight)
+        text = "w (engine rank 0): expected values that are finite in float16, found 1 NaN or Inf"
+        assert raised.violations == (text,)
+    else:
+        assert sum(part.nonfinite for part in share.parts) == 1
 
 
 class Meddler:

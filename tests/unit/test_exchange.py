@@ -99,6 +99,29 @@ def test_weights_that_lie_otherwise_are_not_measured() -> None:
     assert together(team, reads) == [None] * len(RANKS)
 
 
+def test_weights_that_have_not_changed_are_not_checked_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    team = exchanges()
+    held = [weights(r) for r in RANKS]
+    checked: list[int] = []
+    for exchange in team:
+        check = exchange.alike.check
+        monkeypatch.setattr(
+            exchange.alike, "check", lambda *at, check=check: (checked.append(1), check(*at))
+        )
+    reads = [lambda r=r: held[r] for r in RANKS]
+    for _ in range(3):
+        assert together(team, reads) == [None] * len(RANKS)
+    assert len(checked) == len(RANKS)
+    whole = held[1]["w"]
+    held[1]["w"] = whole.as_strided((50, 128), (0, 1))  # at the same address
+    assert isinstance(together(team, reads)[1], TensorMismatch)
+    held[1]["w"] = whole
+    assert together(team, reads) == [None] * len(RANKS)
+    assert len(checked) == len(RANKS) + 2
+
+
 def test_another_default_dtype_changes_nothing() -> None:
     """A trainer may have set it, and a vLLM in this process sets it while it loads."""
     before = torch.get_default_dtype()

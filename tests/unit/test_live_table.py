@@ -62,6 +62,50 @@ def test_weights_that_moved_must_lie_as_they_did(found: torch.Tensor) -> None:
     assert table.at({"norm": torch.zeros(64)}) == "table"
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda x: x.view(16, 4),
+        lambda x: x.view(2, 4, 8),
+        lambda x: x.t(),
+        lambda x: x[:4],
+        lambda x: x.view(torch.bfloat16),
+        lambda x: x.as_strided((8, 8), (0, 1)),
+        lambda x: x.as_strided((4, 16), (8, 1)),
+    ],
+)
+def test_weights_that_lie_otherwise_at_the_same_address_are_refused(
+    changed: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    table = LiveTable(copies(), lambda _: "table", torch.device("cpu"), Alike(0))
+    norm = torch.ones(8, 8, dtype=torch.float16)
+    table.at({"norm": norm})
+    with pytest.raises(TensorMismatch):
+        table.at({"norm": changed(norm)})
+    strided = norm.t()
+    table = LiveTable(copies(), lambda _: "table", torch.device("cpu"), Alike(0))
+    assert [table.at({"norm": x}) for x in (strided, norm.t())] == ["table"] * 2
+    with pytest.raises(TensorMismatch):
+        table.at({"norm": norm})
+
+
+def test_freed_weights_are_refused_all_at_once() -> None:
+    """Their table would be of address 0; at connecting, too, and not those that have no elements."""
+    names = ["a", "b", "none"]
+    held = {"a": torch.ones(64), "b": torch.ones(64), "none": torch.ones(0)}
+    views = {**held, "b": held["b"][8:]}
+    alike = Alike(3)
+    alike.check(views, names)
+    for name in names:
+        held[name].untyped_storage().resize_(0)
+    for one in (alike, Alike(3)):
+        with pytest.raises(TensorMismatch) as refusal:
+            one.check(views, names)
+        assert refusal.value.summary.startswith("weights of trainer rank 3 hold no data")
+        told = "expected data, found freed memory"
+        assert refusal.value.violations == (f"a: {told}", f"b: {told}")
+
+
 def test_a_single_row_lies_alike_whatever_its_stride() -> None:
     """Of a weight such as a shared expert's gate, [1, hidden], torch may say either."""
     alike, row = Alike(0), torch.ones(1, 64)

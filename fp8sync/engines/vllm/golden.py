@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from fp8sync.engines.vllm.intake import Faults
-from fp8sync.errors import NonFiniteWeight, PeerFailed
+from fp8sync.errors import PeerFailed
 from fp8sync.plan.boxes import block_shape, touched_blocks
 from fp8sync.recipe import Encoding
 from fp8sync.sending.golden import digest_of, join_group, pieces_of
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
-from fp8sync.wire.payload import Storages, view
+from fp8sync.wire.payload import Storages, infinite_in, view
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 
 if TYPE_CHECKING:
@@ -159,23 +159,19 @@ class GoldenReceiver:
         whole, scales = wanted
         for box in self._boxes[name]:
             target = view(staged, box.at, box.shape)
-            values = whole
-            if scales is not None and box.scale_at is None:
+            values, decoded = whole, scales is not None and box.scale_at is None
+            if scales is not None and decoded:
                 values = dequantize_blockwise(whole, scales, target.dtype)
             target.copy_(_cut(values, box.start, box.shape))
-            if target.dtype != values.dtype and not target.isfinite().all():
-                self._refuse(name, target)
+            bad = 0
+            # The sender looks at what it sends, and a smaller dtype may be too small for that.
+            if decoded or target.dtype != values.dtype:
+                bad = int((~target.isfinite()).sum())
+            if bad:
+                raise infinite_in(target.dtype, {name: bad}, self._intake.rank)
             if scales is not None and box.scale_at is not None:
                 blocks = touched_blocks((box.start, box.shape))
                 view(staged, box.scale_at, blocks[1]).copy_(_cut(scales, *blocks))
-
-    def _refuse(self, name: str, target: torch.Tensor) -> None:
-        """The sender looks at what it sends, and a smaller dtype may be too small for that."""
-        where = f"{name} (engine rank {self._intake.rank})"
-        dtype = str(target.dtype).removeprefix("torch.")
-        count = int((~target.isfinite()).sum())
-        fault = f"{where}: expected values that are finite in {dtype}, found {count} NaN or Inf"
-        raise NonFiniteWeight("the trainer's weights are not finite in the engine", [fault])
 
 
 def _cut(tensor: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
