@@ -96,7 +96,7 @@ def _not_finite(desc: tl.tensor, words: tl.tensor) -> tl.tensor:
     bits = tl.where(op == OP_COPY_FP16, 0x7C007C00, 0x7F800000)
     bits = tl.where(op == OP_COPY_BF16, 0x7F807F80, bits)
     bits = tl.where(op == OP_COPY_CODES, 0x7F7F7F7F, bits).to(tl.uint32)
-    lowest = bits & ~(bits << 1)
+    lowest = bits ^ (bits & (bits << 1))
     carried = (((words & bits) + lowest) & (bits + lowest)) >> 7
     return tl.sum(((tl.sum(carried, axis=0) * 0x01010101) >> 24).to(tl.int32))
 
