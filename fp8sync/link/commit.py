@@ -20,6 +20,7 @@ __all__ = [
     "choose_commit",
     "emptying",
     "half_installed",
+    "letting_go_on",
     "strategies_of",
     "unusable",
 ]
@@ -106,3 +107,16 @@ def emptying() -> Iterator[None]:
     except Exception as error:
         text = "the new weights are installed, but caches may hold what the old ones computed"
         raise unusable(f"{text}: refit again before the engine is used", error) from error
+
+
+@contextmanager
+def letting_go_on() -> Iterator[None]:
+    """Label a new version and let the engine go on: what fails now says nothing of old weights."""
+    try:
+        yield
+    except Exception as error:
+        kind = EngineLost if isinstance(error, EngineLost) else Fp8SyncError
+        text = "the new weights are installed, but the engine may stand until the next refit"
+        told = kind(text, str(error).split("\n  - "))
+        told.severed |= getattr(error, "severed", False)
+        raise told from error

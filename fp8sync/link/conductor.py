@@ -14,13 +14,7 @@ from typing import TYPE_CHECKING
 
 from fp8sync.audit.auditor import Auditor
 from fp8sync.audit.units import is_kv_scale
-from fp8sync.errors import (
-    EngineLost,
-    Fp8SyncError,
-    PeerFailed,
-    UnsupportedLayout,
-    gathered,
-)
+from fp8sync.errors import EngineLost, Fp8SyncError, PeerFailed, UnsupportedLayout, gathered
 from fp8sync.link.commit import choose_commit, strategies_of
 from fp8sync.link.faults import as_ours, broken, difference, failures, nonfinite, with_refusals
 from fp8sync.link.peers import Peers
@@ -105,6 +99,7 @@ class Conductor:
         self._audited: dict[str, list[int]] = {}
         self._ledger: Ledger | None = None
         self._interrupt: Fp8SyncError | None = None
+        self._installed = False
 
     @property
     def plan(self) -> Plan:
@@ -244,12 +239,21 @@ class Conductor:
             return error
         return self._interrupt
 
+    def conclude(self, error: BaseException | None = None) -> None:
+        """Tell the trainer's other ranks how a portion has ended that all workers have installed, once."""
+        if self._installed:
+            told = as_ours(error).to_wire() if error else None
+            self._peers.spread("trainer", {"type": "outcome", "error": told})
+        self._installed = False
+
     def refuse(self, error: Fp8SyncError) -> None:
         """Let `commit` fail with `error`, so that all hear of it."""
         self.faults.append(error)
 
     def commit(self) -> Outcome:
         """Lead the two-phase commit of a portion; the workers are in `finish_weight_update` meanwhile.
+
+        The trainer's other ranks hear of a failure here, and of success in `conclude`.
 
         Returns:
             What was sent of the version so far.
@@ -270,10 +274,10 @@ class Conductor:
         if self.decided:
             done, lost = self._peers.hear("engine", "committed")
             faults = broken(done, [*dict.fromkeys(map(self._cause, lost))])
-        error = gathered(faults) if faults else None
-        outcome = {"type": "outcome", "error": self._cause(error).to_wire() if error else None}
-        self._peers.spread("trainer", outcome)
-        if error is not None:
+        self._installed = True
+        if faults:
+            error = gathered(faults)
+            self.conclude(self._cause(error))
             raise error
         self._seconds["prepare"] += prepare_s
         self._seconds["commit"] += max(float(said["commit_s"]) for said in done)

@@ -10,7 +10,7 @@ from fp8sync.audit.report import AuditReport
 from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm import check_in_flight
-from fp8sync.errors import EngineLost, Fp8SyncError, from_wire
+from fp8sync.errors import EngineLost, EngineUnusable, Fp8SyncError, from_wire
 from fp8sync.link.commit import half_installed
 from fp8sync.link.member import Member
 from fp8sync.manifest import Manifest
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Follower", "FollowerLink"]
 
-_PATIENCE = 16
-"""Timeouts until the outcome. Rank 0 may spend fourteen: one on votes, two on forwarding, three on vLLM's update,
-three on asking whether the engine is paused and three on requests in flight, one on preparing and one on the
-commit."""
+_PATIENCE = 24
+"""Timeouts until the outcome. Rank 0 may spend 23: one on votes, two on forwarding, one on preparing, one on the
+commit, and three on each of vLLM's calls: its update, whether it is paused, requests in flight, caches, the label,
+going on."""
 
 
 class Follower:
@@ -72,7 +72,7 @@ class Follower:
             for portion in range(self._member.portions):
                 version = self._send_portion(portion, whole)
         except Fp8SyncError as error:
-            if portion:
+            if portion and not isinstance(error, EngineUnusable):
                 raise half_installed(error, portion, self._member.portions) from error
             raise
         return version, whole

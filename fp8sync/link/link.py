@@ -21,11 +21,11 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError
-from fp8sync.link.commit import AFTER_DECISION, emptying, half_installed, unusable
+from fp8sync.link.commit import AFTER_DECISION, emptying, half_installed, letting_go_on, unusable
 from fp8sync.link.conductor import Conductor
+from fp8sync.link.described import Described
 from fp8sync.link.member import Member
 from fp8sync.link.together import together
-from fp8sync.plan import LinkPlan
 from fp8sync.report import RefitReport
 from fp8sync.sending.share import named_error
 from fp8sync.sources import LiveSource, as_source
@@ -38,13 +38,12 @@ if TYPE_CHECKING:
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link.commit import Commit
     from fp8sync.link.conductor import Outcome
-    from fp8sync.manifest import Manifest
     from fp8sync.recipe import Recipe
 
 __all__ = ["Link"]
 
 
-class Link:
+class Link(Described):
     """A trainer's model and an engine that agree on a plan; made by `connect`.
 
     Examples:
@@ -85,51 +84,6 @@ class Link:
         with self._engine.exclusive():
             self._connect(opening)
 
-    @property
-    def plan(self) -> LinkPlan:
-        """The plan that both sides agreed on."""
-        return LinkPlan(self._connected().plan)
-
-    @property
-    def manifests(self) -> dict[str, Manifest]:
-        """What all ranks of the `trainer` hold and all workers of the `engine` want, as data (`to_json`).
-
-        Examples:
-            >>> for side, manifest in link.manifests.items():  # doctest: +SKIP
-            ...     Path(f"{side}.json").write_text(json.dumps(manifest.to_json()))
-        """
-        return self._connected().manifests
-
-    @property
-    def connect_s(self) -> dict[str, float]:
-        """Seconds that connecting took, by stage, as trainer rank 0 saw it.
-
-        `join` (everyone came), `trace` (workers described themselves), `plan`, `open` (this rank's way out;
-        workers prove meanwhile which modules are `direct`), `ready` (everyone else is).
-        """
-        return dict(self._connected().connecting.seconds)
-
-    @property
-    def transport(self) -> str:
-        """How the bytes travel, and why."""
-        conductor = self._connected()
-        return f"{conductor.transport}: {conductor.transport_reason}"
-
-    @property
-    def commit(self) -> str:
-        """How versions are installed, in how many portions, and why."""
-        conductor = self._connected()
-        portions = f" in {conductor.portions} portions" if conductor.portions > 1 else ""
-        return f"{conductor.commit_kind}{portions}: {conductor.commit_reason}"
-
-    @property
-    def strategies(self) -> str:
-        """How many modules each worker overwrites with staged bytes (`direct`), and how many vLLM processes.
-
-        And what was raised where `direct` could not be tried, out of memory for instance.
-        """
-        return self._connected().strategies
-
     def refit(self, in_flight: InFlight = "wait") -> RefitReport:
         """Move the model's weights, as they are now, into the engine.
 
@@ -146,7 +100,8 @@ class Link:
         and after an `EngineLost` whose message says that installing had begun. Then it may hold parts of both
         versions (if `version` is the new one, only caches of the old). An `AsyncLLM` or a server stays paused,
         and an `LLM` must not be used, until a complete refit has succeeded; `wait` then freezes requests, like
-        `keep`.
+        `keep`. Nor after an `Fp8SyncError` that says that the new weights are installed: they are, but an
+        engine that could not be told to go on stands until the next refit.
 
         Raises:
             ValueError: unknown `in_flight`.
@@ -173,18 +128,16 @@ class Link:
                 self._connect(opening)
             conductor = self._connected()
             try:
-                if not self._mixed:  # else they are frozen
-                    self._engine.check_requests(in_flight)
-            except Exception as error:
-                conductor.abandon(error)
-                raise
-            try:
-                return self._refit(conductor, in_flight)
-            except Exception as error:
+                report = self._refit(conductor, in_flight)
+            except BaseException as error:
+                conductor.conclude(error)
                 # A peer that was late may still be writing; and who stopped the engine is asked anew.
-                if getattr(error, "severed", False) or self._engine.owes:
+                owes = self._engine.owes and conductor.peers.stopping
+                if getattr(error, "severed", False) or owes:
                     self._disconnect()
                 raise
+            conductor.conclude()
+            return report
 
     def audit(self) -> AuditReport:
         """Compare what workers hold, read out of their live memory, with the model's weights, as they are now.
@@ -297,6 +250,12 @@ class Link:
 
     def _refit(self, conductor: Conductor, in_flight: InFlight) -> RefitReport:
         version, mixed = self.version + 1, self._mixed
+        try:
+            if not mixed:  # else they are frozen
+                self._engine.check_requests(in_flight)
+        except Exception as error:
+            conductor.abandon(error)
+            raise
         began, host = time.perf_counter(), HostTime()
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
@@ -334,10 +293,14 @@ class Link:
             with waiting(), emptying():
                 self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
             self._mixed = False
-            conductor.peers.say_stopped(self._name, stay, whole=True)
-            self._label += 1
-            with waiting():
+        conductor.peers.say_stopped(self._name, stay, whole=True)
+        self._label += 1
+        with waiting(), letting_go_on():
+            try:
                 labelled = self._engine.label(str(self._label))
+            finally:
+                self._engine.go_on()
+                going()
         if stands:
             ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
@@ -366,6 +329,7 @@ class Link:
     def _install(self, conductor: Conductor, version: int, portion: int) -> Outcome:
         """Send and install a later portion, while the engine is paused."""
         portions = conductor.portions  # before a failure hangs up
+        conductor.conclude()
         try:
             self._transfer(conductor, version, portion)
             return self._commit(conductor)

@@ -50,6 +50,8 @@ class Peers:
         """Whether an engine's update was left open by a trainer that is gone."""
         self.left_mixed = False
         """Whether a worker holds parts of two versions, be it of other links."""
+        self.stopping = ""
+        """The link that stops them, as workers were last told."""
         self.stoppers = [""] * len(engines)
         """Of each engine, a link that has stopped it and has not said that it goes on."""
 
@@ -140,6 +142,7 @@ class Peers:
             stay: of each engine, whether it was stopped by somebody else; empty for none.
             whole: whether their weights are of one version, and nothing is kept that others have computed.
         """
+        self.stopping = link
         for rank, channel in enumerate(self.each("engine")):
             by = "" if stay and stay[self._engine_of[rank]] else link
             channel.try_send({"type": "stopped", "by": by, "whole": whole})

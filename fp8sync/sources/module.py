@@ -77,7 +77,7 @@ class ModuleSource:
 
 def _shown(value: torch.Tensor) -> object:
     """What tied tensors have in common: two views of one memory are tied only if they show it alike."""
-    if value.is_meta or not value.numel():
+    if value.is_meta or not value.numel() or not value.data_ptr():  # freed
         return id(value)
     return value.data_ptr(), value.shape, value.stride(), value.dtype
 
@@ -87,6 +87,8 @@ def _check_plain(tensor: torch.Tensor) -> None:
         raise ValueError(f"expected a plain tensor, found {type(tensor).__name__}")
     if tensor.is_meta:
         raise ValueError("expected data, found a meta tensor")
+    if tensor.numel() and not tensor.untyped_storage().nbytes():
+        raise ValueError("expected data, found freed memory")
     if _dtype(tensor) not in ITEMSIZE:
         raise ValueError(f"dtype {_dtype(tensor)} cannot travel")
 

@@ -31,8 +31,11 @@ def check_readable(module: torch.nn.Module) -> None:
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in module.modules()):
         faults.append("FullyShardedDataParallel (FSDP1): expected fully_shard (FSDP2)")
     named = list(module.named_parameters())
-    if any(hasattr(parameter, "ds_id") for _, parameter in named):
-        faults.append("DeepSpeed ZeRO-3: expected whole parameters, or FSDP2's DTensors")
+    if any(
+        getattr(parameter, "ds_numel", parameter.numel()) != parameter.numel()
+        for _, parameter in named
+    ):
+        faults.append("DeepSpeed ZeRO-3: expected gathered parameters, or FSDP2's DTensors")
     if hasattr(module, "peft_config") and any(".base_layer." in name for name, _ in named):
         faults.append("adapters of PEFT: expected them merged (merge_and_unload)")
     if faults:

@@ -111,15 +111,19 @@ class Engine(Handle):
         return True
 
     def resume(self) -> None:
-        """It goes on."""
+        if "resume" in self.fails:
+            raise self.fails.pop("resume")
 
     def reset_caches(self, in_flight: Any, *, stale: bool) -> None:
-        """It has none."""
+        if "caches" in self.fails:
+            raise self.fails.pop("caches")
 
     def last_label(self) -> int:
         return 0
 
     def label(self, version: str) -> bool:
+        if "label" in self.fails:
+            raise self.fails.pop("label")
         return False
 
 
@@ -193,10 +197,10 @@ def heard(told: BaseException | None, error: Exception) -> None:
     assert (type(told), str(told)) == (type(ours), str(ours))
 
 
-def the_next_arrives(pair: Pair) -> None:
+def the_next_arrives(pair: Pair, version: int = 1) -> None:
     pair.engine.of_two[1].stops_at = ""
     assert pair.refit() == [None, None]
-    assert pair.links[0].version == pair.links[1].version == 1
+    assert pair.links[0].version == pair.links[1].version == version
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -275,13 +279,16 @@ def test_faults_are_heard_where_replicas_cannot_be_paused_for_them(pair: Pair) -
     the_next_arrives(pair)
 
 
-@pytest.mark.parametrize("again", [False, True])
-def test_requests_that_cannot_be_waited_for(pair: Pair, again: bool) -> None:
+BUSY = Fp8SyncError("3 requests are in flight")
+
+
+@pytest.mark.parametrize(("again", "error"), [(False, BUSY), (True, BUSY), (False, LATE)])
+def test_requests_that_cannot_be_waited_for(pair: Pair, again: bool, error: Fp8SyncError) -> None:
     """They are looked at once the link knows how another one has left the engine."""
     assert pair.connect() == [None, None]
     if again:
         pair.links[0]._disconnect()
-    error = pair.engine.fails["requests"] = Fp8SyncError("3 requests are in flight")
+    pair.engine.fails["requests"] = error
     first, second = pair.refit()
     assert first is error
     heard(second, error)
@@ -300,6 +307,32 @@ def test_after_the_decision(pair: Pair, error: Exception) -> None:
     assert first.violations == (str(error) if isinstance(error, Fp8SyncError) else repr(error),)
     heard(second, first)
     the_next_arrives(pair)
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "error"),
+    [
+        ("caches", EngineUnusable, ERRORS[1]),
+        ("caches", EngineUnusable, LATE),
+        ("caches", EngineLost, EngineLost("the engine died")),
+        ("label", Fp8SyncError, LATE),
+        ("resume", Fp8SyncError, ERRORS[1]),
+        ("resume", Fp8SyncError, LATE),
+    ],
+)
+def test_after_the_commit(
+    pair: Pair, call: str, kind: type[Fp8SyncError], error: Exception
+) -> None:
+    """Every rank hears that the new weights are installed, and what was not done after that."""
+    assert pair.connect() == [None, None]
+    pair.engine.fails[call] = error
+    first, second = pair.refit()
+    assert type(first) is kind
+    assert first.summary.startswith("the new weights are installed")
+    assert first.violations == (str(error),)
+    assert pair.links[0].version == 1
+    heard(second, first)
+    the_next_arrives(pair, 2)
 
 
 def test_an_interrupt_of_the_user_is_no_error_of_ours(pair: Pair) -> None:

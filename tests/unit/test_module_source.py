@@ -187,9 +187,24 @@ def test_a_megatron_model_without_its_bridge_is_refused() -> None:
 def test_shards_of_zero_3_are_refused() -> None:
     """Its parameters have no elements between two uses, and say so by an attribute."""
     module = nn.Linear(4, 4)
-    module.weight.ds_id = 0
-    with pytest.raises(UnsupportedLayout, match="DeepSpeed ZeRO-3: expected whole parameters"):
+    module.weight.ds_numel = 16
+    assert as_source(module)  # gathered
+    module.weight.data = torch.empty(0)
+    with pytest.raises(UnsupportedLayout, match="DeepSpeed ZeRO-3: expected gathered parameters"):
         as_source(module)
+
+
+def test_freed_memory_is_refused_by_name() -> None:
+    """An offloader's: weights of one shape all lie at no address, and are not tied for that."""
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    for parameter in module.parameters():
+        parameter.untyped_storage().resize_(0)
+    with pytest.raises(UnsupportedLayout) as refusal:
+        ModuleSource(module).manifest()
+    assert refusal.value.violations == (
+        "0.weight: expected data, found freed memory",
+        "1.weight: expected data, found freed memory",
+    )
 
 
 def test_adapters_that_are_not_merged_are_refused() -> None:

@@ -19,7 +19,6 @@ from fp8sync.errors import (
     TransferTimeout,
     UnsupportedLayout,
 )
-from fp8sync.waiting import waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -227,10 +226,10 @@ class Handle(ABC):
 
     @contextmanager
     def resuming(self, unless: Callable[[], bool], then: Callable[[], None]) -> Iterator[None]:
-        """Let it go on afterwards, whatever happens; after a failure only if not `unless`.
+        """Let it go on after a failure.
 
         Args:
-            unless: whether it stays as it is after a failure.
+            unless: whether it stays as it is.
             then: called once it goes on.
         """
         try:
@@ -241,9 +240,6 @@ class Handle(ABC):
                     self.go_on()
                     then()
             raise
-        with waiting():
-            self.go_on()
-        then()
 
     @contextmanager
     def standing(self) -> Iterator[None]:
