@@ -171,6 +171,7 @@ def timed_refit(
     conductor.send(version)
     seconds, own = time.perf_counter() - began, host.seconds
     outcome = conductor.commit()
+    conductor.conclude()
     if stages is not None:
         stages.append({**outcome.seconds, "host": own})
     return seconds
