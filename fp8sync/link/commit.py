@@ -95,7 +95,11 @@ def unusable(summary: str, error: Exception) -> Fp8SyncError:
     """
     if isinstance(error, Fp8SyncError) and error.summary == summary:
         return error
-    kind = EngineLost if isinstance(error, EngineLost) else EngineUnusable
+    return _told(EngineUnusable, summary, error)
+
+
+def _told(kind: type[Fp8SyncError], summary: str, error: Exception) -> Fp8SyncError:
+    kind = EngineLost if isinstance(error, EngineLost) else kind
     return kind(summary, str(error).split("\n  - "))
 
 
@@ -115,8 +119,7 @@ def letting_go_on() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        kind = EngineLost if isinstance(error, EngineLost) else Fp8SyncError
         text = "the new weights are installed, but the engine may stand until the next refit"
-        told = kind(text, str(error).split("\n  - "))
+        told = _told(Fp8SyncError, text, error)
         told.severed |= getattr(error, "severed", False)
         raise told from error

@@ -99,7 +99,7 @@ class Conductor:
         self._audited: dict[str, list[int]] = {}
         self._ledger: Ledger | None = None
         self._interrupt: Fp8SyncError | None = None
-        self._installed = False
+        self._awaited = False
 
     @property
     def plan(self) -> Plan:
@@ -240,11 +240,11 @@ class Conductor:
         return self._interrupt
 
     def conclude(self, error: BaseException | None = None) -> None:
-        """Tell the trainer's other ranks how a portion has ended that all workers have installed, once."""
-        if self._installed:
+        """Tell the trainer's other ranks, if they wait for it, how a portion has ended."""
+        if self._awaited:
             told = as_ours(error).to_wire() if error else None
             self._peers.spread("trainer", {"type": "outcome", "error": told})
-        self._installed = False
+        self._awaited = False
 
     def refuse(self, error: Fp8SyncError) -> None:
         """Let `commit` fail with `error`, so that all hear of it."""
@@ -274,7 +274,7 @@ class Conductor:
         if self.decided:
             done, lost = self._peers.hear("engine", "committed")
             faults = broken(done, [*dict.fromkeys(map(self._cause, lost))])
-        self._installed = True
+        self._awaited = True
         if faults:
             error = gathered(faults)
             self.conclude(self._cause(error))

@@ -143,9 +143,11 @@ class Peers:
             whole: whether their weights are of one version, and nothing is kept that others have computed.
         """
         self.stopping = link
+        words = {by: framed({"type": "stopped", "by": by, "whole": whole}) for by in ("", link)}
         for rank, channel in enumerate(self.each("engine")):
             by = "" if stay and stay[self._engine_of[rank]] else link
-            channel.try_send({"type": "stopped", "by": by, "whole": whole})
+            with suppress(EngineLost, TransferTimeout):
+                channel.send_framed(words[by])
 
     def hear(
         self, role: str, kind: str, timeout_s: float | None = None

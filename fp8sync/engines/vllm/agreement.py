@@ -78,20 +78,18 @@ class Agreed:
 
     Args:
         portions: in which versions come and are installed.
-        receivers: the ways in that are to be closed; one for each portion.
         forwards: whether workers hand on to one another what they have received.
         audit: makes a ledger of the live weights.
     """
 
     portions: Sequence[Portion]
-    receivers: Sequence[Receiver]
     forwards: bool
     audit: Callable[[], Ledger]
 
     def close(self) -> None:
         """Free what the ways in hold."""
-        for receiver in self.receivers:
-            receiver.close()
+        for portion in self.portions:
+            portion.receiver.close()
 
 
 def agree(channel: Channel, worker: Worker) -> Agreed:
@@ -140,7 +138,7 @@ def agree(channel: Channel, worker: Worker) -> Agreed:
     # Made anew for every audit, as it remembers what it read.
     live = partial(LiveWeights, worker.model, layout, direct, worker.device, worker.dtype)
     audit = partial(worker_ledger, live, plan, worker.rank, message["bucket_bytes"])
-    return Agreed(portions, receivers, bool(choice["forward_bytes"]), audit)
+    return Agreed(portions, bool(choice["forward_bytes"]), audit)
 
 
 def plan_with(
