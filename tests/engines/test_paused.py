@@ -292,7 +292,10 @@ def test_replicas_stand_while_all_workers_are_waited_for(
     That the second one alone has kept its prefixes is heard, too.
     """
     monkeypatch.delenv("VLLM_PORT")  # from which both replicas would take the first
-    engine = Engine(world.write_config(models[0], tmp_path), data_parallel_size=2, **SABOTAGE)
+    # A worker in its scheduler's process, whose cache it is told to keep; with replicas, vLLM parts them on GPUs.
+    where = {"distributed_executor_backend": world.ONE_PROCESS}
+    folder = world.write_config(models[0], tmp_path)
+    engine = Engine(folder, data_parallel_size=2, **where, **SABOTAGE)
     stood: dict[str, bool] = {}
 
     def watched(name: str) -> Callable[..., None]:
