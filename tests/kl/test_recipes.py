@@ -31,11 +31,10 @@ def test_refitted_engine_keeps_to_the_limits(
     agreement = compare(found, policy.log_probabilities(), policy.windows)
     assert exceeded(agreement, trained.limit(recipe)) == []
 
-    formulas = {t.formula for t in report.tensors if t.encoding == "blockwise"}
-    fresh = trained.fresh_engine(policy, tmp_path, formulas.pop() if formulas else None)
+    formulas = {t.name: t.formula for t in report.tensors if t.encoding == "blockwise"}
+    fresh = trained.fresh_engine(policy, tmp_path, formulas or None)
     expected = trained.engine_log_probabilities(fresh, policy.windows)
     world.stop_engine(fresh)
-    assert not formulas
     assert (found - expected).abs().max().item() == FRESH_DIFFERENCE
     assert link.audit().equal
 

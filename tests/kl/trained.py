@@ -80,6 +80,6 @@ def live_engine(trained: Trained, folders: pytest.TempPathFactory) -> Iterator[A
     world.forget_engines()
 
 
-def fresh_engine(trained: Trained, folder: Path, formula: str | None) -> Any:
-    """An engine that loads the weights from a checkpoint, FP8 if there is a formula."""
+def fresh_engine(trained: Trained, folder: Path, formula: str | dict[str, str] | None) -> Any:
+    """An engine that loads the weights from a checkpoint, FP8 if there is a formula (or one of each)."""
     return world.start_engine(world.write_checkpoint(trained.model, folder, formula))
