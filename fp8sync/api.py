@@ -110,6 +110,8 @@ def refit(
         link = connect(
             source, engine, wanted, kv_scales=held or None, commit=commit, timeout_s=timeout_s
         )
+        for other in list(_links.values()):
+            other.link.let_go()
         both = _frozen(model), _frozen(engine)
         known = _links[key] = _Kept(link, commit, held, both, master, timeout_s)
     known.kv_scales.update(kv_scales or {})

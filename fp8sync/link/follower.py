@@ -114,6 +114,11 @@ class Follower:
             raise error
         return int(message["version"])
 
+    @property
+    def hung_up(self) -> bool:
+        """Whether rank 0 has left the link."""
+        return self._channel.hung_up()
+
     def close(self) -> None:
         """Leave the link."""
         self._channel.close()
@@ -234,6 +239,11 @@ class FollowerLink:
     def close(self) -> None:
         """Leave the link."""
         for name in list(self._followers):
+            self._leave(name)
+
+    def let_go(self) -> None:
+        """Free what was made for engines whose links rank 0 has left."""
+        for name in [n for n, follower in self._followers.items() if follower.hung_up]:
             self._leave(name)
 
     def _leave(self, name: str) -> None:

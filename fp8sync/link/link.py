@@ -79,7 +79,6 @@ class Link(Described):
         """The last number by which vLLM knew its weights."""
         self._mixed = False
         """Whether the engine holds parts of two versions, or what was computed with another one."""
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
         self._conductor: Conductor | None = None
         with self._engine.exclusive():
             self._connect(opening)
@@ -181,7 +180,12 @@ class Link(Described):
         """Leave the engine as it is and free the link; `with connect(...) as link:` does so, too."""
         self._closed = True
         self._disconnect()
-        self._threads.shutdown(wait=False)
+
+    def let_go(self) -> None:
+        """Free what was made for an engine that another link has taken; `refit` connects again."""
+        with suppress(Fp8SyncError), self._engine.exclusive():  # else it is at work
+            if not self._has_engine():
+                self._disconnect()
 
     def _has_engine(self) -> bool:
         """Whether no other link has taken the engine, be it of this process or of another."""
@@ -217,6 +221,7 @@ class Link(Described):
                 self._transport,
                 self._wanted_commit,
             )
+            self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
             task = self._threads.submit(conductor.agree, listener)
             try:
                 calls = partial(self._engine.initialize, info)
@@ -362,3 +367,4 @@ class Link(Described):
         if self._conductor is not None:
             self._conductor.close()
             self._conductor = None
+            self._threads.shutdown(wait=False)

@@ -118,6 +118,8 @@ class AmaxExchange:
 
     def _measure(self, storages: Storages) -> None:
         """Put this rank's share of every block's amax into the packed vector."""
+        if self._team is None and not self._parts:
+            return
         self._prepare(storages)
         with device_work(self._device):
             if self._table is not None:

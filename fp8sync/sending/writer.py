@@ -65,12 +65,14 @@ def as_written(copies: Iterable[Copy]) -> Iterator[Copy]:
 
 @dataclass
 class _Part:
-    """One launch, and its counters where the host can read them; slot i is the i-th copy."""
+    """One launch, its digests and counts of NaN and Inf, and digests where the host can read them.
 
-    copies: tuple[Copy, ...]
+    Slot i is the i-th copy's; `slots` are those of an engine rank.
+    """
+
     slots: dict[int, slice]
     table: LiveTable
-    counters: torch.Tensor
+    counters: tuple[torch.Tensor, torch.Tensor]
     seen: torch.Tensor
 
 
@@ -89,6 +91,7 @@ class Writer:
         self._share, self._rank = share, share.rank
         storages = share.source.storages()
         self._device = reader_of(storages)
+        self._on_gpu = self._device.type == "cuda"
         self._places = places
         self._mapped: dict[int, MappedMemory] = {}
         self._parts: list[_Part] = []
@@ -109,26 +112,27 @@ class Writer:
         order = [*places][first:] + [*places][:first]
         own = [c for r in order for c in share.plan.to_rank(r) if c.source_rank == share.rank]
         self._bytes = sum(c.weight_bytes + c.scale_bytes for c in own)
-        cut = list(as_written(own))
-        self._counters = torch.zeros(2 * len(cut), dtype=torch.int64, device=self._device)
-        on_gpu = self._device.type == "cuda"
+        cut = self._cut = list(as_written(own))
+        self._counters = torch.zeros(2, len(cut), dtype=torch.int64, device=self._device)
+        on_gpu = self._on_gpu
         gpus = {places[c.destination_rank].gpu for c in own}
         beside = on_gpu and gpu_id(self._device) in gpus
-        self._seen = torch.zeros(2 * len(cut), dtype=torch.int64, pin_memory=on_gpu)
+        self._seen = torch.zeros(len(cut), dtype=torch.int64, pin_memory=on_gpu)
+        self._any_nonfinite = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
         first = 0
         for copies in in_parts(cut, _sizes(0 if beside else self._bytes)):
-            self._parts.append(self._part(copies, slice(2 * first, 2 * (first + len(copies)))))
+            self._parts.append(self._part(copies, slice(first, first + len(copies))))
             first += len(copies)
         for part in self._parts:
             compile_ahead(part.table.at(storages))
 
-    def _part(self, copies: tuple[Copy, ...], counters: slice) -> _Part:
+    def _part(self, copies: tuple[Copy, ...], own: slice) -> _Part:
         ranks = [copy.destination_rank for copy in copies]
         slots = {r: slice(ranks.index(r), ranks.index(r) + n) for r, n in Counter(ranks).items()}
         alike = self._share.exchange.alike
         table = LiveTable(copies, partial(self._table, copies), self._device, alike)
-        both = (whole[counters].view(2, len(copies)) for whole in (self._counters, self._seen))
-        return _Part(copies, slots, table, *both)
+        digests, nonfinite = self._counters
+        return _Part(slots, table, (digests[own], nonfinite[own]), self._seen[own])
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
@@ -156,13 +160,17 @@ class Writer:
         try:
             storages = self._share.read()
             self._counters.zero_()
-            launched += (self._launch(part, storages) for part in self._parts)
+            stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+            launched += (self._launch(part, storages, stream) for part in self._parts)
+            # One question for all copies: their counts are another read of as much as their digests.
+            self._any_nonfinite.copy_(self._counters[1].any(), non_blocking=True)
+            counted = _recorded(stream)
             for part, event in zip(self._parts, launched, strict=True):
                 _wait(event)
                 told(self._digests(part))
                 number += 1
-                for slot in part.seen[1].nonzero().flatten().tolist():
-                    sent.parts.append(PartReport(part.copies[slot].tensor, int(part.seen[1, slot])))
+            _wait(counted)
+            sent.parts += self._nonfinite()
             sent.bytes = self._bytes
         # Whatever stops writing, the workers that wait have to hear of it.
         except Exception as error:  # noqa: BLE001
@@ -175,15 +183,22 @@ class Writer:
         sent.quantize_s = time.perf_counter() - began
         return sent
 
-    def _launch(self, part: _Part, storages: Storages) -> torch.cuda.Event | None:
-        """Enqueue a part; the event follows its counters to the host."""
+    def _launch(
+        self, part: _Part, storages: Storages, stream: torch.cuda.Stream | None
+    ) -> torch.cuda.Event | None:
+        """Enqueue a part; the event follows its digests to the host."""
         table = part.table.at(storages)
         with device_work(self._device):
             run_table(table, *part.counters)
-        part.seen.copy_(part.counters, non_blocking=True)
-        if self._device.type != "cuda":
-            return None
-        return torch.cuda.current_stream(self._device).record_event()
+        part.seen.copy_(part.counters[0], non_blocking=True)
+        return _recorded(stream)
+
+    def _nonfinite(self) -> list[PartReport]:
+        if not self._any_nonfinite:
+            return []
+        with waiting():
+            counts = self._counters[1].tolist()
+        return [PartReport(c.tensor, n) for c, n in zip(self._cut, counts, strict=True) if n]
 
     def close(self) -> None:
         """Unmap the workers' memory."""
@@ -199,8 +214,12 @@ class Writer:
         return self._mapped[engine_rank].address + self._places[engine_rank].offsets[storage]
 
     def _digests(self, part: _Part) -> Written:
-        found = {rank: part.seen[0, slots].numpy().tobytes() for rank, slots in part.slots.items()}
+        found = {rank: part.seen[slots].numpy().tobytes() for rank, slots in part.slots.items()}
         return {rank: found.get(rank, b"") for rank in self._places}
+
+
+def _recorded(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
+    return None if stream is None else stream.record_event()
 
 
 def _wait(event: torch.cuda.Event | None) -> None:

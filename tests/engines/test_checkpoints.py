@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,6 @@ from tests.engines import world
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
@@ -87,3 +88,20 @@ def test_pairs_into_an_engine_without_fp8(tmp_path: Path) -> None:
     assert (world.logprobs(llm) - expected).abs().max().item() == 0.0
     assert all(t.route == "bulk" for t in report.tensors)
     world.stop_engine(llm)
+
+
+def test_links_of_former_directories_hold_nothing(live: Any, tmp_path: Path) -> None:
+    """A directory for each step: only the last link has descriptors and threads, the others' are freed."""
+    kind, llm = live
+    world.tiny_model(kind, 8).save_pretrained(tmp_path / "0")
+    held = []
+    for step in range(4):
+        folder = tmp_path / str(step)
+        if step:
+            folder.symlink_to(tmp_path / "0")
+        assert fp8sync.refit(str(folder), llm, world.recipe("blockwise-pow2")).version == 1
+        held.append((len([*Path("/proc/self/fd").iterdir()]), threading.active_count()))
+    assert held[1:] == held[:1] * 3
+    # Whoever comes again connects again, and counts on.
+    assert fp8sync.refit(str(tmp_path / "0"), llm, world.recipe("blockwise-pow2")).version == 2
+    fp8sync.close(engine=llm)
