@@ -238,8 +238,8 @@ def _kinds(
             info.encoding,
             ITEMSIZE[info.dtype],
             info.encoding is Encoding.BLOCKWISE and info.dtype == "float8_e4m3fn",
-            # Only what the plan itself puts on the misc path still has its bulk boxes.
-            bool(info.misc) and not destination.tensors[name].misc,
+            # Ranks that do not put it on the misc path themselves still have their bulk boxes.
+            bool(info.misc),
         )
         kinds[kind].append(name)
     return kinds
