@@ -14,7 +14,7 @@ from fp8sync.errors import Fp8SyncError
 from fp8sync.layouts import geometry
 from fp8sync.layouts.parse import parse_engine, parse_model, parse_settings, parse_trainer
 from fp8sync.layouts.pieces import join_sides
-from fp8sync.manifest import Manifest
+from fp8sync.layouts.saved import saved_manifest
 from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
 from fp8sync.plan.figures import figures, report
 from fp8sync.plan.forecast import Bandwidths
@@ -183,32 +183,10 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _side(text: str, parse: Callable[[str], Layout], model: ModelShape | None) -> Side:
     if text.endswith(".json"):
-        return side_of(_saved_manifest(Path(text)))
+        return side_of(saved_manifest(Path(text)))
     if model is None:
         raise ValueError(f"{text!r} is a layout: say of which --model")
     return geometry(parse(text), model)
-
-
-def _saved_manifest(path: Path) -> Manifest:
-    text = f"{path}: expected a saved manifest (Manifest.to_json), found"
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{text} what is not JSON: {error}") from error
-    if not isinstance(data, dict) or not {"tensors", "ranks"} <= data.keys():
-        what = f"an object of {sorted(data)}" if isinstance(data, dict) else type(data).__name__
-        raise ValueError(f"{text} {what}")
-    try:
-        manifest = Manifest.from_json(data)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{text} one that is malformed: {error!r}") from error
-    for rank, boxes in manifest.ranks.items():
-        for box in boxes:
-            info = manifest.tensors.get(box.tensor)
-            dims = {len(each) for each in (info.shape if info else (), box.start, box.shape)}
-            if info is None or len(dims) > 1:
-                raise ValueError(f"{text} a box of rank {rank} of no tensor listed: {box.tensor}")
-    return manifest
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fp8sync.manifest import Box, Manifest, Placement
+from fp8sync.plan.merge import merged
 from fp8sync.plan.spread import Interner, Side
 from fp8sync.recipe import BLOCK, Encoding
 
@@ -93,6 +94,8 @@ def _spread(pieces: Iterable[Piece], intern: Interner) -> Spread:
 def join(manifests: Sequence[Manifest]) -> Manifest:
     """Return several engines as one destination: their ranks follow one another.
 
+    What one of them has to take whole (`misc`) all do, as at a link.
+
     Raises:
         ValueError: two engines want the same tensor differently.
     """
@@ -100,8 +103,7 @@ def join(manifests: Sequence[Manifest]) -> Manifest:
     ranks: dict[int, Sequence[Box]] = {}
     for number, one in enumerate(manifests):
         for name, info in one.tensors.items():
-            if tensors.setdefault(name, info) != info:
-                raise ValueError(f"engine {number}: expected {tensors[name]}, found {info}")
+            tensors[name] = _joint(tensors.get(name, info), info, number)
         first = max(ranks, default=-1) + 1
         ranks |= {first + rank: boxes for rank, boxes in one.ranks.items()}
     return Manifest.of(tensors.values(), ranks)
@@ -121,8 +123,7 @@ def join_sides(sides: Sequence[Side]) -> Side:
     first = 0
     for number, side in enumerate(sides):
         for name, info in side.tensors.items():
-            if tensors.setdefault(name, info) != info:
-                raise ValueError(f"engine {number}: expected {tensors[name]}, found {info}")
+            tensors[name] = _joint(tensors.get(name, info), info, number)
         for name, spread in side.spreads.items():
             found = places.setdefault(name, {})
             for rect, ranks in zip(spread.rects, spread.ranks, strict=True):
@@ -130,6 +131,13 @@ def join_sides(sides: Sequence[Side]) -> Side:
         first += max(side.ranks, default=-1) + 1
     spreads = {n: intern(tuple(p), tuple(p.values())) for n, p in places.items()}
     return Side(tensors, spreads)
+
+
+def _joint(known: TensorInfo, info: TensorInfo, engine: int) -> TensorInfo:
+    joint = merged(known, info)
+    if joint is None:
+        raise ValueError(f"engine {engine}: expected {known}, found {info}")
+    return joint
 
 
 def even_split(count: int, parts: int) -> tuple[int, ...]:

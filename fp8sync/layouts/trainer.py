@@ -18,7 +18,7 @@ from fp8sync.manifest import TensorInfo
 from fp8sync.recipe import BLOCK, Encoding, Formula
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable, Iterator, Sequence
 
     from fp8sync.layouts.models import ModelShape, TensorShape
 
@@ -184,7 +184,7 @@ class TrainerLayout:
             mine = tuple(size if d == dim else n for d, n in enumerate(local))
             piece = self._piece(tensor, (dim, low + first, size, storage, mine, 0), ranks)
             if cut != dim:
-                piece = _within(piece, cut, start, length)
+                piece = _with_origin(_within(piece, cut, start, length), [0] * len(tensor.shape))
             yield piece
 
     def _runs(
@@ -219,11 +219,7 @@ class TrainerLayout:
         scales = bool(self.pairs and tensor.linear)
         span = dim, start, length
         piece = piece_of_matrix(tensor, span, storage, local, at, ranks, scales=scales)
-        if scales and (at - start) % BLOCK:
-            # Transformer Engine's blocks begin at the local storage's first row.
-            origin = tuple(at % BLOCK if d == dim else 0 for d in range(len(tensor.shape)))
-            return replace(piece, box=replace(piece.box, scale_origin=origin))
-        return piece
+        return _with_origin(piece, [at if d == dim else 0 for d in range(len(tensor.shape))])
 
 
 def _query_groups(tensor: TensorShape, model: ModelShape, tp: int, number: int) -> Iterator[_Run]:
@@ -268,3 +264,15 @@ def _within(piece: Piece, dim: int, start: int, length: int) -> Piece:
     first = tuple(start if d == dim else a for d, a in enumerate(box.start))
     shape = tuple(length if d == dim else n for d, n in enumerate(box.shape))
     return replace(piece, box=replace(box, start=first, shape=shape))
+
+
+def _with_origin(piece: Piece, local: Sequence[int]) -> Piece:
+    """Say where a pair's blocks begin that lies at `local` in its storage.
+
+    Transformer Engine's begin at the local storage's first element, in every dim.
+    """
+    box = piece.box
+    within = zip(local, box.start, strict=True)
+    if box.scale_at is None or all((a - b) % BLOCK == 0 for a, b in within):
+        return piece
+    return replace(piece, box=replace(box, scale_origin=tuple(n % BLOCK for n in local)))

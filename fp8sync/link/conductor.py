@@ -22,7 +22,7 @@ from fp8sync.manifest import Manifest
 from fp8sync.plan import in_order, in_portions, messages_of, stamps_of
 from fp8sync.plan.coverage import check_all_used
 from fp8sync.plan.forward import as_runs, marks_of
-from fp8sync.plan.merge import merge_ranks
+from fp8sync.plan.merge import merge_ranks, taken_whole
 from fp8sync.report import LazyTensorReports
 from fp8sync.sending.nodes import Feeding, choose_feeding
 from fp8sync.sending.outgoing import choose_transport, forward_bytes, not_linked
@@ -326,9 +326,8 @@ class Conductor:
         self._open_transport(plan, **team)
         laps.end("open")
         ready = {member: c.receive("ready") for member, c in sorted(self._peers.channels.items())}
-        self.strategies = strategies_of(
-            [said for (role, _), said in ready.items() if role == "engine"]
-        )
+        engines = [said for (role, _), said in ready.items() if role == "engine"]
+        self.strategies = strategies_of(engines)
         laps.end("ready")
 
     def _feed(self, plan: Plan) -> Plan:
@@ -341,7 +340,9 @@ class Conductor:
                 plan, "nothing is forwarded in place: workers may be at other portions"
             )
         for rank, channel in enumerate(self._peers.each("engine")):
-            channel.send({"type": "shared", "runs": as_runs(feeding.sharers.get(rank, ()))})
+            runs = as_runs(feeding.sharers.get(rank, ()))
+            misc = taken_whole(self._engine_boxes, rank)
+            channel.send({"type": "shared", "runs": runs, "misc": misc})
         self._nodes, self._feeding = list(feeding.nodes.items()), feeding.reason
         return self._member.adopt(feeding.plan)
 

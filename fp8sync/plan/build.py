@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from fp8sync.plan.boxes import Rect
 
-__all__ = ["Plan", "Planner", "build_plan"]
+__all__ = ["Plan", "Planner", "build_plan", "to_fill"]
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ class Planner:
         copies: list[Copy] = []
         faults: list[str] = []
         for rank, boxes in destination.ranks.items():
-            for box in _wanted(boxes, infos):
+            for box in to_fill(boxes, infos):
                 if own is None or box.tensor in own:
                     copies += self._copies(rank, box, infos[box.tensor], faults, source_rank)
         if faults:
@@ -271,8 +271,16 @@ def _route(copy: Copy) -> tuple[int, int]:
     return copy.destination_rank, copy.source_rank
 
 
-def _wanted(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[Box]:
-    """Yield a rank's boxes; a tensor that the plan itself puts on the misc path comes whole."""
+def to_fill(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[Box]:
+    """Yield the boxes of an engine's rank that a plan fills.
+
+    What is on the misc path for a reason that is not the rank's own (the plan's, or another rank's) comes
+    whole, in place of the boxes that the rank lists.
+
+    Args:
+        boxes: as the rank lists them.
+        infos: the plan's tensors.
+    """
     seen = set()
     for box in boxes:
         info = infos[box.tensor]

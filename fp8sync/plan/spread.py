@@ -39,9 +39,9 @@ class Spread:
 
     @cached_property
     def _sorted(self) -> tuple[int, list[int], list[int], int] | None:
-        dims = range(len(self.rects[0][0]))
-        if len(self.rects) < 16 or not dims:
+        if len(self.rects) < 16 or not self.rects[0][0]:
             return None
+        dims = range(len(self.rects[0][0]))
         dim = max(dims, key=lambda d: len({r[0][d] for r in self.rects}))
         order = sorted(range(len(self.rects)), key=lambda i: self.rects[i][0][dim])
         longest = max(r[1][dim] for r in self.rects)

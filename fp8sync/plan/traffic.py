@@ -19,6 +19,7 @@ from fp8sync.plan.bucket import DEFAULT_BUCKET_BYTES
 from fp8sync.plan.copy import carried_blocks
 from fp8sync.plan.formats import agree_on_tensors
 from fp8sync.plan.route import Filling, PartOf, Router, first_senders, sender
+from fp8sync.plan.spread import Spread
 from fp8sync.recipe import Encoding
 
 if TYPE_CHECKING:
@@ -26,9 +27,11 @@ if TYPE_CHECKING:
 
     from fp8sync.manifest import TensorInfo
     from fp8sync.plan.boxes import Rect
-    from fp8sync.plan.spread import Side, Spread
+    from fp8sync.plan.spread import Side
 
 __all__ = ["AmaxTraffic", "Traffic", "traffic"]
+
+_NOWHERE = Spread((), ())
 
 
 @dataclass(frozen=True)
@@ -228,18 +231,18 @@ def _kinds(
     first = first_senders(source.spreads)
     kinds: dict[_Kind, list[str]] = defaultdict(list)
     for name, info in infos.items():
-        if name not in destination.spreads or name not in source.spreads:
+        if name not in destination.spreads:
             continue
         kind = _Kind(
-            source.spreads[name],
+            source.spreads.get(name, _NOWHERE),
             destination.spreads[name],
-            first[name],
+            first.get(name, ()),
             info.shape,
             info.encoding,
             ITEMSIZE[info.dtype],
             info.encoding is Encoding.BLOCKWISE and info.dtype == "float8_e4m3fn",
-            # Only what the plan itself puts on the misc path still has its bulk boxes.
-            bool(info.misc) and not destination.tensors[name].misc,
+            # Ranks that do not put it on the misc path themselves still have their bulk boxes.
+            bool(info.misc),
         )
         kinds[kind].append(name)
     return kinds
@@ -273,7 +276,9 @@ def _part_bytes(part: PartOf, kind: _Kind) -> int:
 
 def _held(source: Side) -> Counter[int]:
     held: Counter[int] = Counter()
-    sizes = Counter((source.spreads[n], i.dtype) for n, i in source.tensors.items())
+    sizes = Counter(
+        (source.spreads[n], i.dtype) for n, i in source.tensors.items() if n in source.spreads
+    )
     for (spread, dtype), count in sizes.items():
         for rect, ranks in zip(spread.rects, spread.ranks, strict=True):
             for rank in ranks:
@@ -286,6 +291,7 @@ def _amax(source: Side, infos: Mapping[str, TensorInfo]) -> AmaxTraffic:
         (source.spreads[n], i.shape)
         for n, i in infos.items()
         if i.encoding is Encoding.BLOCKWISE and source.tensors[n].encoding is Encoding.PLAIN
+        if n in source.spreads
     )
     tensors = groups = blocks = 0
     for (spread, shape), number in count.items():

@@ -114,3 +114,35 @@ def test_two_engines_of_a_trainer_of_two_ranks(tmp_path: Path) -> None:
         assert rank["version"] == 1
         assert rank["sent"] > 0
         assert "model.norm.weight (trainer rank 1): expected finite" in rank["error"]
+
+
+@pytest.mark.parametrize(("intermediate", "whole"), [(384, 6), (512, 0)])
+def test_two_engines_of_different_tensor_parallelism(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, intermediate: int, whole: int
+) -> None:
+    """Two workers cut 384 rows inside a block, a worker alone does not: all take those tensors whole."""
+    workers = 2 if torch.cuda.device_count() != 1 else 1
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(str(n) for n in range(workers)))
+    models = [world.tiny_model("dense", n, intermediate_size=intermediate) for n in (1, 2)]
+    fresh = world.write_checkpoint(models[1], tmp_path / "fresh", "pow2", fp8=False)
+    engines = [engine(fresh, tensor_parallel_size=workers)]
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0")
+    engines.append(engine(fresh))
+    loaded = [world.logprobs(llm) for llm in engines]
+    recipe = fp8sync.Recipe("blockwise-pow2", dequantize=True)
+    ways = ({}, {"transport": "golden"}, {"commit": "in-place"})
+    for options in ways:
+        with fp8sync.connect(models[0], engines, recipe, timeout_s=60.0, **options) as link:
+            report = link.refit()
+            misc = {t.name for t in report.tensors if t.route == "misc"}
+            assert len(misc) == whole * (workers > 1)
+            assert all(".mlp." in name for name in misc)
+            for llm, expected in zip(engines, loaded, strict=True):
+                assert (world.logprobs(llm) - expected).abs().max().item() > 0.0
+        with fp8sync.connect(models[1], engines, recipe, timeout_s=60.0, **options) as link:
+            link.refit()
+            assert link.audit().equal
+        for llm, expected in zip(engines, loaded, strict=True):
+            assert (world.logprobs(llm) - expected).abs().max().item() == 0.0
+    for llm in engines:
+        world.stop_engine(llm)

@@ -192,30 +192,6 @@ def test_what_cannot_be_understood_is_said(capsys, arguments, message) -> None:
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("option", ["--trainer", "--engine"])
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{}", "found an object of []"),
-        ("[1]", "found list"),
-        ("{", "found what is not JSON: "),
-        ('{"tensors": [], "ranks": []}', "found one that is malformed: AttributeError"),
-        ('{"tensors": [["w"]], "ranks": {}}', "found one that is malformed: IndexError"),
-        (
-            '{"tensors": [], "ranks": {"3": [["w", [0], [1], ["w", 0, [1]], null]]}}',
-            "found a box of rank 3 of no tensor listed: w",
-        ),
-    ],
-)
-def test_a_file_that_is_no_manifest_is_named(capsys, tmp_path, option, text, message) -> None:
-    path = tmp_path / "saved.json"
-    path.write_text(text)
-    given = {"--model": "llama-3.1-8b", "--trainer": "tp=2", "--engine": "tp=2", option: str(path)}
-    status, out, err = run(capsys, *(word for pair in given.items() for word in pair))
-    assert (status, out, err.count("\n")) == (1, "", 1)
-    assert f"{option}: {path}: expected a saved manifest (Manifest.to_json), {message}" in err
-
-
 def test_a_config_without_what_is_needed_is_named(capsys, tmp_path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({k: v for k, v in CONFIG.items() if k != "hidden_size"}))

@@ -88,11 +88,24 @@ def test_a_pair_that_is_cut_takes_the_misc_path(formula: Formula) -> None:
 
 
 @pytest.mark.parametrize("formula", list(Formula), ids=lambda f: f.value)
-def test_a_cut_pair_arrives_as_its_values(formula: Formula) -> None:
-    """Random codes and scales in each rank's own blocks: the fused rows of k and v share one."""
-    model = dense(head_dim=64, heads=4, kv_heads=2)
-    source = manifest(TrainerLayout(tp=2, pairs=formula), model)
-    destination = manifest(EngineLayout(formula=formula), model)
+@pytest.mark.parametrize(
+    ("model", "trainer"),
+    [
+        # The fused rows of k and v share a block.
+        (dense(head_dim=64, heads=4, kv_heads=2), TrainerLayout(tp=2)),
+        # FSDP cuts rows, tensor parallelism cuts o_proj's columns at 160; both begin blocks anew.
+        (dense(head_dim=80, heads=4, kv_heads=4, hidden=320), TrainerLayout(tp=2, dp=3, fsdp=3)),
+        (
+            dense(head_dim=80, heads=4, kv_heads=4, hidden=320),
+            TrainerLayout(tp=2, dp=3, fsdp=3, fsdp_dim=1),
+        ),
+    ],
+    ids=["fused", "rows", "columns"],
+)
+def test_a_cut_pair_arrives_as_its_values(model, trainer: TrainerLayout, formula: Formula) -> None:
+    """Random codes and scales in each rank's own blocks."""
+    source = manifest(replace(trainer, pairs=formula), model)
+    destination = manifest(EngineLayout(formula=formula, scales=trainer.fsdp == 1), model)
     plan = build_plan(source, destination)
     held = wire.storages(source, None)
     generator = torch.Generator().manual_seed(1)
@@ -109,8 +122,9 @@ def test_a_cut_pair_arrives_as_its_values(formula: Formula) -> None:
         whole = found[0][f"misc/{name}"].view(plan.tensors[name].shape)
         for rank, boxes in source.ranks.items():
             for box in (b for b in boxes if b.tensor == name):
-                row = torch.arange(box.shape[0])[:, None] + (box.scale_origin or (0,))[0]
-                col = torch.arange(box.shape[1])[None, :]
+                first = box.scale_origin or (0, 0)
+                row = torch.arange(box.shape[0])[:, None] + first[0]
+                col = torch.arange(box.shape[1])[None, :] + first[1]
                 assert box.scale_at is not None
                 at = box.scale_at.offset + row // 128 * box.scale_at.strides[0] + col // 128
                 codes = view(held[rank], box.at, box.shape).float()

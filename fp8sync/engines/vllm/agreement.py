@@ -26,6 +26,7 @@ from fp8sync.errors import Fp8SyncError, InstallFailed
 from fp8sync.manifest import Manifest
 from fp8sync.plan import Plan, build_plan, in_portions
 from fp8sync.plan.forward import from_runs, with_forwarding
+from fp8sync.plan.merge import with_misc
 from fp8sync.recipe import Recipe
 from fp8sync.transport.memory import gpu_id
 from fp8sync.transport.seat import Seat
@@ -168,7 +169,11 @@ def plan_with(
     seat = Seat.at(device).to_json()
     channel.send({"type": "manifest", "manifest": wanted.to_json(), "seat": seat, "short": short})
     plan = build_plan(source, wanted, exchange_amax=True, requantize=requantize)
-    sharers = from_runs(channel.receive("shared")["runs"])
+    said = channel.receive("shared")
+    if said["misc"]:
+        wanted = with_misc(wanted, said["misc"])
+        plan = build_plan(source, wanted, exchange_amax=True, requantize=requantize)
+    sharers = from_runs(said["runs"])
     # Not as many as copies: then the plans differ, which is found when they are compared.
     if len(sharers) == len(plan.copies):
         plan = with_forwarding(plan, {rank: sharers})

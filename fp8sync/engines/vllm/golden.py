@@ -11,6 +11,7 @@ import torch
 from fp8sync.engines.vllm.intake import Faults
 from fp8sync.errors import PeerFailed
 from fp8sync.plan.boxes import block_shape, touched_blocks
+from fp8sync.plan.build import to_fill
 from fp8sync.recipe import Encoding
 from fp8sync.sending.golden import digest_of, join_group, pieces_of
 from fp8sync.wire.header import ABORT, HEADER_BYTES, Header
@@ -46,7 +47,7 @@ class GoldenReceiver:
         self._pieces = pieces_of(intake.held)
         self._plan = bytes.fromhex(intake.held.digest())[:16]
         self._boxes: dict[str, list[Box]] = defaultdict(list)
-        for box in intake.wanted.ranks[intake.rank]:
+        for box in to_fill(intake.wanted.ranks[intake.rank], intake.plan.tensors):
             self._boxes[box.tensor].append(box)
 
     @classmethod

@@ -114,18 +114,19 @@ class EngineLayout:
             if info.misc and MISC + name not in self.storages
         }
         boxes = [b for held in self.manifest.ranks.values() for b in held if b.tensor in found]
+        own = {box.tensor: box.scale_at is not None for box in boxes}
         quantize = {}
-        for name in {box.tensor for box in boxes}:
+        for name in own:
             wanted = self.manifest.tensors[name]
-            if wanted.dtype == "float8_e4m3fn" and wanted.formula is not None:
+            sent_as = found[name].encoding
+            if wanted.dtype == "float8_e4m3fn" and wanted.formula and sent_as is Encoding.PLAIN:
                 quantize[name] = wanted.formula
-        own = {box.tensor for box in boxes}
+        specs: dict[str, StorageSpec] = {}
+        for name, scaled in own.items():
+            specs |= misc_specs([found[name]], scales=scaled)
         return replace(
             self,
-            storages={
-                **self.storages,
-                **misc_specs((i for n, i in found.items() if n in own), scales=True),
-            },
+            storages={**self.storages, **specs},
             processed=self.processed | {module_of(box.at.storage) for box in boxes},
             quantize={**self.quantize, **quantize},
         )
