@@ -272,15 +272,20 @@ def _route(copy: Copy) -> tuple[int, int]:
 
 
 def _wanted(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[Box]:
-    """Yield a rank's boxes; a tensor that the plan itself puts on the misc path comes whole."""
+    """Yield a rank's boxes; a tensor that the plan itself puts on the misc path comes whole.
+
+    And without scales where the plan sends values for what the rank wanted as a pair.
+    """
     seen = set()
     for box in boxes:
         info = infos[box.tensor]
-        if not info.misc or box.at.storage.startswith(MISC):
+        scales = box.scale_at is not None and info.encoding is Encoding.BLOCKWISE
+        if not info.misc:
             yield box
+        elif box.at.storage.startswith(MISC):
+            yield box if scales else replace(box, scale_at=None)
         elif box.tensor not in seen:
             seen.add(box.tensor)
-            scales = box.scale_at is not None and info.encoding is Encoding.BLOCKWISE
             yield _misc_box(info, scales=scales)
 
 

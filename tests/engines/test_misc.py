@@ -9,9 +9,14 @@ import pytest
 import torch
 
 import fp8sync
+from fp8sync.engines.vllm.misc import load_misc
+from fp8sync.engines.vllm.staging import Staging
+from fp8sync.engines.vllm.storage import MISC, EngineLayout, misc_scales, misc_specs, scale_specs
 from fp8sync.manifest import Box, Manifest, Placement, TensorInfo
+from fp8sync.plan import build_plan, fill_buckets
 from fp8sync.recipe import Encoding, Formula
 from fp8sync.sources import ModuleSource
+from fp8sync.wire.payload import pack, unpack
 from fp8sync_kernels import dequantize_blockwise, quantize_blockwise
 from tests.engines import world
 
@@ -122,6 +127,69 @@ def test_a_pair_cut_inside_a_block_is_quantized_anew_by_the_engine(tmp_path: Pat
     plain = () if world.FP8 else (GATE,)  # an engine without FP8 is given the values themselves
     fresh = world.start_engine(world.write_checkpoint(model, tmp_path / "1", "pow2", plain=plain))
     assert (world.logprobs(live) - world.logprobs(fresh)).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("formula", list(Formula), ids=lambda f: f.value)
+@pytest.mark.parametrize("staged", ["pair", "pair's scales", "float16"])
+def test_a_cut_pair_is_quantized_anew_also_where_the_trace_staged_it(
+    staged: str, formula: Formula
+) -> None:
+    """From two trainer ranks into a worker's memory, and on to its loader."""
+    name, shape = "a.weight", (2 * HALF, 256)
+    pair = TensorInfo(name, shape, "float8_e4m3fn", Encoding.BLOCKWISE, Formula.POW2)
+    shards = torch.randn(shape, generator=torch.Generator().manual_seed(1)).split(HALF)
+    parts = [quantize_blockwise(shard, "pow2") for shard in shards]
+    ranks = {}
+    for n in range(2):
+        at, scale_at = Placement("codes", 0, (256, 1)), Placement("scales", 0, (2, 1))
+        ranks[n] = [Box(name, (n * HALF, 0), (HALF, 256), at, scale_at)]
+    dtype = "float16" if staged == "float16" else pair.dtype
+    wanted = replace(pair, dtype=dtype, formula=formula, misc="it cannot be cut")
+    storage = "a.weight" if staged == "pair's scales" else MISC + name
+    scale_at = None if staged == "float16" else misc_scales(wanted)
+    box = Box(name, (0, 0), shape, Placement(storage, 0, (256, 1)), scale_at)
+    if staged == "pair's scales":  # Recipe(scales="misc")
+        wanted = replace(wanted, misc="")
+        specs = scale_specs([wanted], [box])
+    else:
+        specs = misc_specs([wanted], scales=scale_at is not None)
+    layout = EngineLayout(Manifest.of([wanted], {0: [box]}), specs)
+
+    plan = build_plan(Manifest.of([pair], ranks), layout.manifest, exchange_amax=True)
+    layout = layout.with_misc_of(plan)
+    staging = Staging(torch.device("cpu"), 0)
+    staging.lay_out([layout.storages])
+    views = staging.views()
+    for view in views.values():
+        view.view(torch.uint8).fill_(0x7F)  # NaN in whatever is left
+    for bucket in fill_buckets(plan.to_rank(0)):
+        part = parts[bucket.source_rank]
+        payload = torch.zeros(bucket.nbytes, dtype=torch.uint8)
+        pack(bucket, {"codes": part.weight, "scales": part.scale_inv}, payload)
+        unpack(bucket, payload, views)
+    model = Fed()
+    load_misc(model, views, layout.quantize)
+
+    values = [dequantize_blockwise(p.weight, p.scale_inv, torch.float32) for p in parts]
+    expected = {name: torch.cat(values)}
+    if staged != "float16":
+        q = quantize_blockwise(expected[name], formula.value)
+        expected = {name: q.weight, name + "_scale_inv": q.scale_inv}
+    assert [(n, t.dtype) for n, t in model.fed] == [(n, t.dtype) for n, t in expected.items()]
+    for fed, tensor in model.fed:
+        assert torch.equal(bits(tensor), bits(expected[fed]))
+    assert not any(module.startswith(MISC) for module in layout.processed)
+
+
+class Fed:
+    """Keeps what a loader is fed."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.fed = list(weights)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
 
 
 class Gathered:

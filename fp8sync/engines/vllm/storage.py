@@ -107,12 +107,8 @@ class EngineLayout:
         )
 
     def with_misc_of(self, plan: Plan) -> EngineLayout:
-        """Return the layout with what the plan, and not the trace, sent to the misc path."""
-        found = {
-            name: info
-            for name, info in plan.tensors.items()
-            if info.misc and MISC + name not in self.storages
-        }
+        """Return the layout with what the plan sends to the misc path, where the trace has it otherwise."""
+        found = {n: i for n, i in plan.tensors.items() if i.misc and not self._stages(i)}
         boxes = [b for held in self.manifest.ranks.values() for b in held if b.tensor in found]
         quantize = {}
         for name in {box.tensor for box in boxes}:
@@ -120,15 +116,23 @@ class EngineLayout:
             if wanted.dtype == "float8_e4m3fn" and wanted.formula is not None:
                 quantize[name] = wanted.formula
         own = {box.tensor for box in boxes}
+        unscaled = {misc_scales(found[name]).storage for name in quantize}
+        modules = {module_of(b.at.storage) for b in boxes if not b.at.storage.startswith(MISC)}
         return replace(
             self,
             storages={
-                **self.storages,
+                **{n: spec for n, spec in self.storages.items() if n not in unscaled},
                 **misc_specs((i for n, i in found.items() if n in own), scales=True),
             },
-            processed=self.processed | {module_of(box.at.storage) for box in boxes},
+            processed=self.processed | modules,
             quantize={**self.quantize, **quantize},
         )
+
+    def _stages(self, info: TensorInfo) -> bool:
+        """Whether the trace put a tensor on the misc path, in the form in which the plan sends it."""
+        wanted = self.manifest.tensors[info.name]
+        alike = (wanted.dtype, wanted.encoding) == (info.dtype, info.encoding)
+        return alike and MISC + info.name in self.storages
 
 
 def misc_specs(infos: Iterable[TensorInfo], *, scales: bool) -> dict[str, StorageSpec]:
