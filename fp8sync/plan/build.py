@@ -275,7 +275,8 @@ def to_fill(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[B
     """Yield the boxes of an engine's rank that a plan fills.
 
     What is on the misc path for a reason that is not the rank's own (the plan's, or another rank's) comes
-    whole, in place of the boxes that the rank lists.
+    whole, in place of the boxes that the rank lists; and without scales where the plan sends values for what
+    the rank wanted as a pair.
 
     Args:
         boxes: as the rank lists them.
@@ -284,11 +285,13 @@ def to_fill(boxes: Sequence[Box], infos: Mapping[str, TensorInfo]) -> Iterator[B
     seen = set()
     for box in boxes:
         info = infos[box.tensor]
-        if not info.misc or box.at.storage.startswith(MISC):
+        scales = box.scale_at is not None and info.encoding is Encoding.BLOCKWISE
+        if not info.misc:
             yield box
+        elif box.at.storage.startswith(MISC):
+            yield box if scales else replace(box, scale_at=None)
         elif box.tensor not in seen:
             seen.add(box.tensor)
-            scales = box.scale_at is not None and info.encoding is Encoding.BLOCKWISE
             yield _misc_box(info, scales=scales)
 
 

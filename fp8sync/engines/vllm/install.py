@@ -18,9 +18,9 @@ from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBa
 from fp8sync.engines.vllm import compat
 from fp8sync.engines.vllm.attention import AttentionInstall
 from fp8sync.engines.vllm.load_form import ModuleState, to_load_form
-from fp8sync.engines.vllm.misc import load_misc, unloaded
+from fp8sync.engines.vllm.misc import check_finite, load_misc, unloaded
 from fp8sync.engines.vllm.storage import MISC, module_of
-from fp8sync.errors import InstallFailed
+from fp8sync.errors import InstallFailed, NonFiniteWeight
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Iterator, Mapping
@@ -91,6 +91,7 @@ class ProcessInstall:
         Raises:
             InstallFailed: what vLLM raised, or a result that does not fit the live storage. The model
                 is as before.
+            NonFiniteWeight: its loader made Inf of a tensor of the misc path. The model is as before.
         """
         at, self._staging = "", staging
         try:
@@ -98,6 +99,7 @@ class ProcessInstall:
                 self._enter_load_form()
                 self._attention.enter()
                 load_misc(self._model, self._staging, self._layout.quantize)
+                check_finite(self._model, self._layout, self._staging)
                 faults = unloaded(self._model, self._layout.open)
             with default_dtype(self._dtype):
                 for entry in self._modules:
@@ -112,6 +114,9 @@ class ProcessInstall:
                 entry.before.restore()
             faults += [fault for entry in self._modules for fault in _misfits(entry)]
             faults += self._attention.misfits()
+        except NonFiniteWeight:
+            self.abandon()
+            raise
         # vLLM's processing may raise anything; whatever it is, the old weights go back first.
         except Exception as error:
             self.abandon()

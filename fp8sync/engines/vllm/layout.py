@@ -137,6 +137,7 @@ class _Describer:
         loose = self._check_filled(trace, aliases)
         misc = [i for i in infos.values() if i.misc]
         by_loader = {i.name for i in misc}
+        loaded = _loaded(trace, [i.name for i in misc], loose)
         apart: list[TensorInfo] = []
         if self.recipe.scales == "misc":
             apart = [infos[n] for n in quantized if not infos[n].misc]
@@ -155,6 +156,7 @@ class _Describer:
             processed=self._processed(trace, by_loader),
             open=loose,
             kv_scales=frozenset(kv_scales),
+            by_loader=loaded,
         )
 
     def _kv_scales(self, reached: Mapping[str, set[str]]) -> set[str]:
@@ -299,6 +301,19 @@ def _written(trace: Trace, by_loader: set[str]) -> dict[str, list[Rect]]:
             for write in writes:
                 found[write.storage].append(write.target)
     return found
+
+
+def _loaded(trace: Trace, misc: Sequence[str], loose: frozenset[str]) -> dict[str, tuple[str, ...]]:
+    """Return the misc tensors that the loader puts into each storage; of some, nobody knows where they go."""
+    found: dict[str, list[str]] = defaultdict(list)
+    reached = trace.reached()
+    for name in misc:
+        for storage in sorted(reached[name]):
+            found[storage].append(name)
+    lost = [name for name in misc if name in trace.failures]
+    if lost:
+        found |= dict.fromkeys(sorted(loose - found.keys()), lost)
+    return {storage: tuple(names) for storage, names in found.items()}
 
 
 def _misc_box(info: TensorInfo, recipe: Recipe) -> Box:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fp8sync.engines.vllm.storage import MISC, module_of
+from fp8sync.errors import NonFiniteWeight
+from fp8sync.wire.payload import infinite_in
 from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
+    from fp8sync.engines.vllm.storage import EngineLayout
     from fp8sync.recipe import Formula
 
-__all__ = ["load_misc", "unloaded"]
+__all__ = ["check_finite", "load_misc", "unloaded"]
 
 
 def load_misc(
@@ -42,6 +46,56 @@ def _fed(
             yield name + "_scale_inv", pair.scale_inv
         else:
             yield name, tensor
+
+
+def check_finite(
+    model: torch.nn.Module, layout: EngineLayout, staged: Mapping[str, torch.Tensor]
+) -> None:
+    """Refuse what the loader made infinite, or NaN, of the trainer's values, as by a cast to float16.
+
+    Only where it puts them: it may fill anything else as it likes. Padding that it fills with Inf was seen
+    when it was traced, and is a constant of the storage.
+
+    Args:
+        model: whose modules the loader has filled, in load form.
+        layout: of what was loaded.
+        staged: what it was given.
+
+    Raises:
+        NonFiniteWeight: naming the tensors that are too large for the storage's dtype; if each of them
+            would fit, all that went there.
+    """
+    counts: dict[torch.dtype, Counter[str]] = defaultdict(Counter)
+    for storage, names in layout.by_loader.items():
+        tensor = getattr(model.get_submodule(module_of(storage)), storage.rpartition(".")[2], None)
+        if isinstance(tensor, torch.Tensor) and (bad := _nonfinite(tensor, storage, layout)):
+            named = ", ".join(_too_large(names, staged, tensor.dtype) or names)
+            counts[tensor.dtype][named] += bad
+    faults = [
+        fault
+        for dtype, found in counts.items()
+        for fault in infinite_in(dtype, found, layout.rank).violations
+    ]
+    if faults:
+        raise NonFiniteWeight("the trainer's weights are not finite in the engine", faults)
+
+
+def _nonfinite(tensor: torch.Tensor, storage: str, layout: EngineLayout) -> int:
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.itemsize == 1:
+        return 0  # codes have no Inf
+    values, first = tensor.detach(), layout.aliases.get(storage, storage)
+    # NaN in an open one was filled by nothing, which `unloaded` tells.
+    bad = values.isinf() if first in layout.open else ~values.isfinite()
+    spec = layout.storages.get(first)
+    if spec is not None and spec.constants and bool(bad.any()):
+        bad &= values != spec.fill(torch.zeros_like(values))
+    return int(bad.sum())
+
+
+def _too_large(
+    names: Sequence[str], staged: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> list[str]:
+    return [name for name in names if bool(staged[MISC + name].to(dtype).isinf().any())]
 
 
 def unloaded(model: torch.nn.Module, storages: Collection[str]) -> list[str]:

@@ -233,7 +233,7 @@ class WorkerSession:
         try:
             self._worker.check_awake()
             install.prepare(staged)
-        except InstallFailed as error:
+        except Fp8SyncError as error:
             self._failure = error
             return False
         # Whatever it is, the trainer waits for a vote.

@@ -84,6 +84,7 @@ class EngineLayout:
             not write there is staged as NaN, and none may be left when the loader is done.
         kv_scales: attention modules that are sent KV-cache scales.
         quantize: tensors that arrive whole and unquantized for FP8 parameters, with their formula.
+        by_loader: the tensors that the engine's loader puts into a storage, or may put there, if any.
     """
 
     manifest: Manifest
@@ -93,9 +94,16 @@ class EngineLayout:
     open: frozenset[str] = frozenset()
     kv_scales: frozenset[str] = frozenset()
     quantize: Mapping[str, Formula] = field(default_factory=dict)
+    by_loader: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def rank(self) -> int:
+        """This worker's rank among the engines' workers."""
+        (rank,) = self.manifest.ranks
+        return rank
 
     def only(self, storages: Iterable[str]) -> EngineLayout:
-        """Return the layout of some storages; scales of a KV cache come with the misc path."""
+        """Return the layout of some storages; what is loaded, KV-cache scales too, comes with the misc path."""
         held = dict.fromkeys(storages)
         misc = any(name.startswith(MISC) for name in held)
         return replace(
@@ -104,15 +112,12 @@ class EngineLayout:
             aliases={a: name for a, name in self.aliases.items() if name in held},
             open=self.open & held.keys(),
             kv_scales=self.kv_scales if misc else frozenset(),
+            by_loader=self.by_loader if misc else {},
         )
 
     def with_misc_of(self, plan: Plan) -> EngineLayout:
-        """Return the layout with what the plan, and not the trace, sent to the misc path."""
-        found = {
-            name: info
-            for name, info in plan.tensors.items()
-            if info.misc and MISC + name not in self.storages
-        }
+        """Return the layout with what the plan sends to the misc path, where the trace has it otherwise."""
+        found = {n: i for n, i in plan.tensors.items() if i.misc and not self._stages(i)}
         boxes = [b for held in self.manifest.ranks.values() for b in held if b.tensor in found]
         own = {box.tensor: box.scale_at is not None for box in boxes}
         quantize = {}
@@ -124,12 +129,24 @@ class EngineLayout:
         specs: dict[str, StorageSpec] = {}
         for name, scaled in own.items():
             specs |= misc_specs([found[name]], scales=scaled)
+        unscaled = {misc_scales(found[name]).storage for name in quantize}
+        by_loader = {name: list(tensors) for name, tensors in self.by_loader.items()}
+        for box in boxes:
+            if not box.at.storage.startswith(MISC):
+                by_loader.setdefault(box.at.storage, []).append(box.tensor)
         return replace(
             self,
-            storages={**self.storages, **specs},
-            processed=self.processed | {module_of(box.at.storage) for box in boxes},
+            storages={**{n: s for n, s in self.storages.items() if n not in unscaled}, **specs},
+            processed=self.processed | {module_of(storage) for storage in by_loader},
             quantize={**self.quantize, **quantize},
+            by_loader={n: tuple(dict.fromkeys(tensors)) for n, tensors in by_loader.items()},
         )
+
+    def _stages(self, info: TensorInfo) -> bool:
+        """Whether the trace put a tensor on the misc path, in the form in which the plan sends it."""
+        wanted = self.manifest.tensors[info.name]
+        alike = (wanted.dtype, wanted.encoding) == (info.dtype, info.encoding)
+        return alike and MISC + info.name in self.storages
 
 
 def misc_specs(infos: Iterable[TensorInfo], *, scales: bool) -> dict[str, StorageSpec]:
