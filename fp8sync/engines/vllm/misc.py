@@ -65,31 +65,43 @@ def check_finite(
         NonFiniteWeight: naming the tensors that are too large for the storage's dtype; if each of them
             would fit, all that went there.
     """
+    filled = {
+        storage: tensor
+        for storage in layout.by_loader
+        if (tensor := _filled(model, storage)) is not None
+    }
+    found = {storage: _nonfinite(tensor, storage, layout) for storage, tensor in filled.items()}
+    if not int(sum(found.values())):  # one answer of the GPU for all
+        return
     counts: dict[torch.dtype, Counter[str]] = defaultdict(Counter)
-    for storage, names in layout.by_loader.items():
-        tensor = getattr(model.get_submodule(module_of(storage)), storage.rpartition(".")[2], None)
-        if isinstance(tensor, torch.Tensor) and (bad := _nonfinite(tensor, storage, layout)):
-            named = ", ".join(_too_large(names, staged, tensor.dtype) or names)
-            counts[tensor.dtype][named] += bad
+    for storage, bad in found.items():
+        if number := int(bad):
+            dtype, names = filled[storage].dtype, layout.by_loader[storage]
+            counts[dtype][", ".join(_too_large(names, staged, dtype) or names)] += number
     faults = [
         fault
-        for dtype, found in counts.items()
-        for fault in infinite_in(dtype, found, layout.rank).violations
+        for dtype, of in counts.items()
+        for fault in infinite_in(dtype, of, layout.rank).violations
     ]
-    if faults:
-        raise NonFiniteWeight("the trainer's weights are not finite in the engine", faults)
+    raise NonFiniteWeight("the trainer's weights are not finite in the engine", faults)
 
 
-def _nonfinite(tensor: torch.Tensor, storage: str, layout: EngineLayout) -> int:
-    if tensor.is_meta or not tensor.is_floating_point() or tensor.itemsize == 1:
-        return 0  # codes have no Inf
+def _filled(model: torch.nn.Module, storage: str) -> torch.Tensor | None:
+    """A storage that may hold Inf, which codes cannot."""
+    found = getattr(model.get_submodule(module_of(storage)), storage.rpartition(".")[2], None)
+    if not isinstance(found, torch.Tensor) or found.is_meta or found.itemsize == 1:
+        return None
+    return found if found.is_floating_point() else None
+
+
+def _nonfinite(tensor: torch.Tensor, storage: str, layout: EngineLayout) -> torch.Tensor:
     values, first = tensor.detach(), layout.aliases.get(storage, storage)
     # NaN in an open one was filled by nothing, which `unloaded` tells.
     bad = values.isinf() if first in layout.open else ~values.isfinite()
     spec = layout.storages.get(first)
-    if spec is not None and spec.constants and bool(bad.any()):
+    if spec is not None and spec.constants:
         bad &= values != spec.fill(torch.zeros_like(values))
-    return int(bad.sum())
+    return bad.sum()
 
 
 def _too_large(
