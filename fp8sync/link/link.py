@@ -13,7 +13,7 @@ from __future__ import annotations
 import secrets
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +91,7 @@ class Link(Described):
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
                 end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
                 go on with the new weights (docs/architecture.md). New requests queue up meanwhile. An engine
-                that was paused before, or is awake in parts alone, stays so, and `wait` is then `keep`.
+                that was paused before, or is awake in parts alone, stays so; `wait` is refused if it holds any.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
@@ -259,10 +259,7 @@ class Link(Described):
         began, host = time.perf_counter(), HostTime()
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
-            with ExitStack() as stack:
-                with suppress(Exception):  # whether it can be paused or not, all hear of the faults
-                    stack.enter_context(self._engine.standing())
-                self._commit(conductor)
+            self._refuse(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
         going = partial(conductor.peers.say_stopped, "", whole=True)
@@ -277,10 +274,9 @@ class Link(Described):
                     stands = self._engine.stop(in_flight, once=once)
             except BaseException as error:  # requests that do not end, say: every worker is told
                 conductor.refuse(named_error(error, 0))
-                if not isinstance(error, Exception):
-                    with suppress(Exception):
-                        self._commit(conductor)
-                    raise
+                with suppress(Exception) if not isinstance(error, Exception) else nullcontext():
+                    self._refuse(conductor)
+                raise
             drained = time.perf_counter()
             # With `wait` it generates until the last request has ended.
             stopped = drained if in_flight == "wait" else arrived
@@ -335,6 +331,13 @@ class Link(Described):
             return self._commit(conductor)
         except Exception as error:
             raise half_installed(error, portion, portions) from error
+
+    def _refuse(self, conductor: Conductor) -> None:
+        """Let everyone hear of the faults, and raise what went wrong."""
+        with ExitStack() as stack:
+            with suppress(Exception):  # whether replicas can be paused or not
+                stack.enter_context(self._engine.standing())
+            self._commit(conductor)
 
     def _commit(self, conductor: Conductor) -> Outcome:
         task = self._threads.submit(conductor.commit)

@@ -116,6 +116,9 @@ class Handle(ABC):
     def check_requests(self, in_flight: InFlight) -> None:  # noqa: B027  (most engines step their own)
         """Refuse to wait for requests that nobody steps."""
 
+    def check_held(self) -> None:  # noqa: B027  (most have no owner who pauses them)
+        """Refuse to wait for requests of an engine that its owner has paused."""
+
     @abstractmethod
     def initialize(self, info: dict[str, Any]) -> None:
         """Let every worker join a link; blocks until they have agreed or refused."""
@@ -161,7 +164,10 @@ class Handle(ABC):
         """Go on scheduling, whether it was stopped or not."""
 
     def paused(self) -> bool:
-        """Whether nothing is scheduled: its owner has paused it, or parts of it are still asleep."""
+        """Whether its owner has paused it, or parts of it are still asleep.
+
+        Requests may be stepped all the same: vLLM calls itself paused while it lets them end (`wait`), too.
+        """
         return False
 
     def learn(self, stoppers: Sequence[str]) -> None:
@@ -197,16 +203,23 @@ class Handle(ABC):
         return (self._stays,)
 
     def stop(self, in_flight: InFlight, *, once: bool) -> bool:
-        """Pause an engine that was going on when it was looked at; of another one requests are aborted at most.
+        """Stop it between two steps, also where somebody else has paused it: that pause may still let requests end.
 
-        To end (`wait`), they would need an engine that goes on.
+        Such requests are frozen (`keep`). To end (`wait`), they would need an engine that goes on, so there
+        must be none: looked for before, to disturb nothing, and when nothing is stepped any more.
 
         Returns:
             Whether it stands.
+
+        Raises:
+            Fp8SyncError: it holds requests, or does not say whether it does (`wait`).
         """
-        if self._stays and in_flight != "abort":
-            return True
-        return self.pause(in_flight, once=once)
+        if not self._stays or in_flight != "wait":
+            return self.pause(in_flight, once=once)
+        self.check_held()
+        stands = self.pause("keep", once=once)
+        self.check_held()
+        return stands
 
     def forget(self, in_flight: InFlight, *, stale: bool) -> None:
         """Reset its caches; requests of an engine that was not going on were kept at least."""
@@ -248,7 +261,11 @@ class Handle(ABC):
         Experts let them step together: one, in a call that waits for all workers, would wait for another
         whose step waits for it.
         """
-        if self.replicas == 1 or self.paused():
+        if self.replicas == 1:
+            yield
+            return
+        if self.paused():
+            self.pause("keep", once=False)  # as requests may be stepped
             yield
             return
         try:

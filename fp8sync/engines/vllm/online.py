@@ -101,8 +101,12 @@ class AsyncHandle(Handle):
 
     def check_requests(self, in_flight: InFlight) -> None:
         """A paused engine steps no request to its end."""
-        count = len(self._engine.output_processor.request_states)
-        if count and in_flight == "wait" and not self._owed and self.paused():
+        held = self._engine.output_processor.request_states
+        if held and in_flight == "wait" and not self._owed and self.paused():
+            self.check_held()
+
+    def check_held(self) -> None:
+        if count := len(self._engine.output_processor.request_states):
             raise Fp8SyncError(
                 f"{count} requests are in flight in an engine that is paused: let it go on before the "
                 "refit, or choose in_flight='keep' or 'abort'"

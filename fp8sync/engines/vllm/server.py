@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
-from fp8sync.engines.vllm.compat import number_of_label
+from fp8sync.engines.vllm.compat import number_of_label, requests_of
 from fp8sync.engines.vllm.handle import Handle, check_emptied, in_thread, settled
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
@@ -79,6 +79,18 @@ class Server(Handle):
             raise UnsupportedLayout(
                 f"the rendezvous binds {host}, which {self.url} cannot reach: "
                 "pass connect(host=...) with an address of this host"
+            )
+
+    def check_held(self) -> None:
+        """What vLLM's metrics say is of its last step; what has come since it was paused has not begun."""
+        path = "/metrics"
+        status, body = self._ask("GET", path)
+        count = requests_of(body.decode(errors="replace")) if status == HTTPStatus.OK else None
+        if count != 0:
+            found = f"{self.url}{path} does not say" if count is None else str(count)
+            raise Fp8SyncError(
+                f"{self.url} is paused, with in_flight='wait': expected no requests in flight, found "
+                f"{found}; let it go on before the refit, or choose in_flight='keep' or 'abort'"
             )
 
     def initialize(self, info: dict[str, Any]) -> None:
