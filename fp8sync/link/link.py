@@ -75,8 +75,6 @@ class Link(Described):
         self.version = 0
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
         self._closed = False
-        self._label = 0
-        """The last number by which vLLM knew its weights."""
         self._mixed = False
         """Whether the engine holds parts of two versions, or what was computed with another one."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
@@ -228,7 +226,6 @@ class Link(Described):
 
                 with uncollected(), self._engine.standing():
                     together(task, calls, interrupt, self._timeout_s)
-                self._label = self._engine.last_label()
             except BaseException:
                 conductor.close()
                 raise
@@ -253,10 +250,12 @@ class Link(Described):
         try:
             if not mixed:  # else they are frozen
                 self._engine.check_requests(in_flight)
-        except Exception as error:
+            began, host = time.perf_counter(), HostTime()
+            with waiting():
+                label = str(self._engine.last_label() + 1)
+        except BaseException as error:
             conductor.abandon(error)
             raise
-        began, host = time.perf_counter(), HostTime()
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._refuse(conductor)
@@ -290,18 +289,16 @@ class Link(Described):
                 self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
             self._mixed = False
         conductor.peers.say_stopped(self._name, stay, whole=True)
-        self._label += 1
         with waiting(), letting_go_on():
             try:
-                labelled = self._engine.label(str(self._label))
+                labelled = self._engine.label(label)
             finally:
                 self._engine.go_on()
                 going()
         if stands:
             ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
-        label = str(self._label) if labelled else None
-        said = outcome.tensors, label, host.seconds
+        said = outcome.tensors, label if labelled else None, host.seconds
         return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
 
     def _transfer(self, conductor: Conductor, version: int, portion: int = 0) -> None:

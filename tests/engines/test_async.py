@@ -143,6 +143,19 @@ def test_requests_in_flight(
     assert last is None or report.weight_version == str(int(last) + 1)
 
 
+def test_a_label_that_is_set_by_hand_is_followed(
+    engine: Engine, models: list[torch.nn.Module]
+) -> None:
+    """On a link that is kept, too: the number after it, and 1 after a name."""
+    labels = hasattr(engine.llm, "update_weight_version")
+    with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
+        link.refit()
+        for by_hand, then in (("100", "101"), ("mine", "1"), ("7", "8")):
+            if labels:
+                engine.loop.run(engine.llm.update_weight_version(by_hand))
+            assert link.refit().weight_version == (then if labels else None)
+
+
 def test_kept_between_two_steps(
     models: list[torch.nn.Module],
     fresh: list[torch.Tensor],
