@@ -314,7 +314,8 @@ class Link(Described):
             lost = None if isinstance(error, Fp8SyncError) else conductor.lost  # says whom
             conductor.abandon(lost or error)
             self._disconnect()
-            self._close_update(version)
+            with suppress(Exception):
+                self._engine.close_update(version)
             if lost:
                 raise lost from error
             raise
@@ -351,12 +352,6 @@ class Link(Described):
                 ):
                     raise told from error
             raise
-
-    def _close_update(self, version: int) -> None:
-        """End vLLM's update on every worker that opened one and is still there."""
-        for call in (lambda: self._engine.update(version), self._engine.finish):
-            with suppress(Exception):
-                call()
 
     def _disconnect(self) -> None:
         if self._conductor is not None:

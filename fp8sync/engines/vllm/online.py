@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied
 from fp8sync.errors import Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class AsyncHandle(Handle):
 
     def _run(self, name: str, call: Coroutine[Any, Any, Any]) -> Any:
         answer = asyncio.run_coroutine_threadsafe(call, self._loop)
-        return settled(answer, name, self.timeout_s, lambda: self._engine.errored)
+        return self.answered(answer, name, lambda: self._engine.errored)
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:
