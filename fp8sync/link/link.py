@@ -11,11 +11,12 @@ paused. vLLM's calls block; where a worker needs an answer meanwhile, a second t
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Listener
@@ -34,6 +35,9 @@ from fp8sync.transport.rendezvous import bound_address
 from fp8sync.waiting import HostTime, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
     from fp8sync.audit.report import AuditReport
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link.commit import Commit
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
     from fp8sync.recipe import Recipe
 
 __all__ = ["Link"]
+
+T = TypeVar("T")
+
+_CLOSED = "the link was closed meanwhile; connect again"
 
 
 class Link(Described):
@@ -74,7 +82,7 @@ class Link(Described):
         self.recipe = recipe
         self.version = 0
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
-        self._closed = False
+        self._closed = threading.Event()
         self._mixed = False
         """Whether the engine holds parts of two versions, or what was computed with another one."""
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
@@ -108,7 +116,7 @@ class Link(Described):
             EngineUnusable: something went wrong after all had agreed to install, with commit `in-place` after
                 the first portion was; says what.
             RefitInProgress: the engine is already being refitted or connected.
-            Fp8SyncError: the link was closed; `wait` for requests that nobody steps; or what `connect`
+            Fp8SyncError: the link is closed, or was meanwhile; `wait` for requests that nobody steps; or what `connect`
                 raises, where another link has had the engine or the last refit lost a peer.
 
         Examples:
@@ -117,22 +125,25 @@ class Link(Described):
         """
         check_in_flight(in_flight)
         with Opening() as opening, self._engine.exclusive():
-            if self._closed:
+            if self._closed.is_set():
                 raise Fp8SyncError("this link was closed; connect again")
             if self._has_engine():
                 opening.say({"link": self._name})
             else:
                 self._disconnect()
                 self._connect(opening)
-            conductor = self._connected()
+            conductor, before = self._connected(), (self.version, self._mixed)
             try:
                 report = self._refit(conductor, in_flight)
             except BaseException as error:
                 conductor.conclude(error)
                 # A peer that was late may still be writing; and who stopped the engine is asked anew.
                 owes = self._engine.owes and conductor.peers.stopping
-                if getattr(error, "severed", False) or owes:
+                if getattr(error, "severed", False) or owes or self._closed.is_set():
                     self._disconnect()
+                as_before = before == (self.version, self._mixed)
+                if self._closed.is_set() and as_before and isinstance(error, Exception):
+                    raise Fp8SyncError(_CLOSED, [str(error)]) from error
                 raise
             conductor.conclude()
             return report
@@ -162,7 +173,7 @@ class Link(Described):
                 with self._engine.standing():
                     conductor.open(self.version, audit=True)
                     self._engine.start()
-                    task = self._threads.submit(conductor.audit)
+                    task = self._submit(conductor.audit)
                     self._engine.update(self.version)
                     return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
             except BaseException:
@@ -177,7 +188,7 @@ class Link(Described):
 
     def close(self) -> None:
         """Leave the engine as it is and free the link; `with connect(...) as link:` does so, too."""
-        self._closed = True
+        self._closed.set()
         self._disconnect()
         self._threads.shutdown(wait=False)
 
@@ -215,7 +226,7 @@ class Link(Described):
                 self._transport,
                 self._wanted_commit,
             )
-            task = self._threads.submit(conductor.agree, listener)
+            task = self._submit(partial(conductor.agree, listener))
             try:
                 calls = partial(self._engine.initialize, info)
 
@@ -338,7 +349,12 @@ class Link(Described):
             self._commit(conductor)
 
     def _commit(self, conductor: Conductor) -> Outcome:
-        task = self._threads.submit(conductor.commit)
+        try:
+            task = self._submit(conductor.commit)
+        except Fp8SyncError:
+            with suppress(Exception):  # workers find that nobody decides
+                self._engine.finish()
+            raise
         try:
             with waiting(), uncollected():
                 return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
@@ -352,6 +368,13 @@ class Link(Described):
                 ):
                     raise told from error
             raise
+
+    def _submit(self, call: Callable[[], T]) -> Future[T]:
+        """Let the second thread make a call, unless the link was closed meanwhile."""
+        try:
+            return self._threads.submit(call)
+        except RuntimeError as error:
+            raise Fp8SyncError(_CLOSED) from error
 
     def _disconnect(self) -> None:
         if self._conductor is not None:

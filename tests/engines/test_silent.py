@@ -1,7 +1,8 @@
-"""An engine that stops to answer: reported soon, with the old weights serving."""
+"""An engine that stops to answer, and a link that another thread closes: reported soon, with the old weights serving."""
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -77,3 +78,36 @@ def test_a_frozen_engine_is_reported_soon(
         assert link.refit().version == 1
         assert link.audit().equal
     assert (engine.logprobs() - before).abs().max().item() > 0.0
+
+
+def test_a_link_that_is_closed_while_requests_end(
+    engine: Engine, models: list[torch.nn.Module]
+) -> None:
+    recipe, prompt = world.recipe("blockwise-pow2"), serving.PROMPTS[0]
+    fp8sync.refit(models[0], engine.llm, recipe)
+    before = engine.logprobs()
+    link = fp8sync.connect(models[1], engine.llm, recipe)
+    raised: list[BaseException] = []
+
+    def refit() -> None:
+        with pytest.raises(fp8sync.Fp8SyncError, match="closed meanwhile") as caught:
+            link.refit("wait")
+        raised.append(caught.value)
+
+    stream = engine.loop.begin(engine.stream(prompt, 400))
+    thread = threading.Thread(target=refit)
+    thread.start()
+    while not engine.loop.run(engine.llm.is_paused()):
+        assert thread.is_alive()
+        time.sleep(0.01)
+    link.close()
+    thread.join(60)
+    assert [type(error) for error in raised] == [fp8sync.Fp8SyncError]
+    assert len(stream.result(60)[0]) == 400
+    assert not engine.loop.run(engine.llm.is_paused())
+    assert (engine.logprobs() - before).abs().max().item() == 0.0
+    with pytest.raises(fp8sync.Fp8SyncError, match="was closed"):
+        link.refit()
+    with fp8sync.connect(models[1], engine.llm, recipe) as other:
+        other.refit()
+        assert other.audit().equal
