@@ -11,11 +11,12 @@ paused. vLLM's calls block; where a worker needs an answer meanwhile, a second t
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fp8sync.collector import uncollected
 from fp8sync.control import Listener
@@ -34,6 +35,9 @@ from fp8sync.transport.rendezvous import bound_address
 from fp8sync.waiting import HostTime, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import Future
+
     from fp8sync.audit.report import AuditReport
     from fp8sync.engines.vllm import InFlight
     from fp8sync.link.commit import Commit
@@ -41,6 +45,10 @@ if TYPE_CHECKING:
     from fp8sync.recipe import Recipe
 
 __all__ = ["Link"]
+
+T = TypeVar("T")
+
+_CLOSED = "the link was closed meanwhile; connect again"
 
 
 class Link(Described):
@@ -74,9 +82,7 @@ class Link(Described):
         self.recipe = recipe
         self.version = 0
         self._timeout_s, self._bucket_bytes = timeout_s, bucket_bytes
-        self._closed = False
-        self._label = 0
-        """The last number by which vLLM knew its weights."""
+        self._closed = threading.Event()
         self._mixed = False
         """Whether the engine holds parts of two versions, or what was computed with another one."""
         self._conductor: Conductor | None = None
@@ -90,7 +96,7 @@ class Link(Described):
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
                 end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
                 go on with the new weights (docs/architecture.md). New requests queue up meanwhile. An engine
-                that was paused before, or is awake in parts alone, stays so, and `wait` is then `keep`.
+                that was paused before, or is awake in parts alone, stays so; `wait` is refused if it holds any.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
@@ -109,7 +115,7 @@ class Link(Described):
             EngineUnusable: something went wrong after all had agreed to install, with commit `in-place` after
                 the first portion was; says what.
             RefitInProgress: the engine is already being refitted or connected.
-            Fp8SyncError: the link was closed; `wait` for requests that nobody steps; or what `connect`
+            Fp8SyncError: the link is closed, or was meanwhile; `wait` for requests that nobody steps; or what `connect`
                 raises, where another link has had the engine or the last refit lost a peer.
 
         Examples:
@@ -118,22 +124,25 @@ class Link(Described):
         """
         check_in_flight(in_flight)
         with Opening() as opening, self._engine.exclusive():
-            if self._closed:
+            if self._closed.is_set():
                 raise Fp8SyncError("this link was closed; connect again")
             if self._has_engine():
                 opening.say({"link": self._name})
             else:
                 self._disconnect()
                 self._connect(opening)
-            conductor = self._connected()
+            conductor, before = self._connected(), (self.version, self._mixed)
             try:
                 report = self._refit(conductor, in_flight)
             except BaseException as error:
                 conductor.conclude(error)
                 # A peer that was late may still be writing; and who stopped the engine is asked anew.
                 owes = self._engine.owes and conductor.peers.stopping
-                if getattr(error, "severed", False) or owes:
+                if getattr(error, "severed", False) or owes or self._closed.is_set():
                     self._disconnect()
+                as_before = before == (self.version, self._mixed)
+                if self._closed.is_set() and as_before and isinstance(error, Exception):
+                    raise Fp8SyncError(_CLOSED, [str(error)]) from error
                 raise
             conductor.conclude()
             return report
@@ -163,7 +172,7 @@ class Link(Described):
                 with self._engine.standing():
                     conductor.open(self.version, audit=True)
                     self._engine.start()
-                    task = self._threads.submit(conductor.audit)
+                    task = self._submit(conductor.audit)
                     self._engine.update(self.version)
                     return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
             except BaseException:
@@ -178,7 +187,7 @@ class Link(Described):
 
     def close(self) -> None:
         """Leave the engine as it is and free the link; `with connect(...) as link:` does so, too."""
-        self._closed = True
+        self._closed.set()
         self._disconnect()
 
     def let_go(self) -> None:
@@ -222,7 +231,7 @@ class Link(Described):
                 self._wanted_commit,
             )
             self._threads = ThreadPoolExecutor(1, thread_name_prefix="fp8sync-conductor")
-            task = self._threads.submit(conductor.agree, listener)
+            task = self._submit(partial(conductor.agree, listener))
             try:
                 calls = partial(self._engine.initialize, info)
 
@@ -233,7 +242,6 @@ class Link(Described):
 
                 with uncollected(), self._engine.standing():
                     together(task, calls, interrupt, self._timeout_s)
-                self._label = self._engine.last_label()
             except BaseException:
                 conductor.close()
                 raise
@@ -258,16 +266,15 @@ class Link(Described):
         try:
             if not mixed:  # else they are frozen
                 self._engine.check_requests(in_flight)
-        except Exception as error:
+            began, host = time.perf_counter(), HostTime()
+            with waiting():
+                label = str(self._engine.last_label() + 1)
+        except BaseException as error:
             conductor.abandon(error)
             raise
-        began, host = time.perf_counter(), HostTime()
         self._transfer(conductor, version)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
-            with ExitStack() as stack:
-                with suppress(Exception):  # whether it can be paused or not, all hear of the faults
-                    stack.enter_context(self._engine.standing())
-                self._commit(conductor)
+            self._refuse(conductor)
         arrived = time.perf_counter()
         once = conductor.portions == 1 and not conductor.sends_kv_scales
         going = partial(conductor.peers.say_stopped, "", whole=True)
@@ -282,10 +289,9 @@ class Link(Described):
                     stands = self._engine.stop(in_flight, once=once)
             except BaseException as error:  # requests that do not end, say: every worker is told
                 conductor.refuse(named_error(error, 0))
-                if not isinstance(error, Exception):
-                    with suppress(Exception):
-                        self._commit(conductor)
-                    raise
+                with suppress(Exception) if not isinstance(error, Exception) else nullcontext():
+                    self._refuse(conductor)
+                raise
             drained = time.perf_counter()
             # With `wait` it generates until the last request has ended.
             stopped = drained if in_flight == "wait" else arrived
@@ -299,18 +305,16 @@ class Link(Described):
                 self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
             self._mixed = False
         conductor.peers.say_stopped(self._name, stay, whole=True)
-        self._label += 1
         with waiting(), letting_go_on():
             try:
-                labelled = self._engine.label(str(self._label))
+                labelled = self._engine.label(label)
             finally:
                 self._engine.go_on()
                 going()
         if stands:
             ended = time.perf_counter()
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
-        label = str(self._label) if labelled else None
-        said = outcome.tensors, label, host.seconds
+        said = outcome.tensors, label if labelled else None, host.seconds
         return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
 
     def _transfer(self, conductor: Conductor, version: int, portion: int = 0) -> None:
@@ -326,7 +330,8 @@ class Link(Described):
             lost = None if isinstance(error, Fp8SyncError) else conductor.lost  # says whom
             conductor.abandon(lost or error)
             self._disconnect()
-            self._close_update(version)
+            with suppress(Exception):
+                self._engine.close_update(version)
             if lost:
                 raise lost from error
             raise
@@ -341,8 +346,20 @@ class Link(Described):
         except Exception as error:
             raise half_installed(error, portion, portions) from error
 
+    def _refuse(self, conductor: Conductor) -> None:
+        """Let everyone hear of the faults, and raise what went wrong."""
+        with ExitStack() as stack:
+            with suppress(Exception):  # whether replicas can be paused or not
+                stack.enter_context(self._engine.standing())
+            self._commit(conductor)
+
     def _commit(self, conductor: Conductor) -> Outcome:
-        task = self._threads.submit(conductor.commit)
+        try:
+            task = self._submit(conductor.commit)
+        except Fp8SyncError:
+            with suppress(Exception):  # workers find that nobody decides
+                self._engine.finish()
+            raise
         try:
             with waiting(), uncollected():
                 return together(task, self._engine.finish, conductor.interrupt, self._timeout_s)
@@ -357,11 +374,14 @@ class Link(Described):
                     raise told from error
             raise
 
-    def _close_update(self, version: int) -> None:
-        """End vLLM's update on every worker that opened one and is still there."""
-        for call in (lambda: self._engine.update(version), self._engine.finish):
-            with suppress(Exception):
-                call()
+    def _submit(self, call: Callable[[], T]) -> Future[T]:
+        """Let the second thread make a call, unless the link was closed meanwhile."""
+        if self._closed.is_set():
+            raise Fp8SyncError(_CLOSED)
+        try:
+            return self._threads.submit(call)
+        except RuntimeError as error:  # between the two
+            raise Fp8SyncError(_CLOSED) from error
 
     def _disconnect(self) -> None:
         if self._conductor is not None:

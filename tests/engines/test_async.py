@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,6 +19,7 @@ from tests.engines.test_kv_scales import scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from concurrent.futures import Future
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,6 +55,18 @@ class Engine:
 
     def greedy(self, prompt: list[int], tokens: int) -> list[int]:
         return self.loop.run(self.stream(prompt, tokens))[0]
+
+    def begun(self, prompt: list[int], tokens: int) -> Future[serving.Sample]:
+        """A stream that has some of its tokens."""
+        stream = self.loop.begin(self.stream(prompt, tokens))
+        while not self.written():
+            time.sleep(0.01)
+        return stream
+
+    def written(self) -> int:
+        """Tokens of all streams that are under way."""
+        states = list(self.llm.output_processor.request_states.values())
+        return sum(len(state.detokenizer.output_token_ids) for state in states if state.detokenizer)
 
     def logprobs(self) -> torch.Tensor:
         return self.loop.run(self._logprobs())
@@ -127,6 +141,19 @@ def test_requests_in_flight(
     label = getattr(engine.llm, "get_weight_version", None)
     assert report.weight_version == (engine.loop.run(label()) if label else None)
     assert last is None or report.weight_version == str(int(last) + 1)
+
+
+def test_a_label_that_is_set_by_hand_is_followed(
+    engine: Engine, models: list[torch.nn.Module]
+) -> None:
+    """On a link that is kept, too: the number after it, and 1 after a name."""
+    labels = hasattr(engine.llm, "update_weight_version")
+    with fp8sync.connect(models[0], engine.llm, world.recipe("blockwise-pow2")) as link:
+        link.refit()
+        for by_hand, then in (("100", "101"), ("mine", "1"), ("7", "8")):
+            if labels:
+                engine.loop.run(engine.llm.update_weight_version(by_hand))
+            assert link.refit().weight_version == (then if labels else None)
 
 
 def test_kept_between_two_steps(

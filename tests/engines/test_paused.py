@@ -230,38 +230,41 @@ def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """`wait` is `keep` for the paused one alone: it holds a request, too."""
+    """`wait` is `keep` for the paused one alone; while that holds a request, neither is refitted."""
     monkeypatch.delenv("VLLM_PORT")  # which the first engine has
     other = Engine(world.write_config(models[0], tmp_path))
     run, both = engine.loop.run, [engine.llm, other.llm]
     prompt, tokens = serving.PROMPTS[3], serving.TOKENS[3]
-
-    def begun(at: Engine) -> Any:
-        stream = at.loop.begin(at.stream(prompt, tokens))
-        while not at.llm.output_processor.request_states:
-            time.sleep(0.01)
-        return stream
-
+    recipe = world.recipe("blockwise-pow2")
     try:
-        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
+        with fp8sync.connect(models[1], both, recipe) as link:
             link.refit()
             new = other.greedy(prompt, tokens)
-        with fp8sync.connect(models[0], both, world.recipe("blockwise-pow2")) as link:
+        with fp8sync.connect(models[0], both, recipe) as link:
             link.refit()
             old = other.greedy(prompt, tokens)
+        frozen = engine.begun(prompt, tokens)
         run(engine.llm.pause_generation(mode="keep"))
-        frozen = begun(engine)
-        monkeypatch.setattr(AsyncHandle, "check_requests", lambda *_: None)  # as of a server
-        with fp8sync.connect(models[1], both, world.recipe("blockwise-pow2")) as link:
-            stream = begun(other)
+        with fp8sync.connect(models[1], both, recipe) as link:
+            with monkeypatch.context() as patch:
+                patch.setattr(AsyncHandle, "check_requests", lambda *_: None)  # as of a server
+                stream = other.begun(prompt, tokens)
+                with pytest.raises(fp8sync.Fp8SyncError, match="engine 0 of the list: 1 requests"):
+                    link.refit()
+            assert stream.result(60) == (old, "length")
+            assert not other.loop.run(other.llm.is_paused())
+            assert run(engine.llm.is_paused())
+            assert not frozen.done()
+            run(engine.llm.resume_generation())
+            assert frozen.result(60) == (old, "length")
+            run(engine.llm.pause_generation(mode="keep"))
+            stream = other.begun(prompt, tokens)
             link.refit()
         assert stream.result(60) == (old, "length")
         assert not other.loop.run(other.llm.is_paused())
         assert run(engine.llm.is_paused())
-        assert not frozen.done()
         run(engine.llm.resume_generation())
-        assert frozen.result(60) == (new, "length")
-        assert other.greedy(prompt, tokens) == new
+        assert engine.greedy(prompt, tokens) == other.greedy(prompt, tokens) == new
     finally:
         other.close()
 

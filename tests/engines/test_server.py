@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext, suppress
@@ -224,6 +225,45 @@ def test_a_paused_server_stays_paused(
     assert server.paused()
     server.resume()
     assert not server.paused()
+    assert (served.logprobs() - fresh).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize("mode", ["wait", "keep"])
+def test_requests_of_a_paused_server_are_not_waited_for(
+    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor, mode: str
+) -> None:
+    """It may let them end (`wait`), or hold them (`keep`): in neither case are they of two versions."""
+    recipe, server = world.recipe("blockwise-pow2"), Server(served.url)
+    fp8sync.refit(models[0], served.url, recipe)
+    prompt, began = serving.PROMPTS[0], threading.Event()
+    old, found = served.greedy(prompt, 400), list[int]()
+
+    def note(choice: dict[str, Any]) -> None:
+        found.extend(choice["token_ids"] or [])
+        began.set()
+
+    ask: Any = {"prompt": prompt, "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with (
+        fp8sync.connect(models[1], served.url, recipe) as link,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        stream = pool.submit(served.complete, note, **ask)
+        assert began.wait(60)
+        pause = pool.submit(server._post, "/pause", mode=mode)
+        while not server.paused():
+            time.sleep(0.01)
+        with pytest.raises(fp8sync.Fp8SyncError, match="no requests in flight, found 1"):
+            link.refit("wait")
+        pause.result(60)
+        assert stream.done() is (mode == "wait")
+        assert server.paused()
+        server.resume()
+        stream.result(60)
+        assert found == old
+        server.pause("keep", once=False)
+        link.refit("wait")  # nothing is in flight any more
+        assert server.paused()
+        server.resume()
     assert (served.logprobs() - fresh).abs().max().item() == 0.0
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "number_of_label",
     "pause",
     "reads_host_scales",
+    "requests_of",
     "text_config",
     "unreached",
     "update_request",
@@ -90,6 +91,16 @@ def caches_prefixes(vllm_config: Any) -> bool:
 def number_of_label(label: str) -> int:
     """Return the number that vLLM's label of its weights is; 0 for another one, as the first (`default`)."""
     return int(label) if label.isdecimal() else 0
+
+
+def requests_of(metrics: str) -> int | None:
+    """Return how many requests a server's `/metrics` says its engines run or have queued; None if it does not."""
+    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    found = [
+        [float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name)]
+        for name in names
+    ]
+    return int(sum(map(sum, found))) if all(found) else None
 
 
 def engine_commit(vllm_config: Any) -> str:

@@ -9,7 +9,8 @@ from functools import partial
 from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fp8sync.engines.vllm.handle import Handle, InFlight, in_thread, settle
+from fp8sync.engines.vllm.answers import in_thread, settle
+from fp8sync.engines.vllm.handle import Handle, InFlight
 from fp8sync.errors import (
     EngineLost,
     Fp8SyncError,
@@ -93,6 +94,9 @@ class Fleet(Handle):
 
     def finish(self) -> None:
         self._each(lambda engine: engine.finish())
+
+    def close_update(self, version: int) -> None:
+        self._each(lambda engine: engine.close_update(version))
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         return any(self._each(lambda engine: engine.pause(in_flight, once=once)))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import threading
-import time
 from abc import ABC, abstractmethod
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
+from fp8sync.engines.vllm.answers import settled
 from fp8sync.errors import (
-    EngineLost,
     Fp8SyncError,
     InstallFailed,
     RefitInProgress,
@@ -22,6 +20,7 @@ from fp8sync.errors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from concurrent.futures import Future
 
 __all__ = [
     "Handle",
@@ -29,16 +28,14 @@ __all__ = [
     "check_backend",
     "check_emptied",
     "check_in_flight",
-    "in_thread",
-    "settle",
-    "settled",
 ]
 
 InFlight = Literal["wait", "keep", "abort"]
 """What becomes of requests in flight: they finish with the old weights before the commit (`wait`), they
 are frozen and go on with the new ones (`keep`), or they end where they are (`abort`)."""
 
-_POLL_S = 0.2
+_LESS = 3
+"""By what a call is given less time once another one was not answered."""
 
 
 class Seat:
@@ -73,6 +70,8 @@ class Handle(ABC):
     """Whether the engine runs in this process, and answers in the thread that asks."""
     replicas = 1
     """Data-parallel ones, which vLLM may let step together."""
+    late = False
+    """Whether a call was not answered in time, since somebody last began to refit, connect or audit."""
 
     def __init__(self, engine: Any, workers: int) -> None:
         self.workers = workers
@@ -88,6 +87,19 @@ class Handle(ABC):
         """Set the limit of every single call."""
         self.timeout_s = seconds
 
+    @property
+    def patience_s(self) -> float:
+        """The limit of the next call: less, once one was not answered."""
+        return self.timeout_s / _LESS if self.late else self.timeout_s
+
+    def answered(self, answer: Future[Any], method: str, is_dead: Callable[[], bool]) -> Any:
+        """Wait for the answer to a call, and remember if none comes."""
+        try:
+            return settled(answer, method, self.patience_s, is_dead)
+        except TransferTimeout:
+            self.late = True
+            raise
+
     @contextmanager
     def exclusive(self) -> Iterator[None]:
         """Keep other links of this process off the engine.
@@ -97,6 +109,7 @@ class Handle(ABC):
         """
         if not self.seat.lock.acquire(blocking=False):
             raise RefitInProgress("the engine is already being refitted or connected")
+        self.late = False
         try:
             yield
         finally:
@@ -115,6 +128,9 @@ class Handle(ABC):
 
     def check_requests(self, in_flight: InFlight) -> None:  # noqa: B027  (most engines step their own)
         """Refuse to wait for requests that nobody steps."""
+
+    def check_held(self) -> None:  # noqa: B027  (most have no owner who pauses them)
+        """Refuse to wait for requests of an engine that its owner has paused."""
 
     @abstractmethod
     def initialize(self, info: dict[str, Any]) -> None:
@@ -140,6 +156,16 @@ class Handle(ABC):
     def finish(self) -> None:
         """Let every worker install or abandon the version."""
 
+    def close_update(self, version: int) -> None:
+        """End vLLM's update where one was opened.
+
+        Not of an engine that does not answer: whoever connects next does.
+        """
+        for call in (partial(self.update, version), self.finish):
+            if not self.late:
+                with suppress(Exception):
+                    call()
+
     @abstractmethod
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         """Stop scheduling; on return nothing is computed.
@@ -161,7 +187,10 @@ class Handle(ABC):
         """Go on scheduling, whether it was stopped or not."""
 
     def paused(self) -> bool:
-        """Whether nothing is scheduled: its owner has paused it, or parts of it are still asleep."""
+        """Whether its owner has paused it, or parts of it are still asleep.
+
+        Requests may be stepped all the same: vLLM calls itself paused while it lets them end (`wait`), too.
+        """
         return False
 
     def learn(self, stoppers: Sequence[str]) -> None:
@@ -197,16 +226,23 @@ class Handle(ABC):
         return (self._stays,)
 
     def stop(self, in_flight: InFlight, *, once: bool) -> bool:
-        """Pause an engine that was going on when it was looked at; of another one requests are aborted at most.
+        """Stop it between two steps, also where somebody else has paused it: that pause may still let requests end.
 
-        To end (`wait`), they would need an engine that goes on.
+        Such requests are frozen (`keep`). To end (`wait`), they would need an engine that goes on, so there
+        must be none: looked for before, to disturb nothing, and when nothing is stepped any more.
 
         Returns:
             Whether it stands.
+
+        Raises:
+            Fp8SyncError: it holds requests, or does not say whether it does (`wait`).
         """
-        if self._stays and in_flight != "abort":
-            return True
-        return self.pause(in_flight, once=once)
+        if not self._stays or in_flight != "wait":
+            return self.pause(in_flight, once=once)
+        self.check_held()
+        stands = self.pause("keep", once=once)
+        self.check_held()
+        return stands
 
     def forget(self, in_flight: InFlight, *, stale: bool) -> None:
         """Reset its caches; requests of an engine that was not going on were kept at least."""
@@ -248,7 +284,11 @@ class Handle(ABC):
         Experts let them step together: one, in a call that waits for all workers, would wait for another
         whose step waits for it.
         """
-        if self.replicas == 1 or self.paused():
+        if self.replicas == 1:
+            yield
+            return
+        if self.paused():
+            self.pause("keep", once=False)  # as requests may be stepped
             yield
             return
         try:
@@ -330,45 +370,3 @@ def check_in_flight(mode: str) -> None:
     if mode not in get_args(InFlight):
         known = ", ".join(get_args(InFlight))
         raise ValueError(f"unknown in_flight {mode!r}; known: {known}")
-
-
-def in_thread(call: Callable[[], Any]) -> Future[Any]:
-    """Run a call that may never return in a thread that ends with this process."""
-    answer: Future[Any] = Future()
-    threading.Thread(target=settle, args=(answer, call), daemon=True).start()
-    return answer
-
-
-def settle(answer: Future[Any], call: Callable[[], Any]) -> None:
-    """Make a call, and let `answer` have its result or error."""
-    try:
-        answer.set_result(call())
-    # Raised again by the waiting thread.
-    except BaseException as error:  # noqa: BLE001
-        answer.set_exception(error)
-
-
-def settled(answer: Future[Any], method: str, timeout_s: float, is_dead: Callable[[], bool]) -> Any:
-    """Wait for a call to an engine in another process.
-
-    A call that was under way when the engine died is never answered, so its death is watched, too.
-
-    Raises:
-        EngineLost: the engine died.
-        TransferTimeout: it did not answer in time.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        try:
-            return answer.result(min(_POLL_S, timeout_s))
-        except FutureTimeout:  # noqa: PERF203  (it waits)
-            if is_dead():
-                raise EngineLost(f"the vLLM engine died during {method}") from None
-            if time.monotonic() > deadline:
-                answer.cancel()
-                text = f"the vLLM engine did not answer {method} within {timeout_s:g} s"
-                raise TransferTimeout(text) from None
-        except Exception as error:
-            if type(error).__name__ == "EngineDeadError":
-                raise EngineLost(f"the vLLM engine died during {method}: {error}") from error
-            raise

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.engines.vllm.answers import in_thread
 from fp8sync.engines.vllm.compat import caches_prefixes, number_of_label
-from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, in_thread, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied
 from fp8sync.errors import Fp8SyncError, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -109,4 +110,4 @@ class LLMHandle(Handle):
         if resources is None:
             return call()
         answer = in_thread(call)
-        return settled(answer, method, self.timeout_s, lambda: resources.engine_dead)
+        return self.answered(answer, method, lambda: resources.engine_dead)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied, settled
+from fp8sync.engines.vllm.handle import Handle, check_backend, check_emptied
 from fp8sync.errors import Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -101,8 +101,12 @@ class AsyncHandle(Handle):
 
     def check_requests(self, in_flight: InFlight) -> None:
         """A paused engine steps no request to its end."""
-        count = len(self._engine.output_processor.request_states)
-        if count and in_flight == "wait" and not self._owed and self.paused():
+        held = self._engine.output_processor.request_states
+        if held and in_flight == "wait" and not self._owed and self.paused():
+            self.check_held()
+
+    def check_held(self) -> None:
+        if count := len(self._engine.output_processor.request_states):
             raise Fp8SyncError(
                 f"{count} requests are in flight in an engine that is paused: let it go on before the "
                 "refit, or choose in_flight='keep' or 'abort'"
@@ -127,7 +131,7 @@ class AsyncHandle(Handle):
 
     def _run(self, name: str, call: Coroutine[Any, Any, Any]) -> Any:
         answer = asyncio.run_coroutine_threadsafe(call, self._loop)
-        return settled(answer, name, self.timeout_s, lambda: self._engine.errored)
+        return self.answered(answer, name, lambda: self._engine.errored)
 
 
 def _runs_here(loop: asyncio.AbstractEventLoop) -> bool:

@@ -13,8 +13,9 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
-from fp8sync.engines.vllm.compat import number_of_label
-from fp8sync.engines.vllm.handle import Handle, check_emptied, in_thread, settled
+from fp8sync.engines.vllm.answers import in_thread
+from fp8sync.engines.vllm.compat import number_of_label, requests_of
+from fp8sync.engines.vllm.handle import Handle, check_emptied
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -81,6 +82,18 @@ class Server(Handle):
                 "pass connect(host=...) with an address of this host"
             )
 
+    def check_held(self) -> None:
+        """What vLLM's metrics say is of its last step; what has come since it was paused has not begun."""
+        path = "/metrics"
+        status, body = self._ask("GET", path)
+        count = requests_of(body.decode(errors="replace")) if status == HTTPStatus.OK else None
+        if count != 0:
+            found = f"{self.url}{path} does not say" if count is None else str(count)
+            raise Fp8SyncError(
+                f"{self.url} is paused, with in_flight='wait': expected no requests in flight, found "
+                f"{found}; let it go on before the refit, or choose in_flight='keep' or 'abort'"
+            )
+
     def initialize(self, info: dict[str, Any]) -> None:
         self._post("/init_weight_transfer_engine", {"init_info": info})
 
@@ -130,9 +143,9 @@ class Server(Handle):
 
     def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
         target = f"{path}?{urlencode(query)}" if query else path
-        answer = in_thread(lambda: self._exchange("POST", target, body, self.timeout_s))
+        answer = in_thread(lambda: self._exchange("POST", target, body, self.patience_s))
         # A server whose engine has died may leave a call unanswered for ever.
-        return self._good(path, *settled(answer, path, self.timeout_s, self._is_dead))
+        return self._good(path, *self.answered(answer, path, self._is_dead))
 
     def _is_dead(self) -> bool:
         if time.monotonic() - self._seen < _HEALTH_S:
@@ -158,11 +171,12 @@ class Server(Handle):
         self, method: str, target: str, body: Any = None, timeout_s: float | None = None
     ) -> tuple[int, bytes]:
         """Return status and body within the limit, also if the server goes on sending, bit by bit."""
-        limit_s = timeout_s or self.timeout_s
+        limit_s = timeout_s or self.patience_s
         answer = in_thread(lambda: self._exchange(method, target, body, limit_s))
         try:
             return answer.result(limit_s)
         except FutureTimeout:
+            self.late |= timeout_s is None
             text = f"{self.url} did not answer {target} within {limit_s:g} s"
             raise TransferTimeout(text) from None
 
