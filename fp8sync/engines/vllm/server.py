@@ -85,7 +85,7 @@ class Server(Handle):
     def check_held(self) -> None:
         """What vLLM's metrics say is of its last step; what has come since it was paused has not begun."""
         path = "/metrics"
-        status, body = self._ask("GET", path)
+        status, body = self._watched("GET", path)
         count = requests_of(body.decode(errors="replace")) if status == HTTPStatus.OK else None
         if count != 0:
             found = f"{self.url}{path} does not say" if count is None else str(count)
@@ -114,7 +114,7 @@ class Server(Handle):
         self._post("/resume")
 
     def paused(self) -> bool:
-        status, body = self._ask("GET", "/is_paused")
+        status, body = self._watched("GET", "/is_paused")
         return bool(self._good("/is_paused", status, body).get("is_paused"))
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:  # noqa: ARG002  (it may cache)
@@ -128,14 +128,14 @@ class Server(Handle):
 
     def last_label(self) -> int:
         path = "/weight_info"
-        status, body = self._ask("GET", path)
+        status, body = self._watched("GET", path)
         if status == HTTPStatus.NOT_FOUND:
             return 0
         return number_of_label(str(self._good(path, status, body).get("weight_version")))
 
     def label(self, version: str) -> bool:
         path = "/update_weight_version"
-        status, body = self._ask("POST", path, {"new_version": version})
+        status, body = self._watched("POST", path, {"new_version": version})
         if status == HTTPStatus.NOT_FOUND:
             return False
         self._good(path, status, body)
@@ -143,9 +143,12 @@ class Server(Handle):
 
     def _post(self, path: str, body: dict[str, Any] | None = None, **query: str) -> dict[str, Any]:
         target = f"{path}?{urlencode(query)}" if query else path
-        answer = in_thread(lambda: self._exchange("POST", target, body, self.patience_s))
-        # A server whose engine has died may leave a call unanswered for ever.
-        return self._good(path, *self.answered(answer, path, self._is_dead))
+        return self._good(path, *self._watched("POST", target, body))
+
+    def _watched(self, method: str, target: str, body: Any = None) -> tuple[int, bytes]:
+        """Return status and body; a server whose engine has died may leave a call unanswered for ever."""
+        answer = in_thread(lambda: self._exchange(method, target, body, self.patience_s))
+        return self.answered(answer, target.partition("?")[0], self._is_dead)
 
     def _is_dead(self) -> bool:
         if time.monotonic() - self._seen < _HEALTH_S:
@@ -167,16 +170,13 @@ class Server(Handle):
             raise EngineLost(f"the engine of {self.url} died during {path}")
         raise Fp8SyncError(f"{self.url}{path} answered {status}: {_text(body)}")
 
-    def _ask(
-        self, method: str, target: str, body: Any = None, timeout_s: float | None = None
-    ) -> tuple[int, bytes]:
+    def _ask(self, method: str, target: str, timeout_s: float | None = None) -> tuple[int, bytes]:
         """Return status and body within the limit, also if the server goes on sending, bit by bit."""
-        limit_s = timeout_s or self.patience_s
-        answer = in_thread(lambda: self._exchange(method, target, body, limit_s))
+        limit_s = timeout_s or self.timeout_s
+        answer = in_thread(lambda: self._exchange(method, target, None, limit_s))
         try:
             return answer.result(limit_s)
         except FutureTimeout:
-            self.late |= timeout_s is None
             text = f"{self.url} did not answer {target} within {limit_s:g} s"
             raise TransferTimeout(text) from None
 
