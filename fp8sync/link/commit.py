@@ -15,9 +15,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AFTER_DECISION",
+    "CLOSED",
     "Commit",
     "check_commit",
     "choose_commit",
+    "closed_meanwhile",
     "emptying",
     "half_installed",
     "letting_go_on",
@@ -31,6 +33,7 @@ portions of some modules, the engine paused from the first installed to the last
 fits into memory."""
 
 
+CLOSED = "the link was closed meanwhile; connect again"
 AFTER_DECISION = "installing failed after the decision: refit again before the engine is used"
 
 
@@ -96,6 +99,17 @@ def unusable(summary: str, error: Exception) -> Fp8SyncError:
     if isinstance(error, Fp8SyncError) and error.summary == summary:
         return error
     return _told(EngineUnusable, summary, error)
+
+
+def closed_meanwhile(error: BaseException, *, mixed: bool) -> Fp8SyncError:
+    """Return what to raise when somebody closed the link, and a refit did not install its version.
+
+    Args:
+        error: what the refit came to by it.
+        mixed: whether the engine may hold parts of two versions.
+    """
+    kind = EngineUnusable if mixed else Fp8SyncError
+    return kind(CLOSED, [] if CLOSED in str(error) else str(error).split("\n  - "))
 
 
 def _told(kind: type[Fp8SyncError], summary: str, error: Exception) -> Fp8SyncError:

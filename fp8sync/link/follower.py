@@ -29,10 +29,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Follower", "FollowerLink"]
 
-_PATIENCE = 24
-"""Timeouts until the outcome. Rank 0 may spend 23: one on votes, two on forwarding, one on preparing, one on the
-commit, and three on each of vLLM's calls: its update, whether it is paused, requests in flight, caches, the label,
-going on."""
+_ANNOUNCED = 8
+"""Timeouts until a version is announced. Rank 0 may spend seven: three on each of what it asks vLLM before, whether it
+is paused and for its label, and one on other ranks that read nothing."""
+_PATIENCE = 30
+"""Timeouts until the outcome. Rank 0 may spend 29: one on votes, two on forwarding, one on preparing, one on the
+commit, and three on each of vLLM's calls: its update, whether it is paused, the pause and requests in flight before
+and after, two caches, the label; or, of an engine that nobody has paused, going on."""
 
 
 class Follower:
@@ -103,7 +106,7 @@ class Follower:
         return AuditReport.from_json(self._channel.receive("audited")["report"])
 
     def _opened(self, *, audit: bool) -> int:
-        message = self._channel.receive("version")
+        message = self._channel.receive("version", _ANNOUNCED * self._channel.timeout_s)
         if bool(message["audit"]) is not audit:
             asked, does = ("audit", "refit") if audit else ("refit", "audit")
             error = Fp8SyncError(

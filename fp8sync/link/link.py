@@ -22,7 +22,15 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Listener
 from fp8sync.engines.vllm import as_engine, check_in_flight
 from fp8sync.errors import EngineLost, Fp8SyncError
-from fp8sync.link.commit import AFTER_DECISION, emptying, half_installed, letting_go_on, unusable
+from fp8sync.link.commit import (
+    AFTER_DECISION,
+    CLOSED,
+    closed_meanwhile,
+    emptying,
+    half_installed,
+    letting_go_on,
+    unusable,
+)
 from fp8sync.link.conductor import Conductor
 from fp8sync.link.described import Described
 from fp8sync.link.member import Member
@@ -47,8 +55,6 @@ if TYPE_CHECKING:
 __all__ = ["Link"]
 
 T = TypeVar("T")
-
-_CLOSED = "the link was closed meanwhile; connect again"
 
 
 class Link(Described):
@@ -131,7 +137,7 @@ class Link(Described):
             else:
                 self._disconnect()
                 self._connect(opening)
-            conductor, before = self._connected(), (self.version, self._mixed)
+            conductor, before = self._connected(), self.version
             try:
                 report = self._refit(conductor, in_flight)
             except BaseException as error:
@@ -140,9 +146,9 @@ class Link(Described):
                 owes = self._engine.owes and conductor.peers.stopping
                 if getattr(error, "severed", False) or owes or self._closed.is_set():
                     self._disconnect()
-                as_before = before == (self.version, self._mixed)
-                if self._closed.is_set() and as_before and isinstance(error, Exception):
-                    raise Fp8SyncError(_CLOSED, [str(error)]) from error
+                closed = self._closed.is_set() and isinstance(error, Exception)
+                if closed and self.version == before:
+                    raise closed_meanwhile(error, mixed=self._mixed) from error
                 raise
             conductor.conclude()
             return report
@@ -192,7 +198,10 @@ class Link(Described):
 
     def let_go(self) -> None:
         """Free what was made for an engine that another link has taken; `refit` connects again."""
-        with suppress(Fp8SyncError), self._engine.exclusive():  # else it is at work
+        if self._conductor is None or self._has_engine():
+            return
+        # It may be at work again; and whoever asks has done what it was asked for.
+        with suppress(Exception), self._engine.exclusive():
             if not self._has_engine():
                 self._disconnect()
 
@@ -202,6 +211,8 @@ class Link(Described):
         return known is not None and self._engine.follows(self._name) and not known.hung_up
 
     def _connected(self) -> Conductor:
+        if self._closed.is_set():
+            raise Fp8SyncError(CLOSED)
         if self._conductor is None:
             raise EngineLost("the link is down; the next refit() connects again")
         return self._conductor
@@ -244,6 +255,7 @@ class Link(Described):
                     together(task, calls, interrupt, self._timeout_s)
             except BaseException:
                 conductor.close()
+                self._threads.shutdown(wait=False)
                 raise
         finally:
             listener.close()
@@ -376,12 +388,10 @@ class Link(Described):
 
     def _submit(self, call: Callable[[], T]) -> Future[T]:
         """Let the second thread make a call, unless the link was closed meanwhile."""
-        if self._closed.is_set():
-            raise Fp8SyncError(_CLOSED)
-        try:
-            return self._threads.submit(call)
-        except RuntimeError as error:  # between the two
-            raise Fp8SyncError(_CLOSED) from error
+        with suppress(RuntimeError):  # should it be closed between the two
+            if not self._closed.is_set():
+                return self._threads.submit(call)
+        raise Fp8SyncError(CLOSED)
 
     def _disconnect(self) -> None:
         if self._conductor is not None:

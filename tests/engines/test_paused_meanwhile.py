@@ -121,6 +121,35 @@ def test_wait_is_refused_where_the_owner_pauses_while_bytes_arrive(
     assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
 
 
+@pytest.mark.parametrize("mode", ["keep", "abort"])
+def test_requests_that_have_not_begun_are_of_one_version(
+    engine: Engine,
+    models: list[torch.nn.Module],
+    known: list[torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    mode: Any,
+) -> None:
+    """They queue up in an engine that its owner has paused, and `wait` has nothing to wait for."""
+    run, recipe, prompt = engine.loop.run, world.recipe("blockwise-pow2"), serving.PROMPTS[0]
+    streams, update = [], AsyncHandle.update
+
+    def one_comes(handle: AsyncHandle, version: int) -> None:
+        update(handle, version)
+        streams.append(engine.loop.begin(engine.stream(prompt, 20)))
+        time.sleep(0.2)
+
+    fp8sync.refit(models[0], engine.llm, recipe)
+    run(engine.llm.pause_generation(mode=mode))
+    with fp8sync.connect(models[1], engine.llm, recipe) as link, monkeypatch.context() as patch:
+        patch.setattr(AsyncHandle, "update", one_comes)
+        assert link.refit("wait").version == 1
+    assert run(engine.llm.is_paused())
+    assert not streams[0].done()
+    run(engine.llm.resume_generation())
+    assert streams[0].result(60) == (engine.greedy(prompt, 20), "length")
+    assert (engine.logprobs() - known[1]).abs().max().item() == 0.0
+
+
 def test_replicas_that_let_requests_end_stand_where_they_must(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ import torch
 
 import fp8sync
 from fp8sync.engines.vllm import Server
+from fp8sync.engines.vllm.compat import requests_of
 from tests import ports
 from tests.engines import serving, world
 
@@ -265,6 +266,29 @@ def test_requests_of_a_paused_server_are_not_waited_for(
         assert server.paused()
         server.resume()
     assert (served.logprobs() - fresh).abs().max().item() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "preempted", "begun"),
+    [(2, 3, 0, 2), (0, 3, 0, 0), (2, 3, 1, 5), (None, 3, 0, None), (2, 3, None, None)],
+)
+def test_what_a_paused_server_has_begun(
+    running: int | None, waiting: int | None, preempted: int | None, begun: int | None
+) -> None:
+    """Of two engines behind it; what is queued may have tokens where some were ever preempted."""
+    counts = {
+        "num_requests_running": running,
+        "num_requests_waiting": waiting,
+        "num_requests_waiting_by_reason": 7,
+        "num_preemptions_total": preempted,
+    }
+    text = "# TYPE vllm:num_requests_running gauge\n" + "".join(
+        f'vllm:{name}{{engine="{engine}",model_name="m"}} {float(engine * count)}\n'
+        for name, count in counts.items()
+        if count is not None
+        for engine in (0, 1)
+    )
+    assert requests_of(text) == begun
 
 
 def test_server_elsewhere_needs_an_address(served: Served) -> None:

@@ -27,6 +27,7 @@ from fp8sync.errors import (
 )
 from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
 from fp8sync.link import connect, link
+from fp8sync.link.commit import CLOSED
 from fp8sync.link.follower import FollowerLink
 from fp8sync.recipe import Recipe
 from fp8sync.trainers import Opening
@@ -306,6 +307,43 @@ def test_after_the_decision(pair: Pair, error: Exception) -> None:
     assert first.summary.startswith("installing failed after the decision")
     assert first.violations == (str(error) if isinstance(error, Fp8SyncError) else repr(error),)
     heard(second, first)
+    the_next_arrives(pair)
+
+
+@pytest.mark.parametrize(("mixed", "stops_at"), [(False, "decision"), (True, "prepare")])
+def test_a_link_that_is_closed_over_parts_of_two_versions(
+    pair: Pair, mixed: bool, stops_at: str
+) -> None:
+    """After the decision, or whenever it held them before: not as if old weights served."""
+    assert pair.connect() == [None, None]
+    worker, (link, _) = pair.engine.of_two[1], pair.links
+    if mixed:
+        worker.stops_at, pair.engine.fails["finish"] = "decision", LATE
+        assert isinstance(pair.refit()[0], EngineUnusable)
+    worker.stops_at, steps = stops_at, pair.engine._wait
+
+    def closed(name: str) -> None:
+        if name == "finish":
+            pair.engine._steps[1].result()
+            link.close()
+            raise LATE
+        steps(name)
+
+    pair.engine._wait = closed
+    first, second = pair.refit()
+    assert (type(first), first.summary) == (EngineUnusable, CLOSED)
+    assert isinstance(second, EngineLost)
+    assert link._mixed
+    with pytest.raises(Fp8SyncError, match="this link was closed"):
+        link.refit()
+
+
+def test_an_engine_that_takes_its_time_to_say_its_label(pair: Pair) -> None:
+    """The other ranks hear of a version after that, and wait for as long as it may take."""
+    assert pair.connect() == [None, None]
+    (follower,) = pair.links[1]._followers.values()
+    follower._channel.timeout_s = 0.5
+    pair.engine.last_label = lambda: time.sleep(1.5) or 0
     the_next_arrives(pair)
 
 

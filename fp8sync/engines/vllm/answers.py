@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.errors import EngineLost, TransferTimeout
@@ -26,12 +27,16 @@ def in_thread(call: Callable[[], Any]) -> Future[Any]:
 
 
 def settle(answer: Future[Any], call: Callable[[], Any]) -> None:
-    """Make a call, and let `answer` have its result or error."""
+    """Make a call, and let `answer` have its result or error, unless nobody waits any more."""
     try:
-        answer.set_result(call())
+        result = call()
     # Raised again by the waiting thread.
     except BaseException as error:  # noqa: BLE001
-        answer.set_exception(error)
+        with suppress(InvalidStateError):
+            answer.set_exception(error)
+        return
+    with suppress(InvalidStateError):
+        answer.set_result(result)
 
 
 def settled(answer: Future[Any], method: str, timeout_s: float, is_dead: Callable[[], bool]) -> Any:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "asleep",
+    "begun",
     "caches_prefixes",
     "captures_full_graphs",
     "compiles_hooks",
@@ -62,7 +63,7 @@ async def pause(engine: Any, mode: str) -> None:
     ended.
     """
     await _pause(engine, mode)
-    while mode == "wait" and await _some_have_begun(engine.output_processor.request_states):
+    while mode == "wait" and await begun(engine.output_processor.request_states):
         await engine.resume_generation()
         await _pause(engine, mode)
 
@@ -73,13 +74,13 @@ async def _pause(engine: Any, mode: str) -> None:
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
 
 
-async def _some_have_begun(states: Any) -> bool:
-    """Whether one of an AsyncLLM's requests has tokens, once those on their way have come."""
+async def begun(states: Any) -> int:
+    """Return how many of an AsyncLLM's requests have tokens, once those on their way have come."""
     for _ in range(20):  # ms, as vLLM's own pause_generation sleeps for its last outputs
         if not states:
-            return False
+            return 0
         await asyncio.sleep(1e-3)
-    return any(not state.is_prefilling for state in states.values())
+    return sum(not state.is_prefilling for state in states.values())
 
 
 def caches_prefixes(vllm_config: Any) -> bool:
@@ -94,13 +95,19 @@ def number_of_label(label: str) -> int:
 
 
 def requests_of(metrics: str) -> int | None:
-    """Return how many requests a server's `/metrics` says its engines run or have queued; None if it does not."""
-    names = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+    """Return how many requests a server's `/metrics` says its engines have begun; None if it does not.
+
+    Those that are queued have not, unless some were preempted.
+    """
+    names = "num_requests_running", "num_requests_waiting", "num_preemptions_total"
     found = [
-        [float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name)]
-        for name in names
+        [float(at.rsplit(" ", 1)[1]) for at in metrics.splitlines() if at.startswith(f"vllm:{n}{{")]
+        for n in names
     ]
-    return int(sum(map(sum, found))) if all(found) else None
+    if not all(found):
+        return None
+    running, waiting, preempted = map(sum, found)
+    return int(running + waiting if preempted else running)
 
 
 def engine_commit(vllm_config: Any) -> str:

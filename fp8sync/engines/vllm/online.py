@@ -106,7 +106,10 @@ class AsyncHandle(Handle):
             self.check_held()
 
     def check_held(self) -> None:
-        if count := len(self._engine.output_processor.request_states):
+        """Of those without a token, what has been computed is computed again once caches are empty."""
+        states = self._engine.output_processor.request_states
+        count = self._run("requests", compat.begun(states)) if self._caches else len(states)
+        if count:
             raise Fp8SyncError(
                 f"{count} requests are in flight in an engine that is paused: let it go on before the "
                 "refit, or choose in_flight='keep' or 'abort'"

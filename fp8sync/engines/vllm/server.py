@@ -83,7 +83,7 @@ class Server(Handle):
             )
 
     def check_held(self) -> None:
-        """What vLLM's metrics say is of its last step; what has come since it was paused has not begun."""
+        """What vLLM's metrics say is of its last step; none has begun since it was paused."""
         path = "/metrics"
         status, body = self._watched("GET", path)
         count = requests_of(body.decode(errors="replace")) if status == HTTPStatus.OK else None
