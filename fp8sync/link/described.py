@@ -23,6 +23,7 @@ class Described(ABC):
 
         Raises:
             EngineLost: the link is down.
+            Fp8SyncError: it was closed.
         """
 
     @property

@@ -102,7 +102,7 @@ class Link(Described):
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
                 end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
                 go on with the new weights (docs/architecture.md). New requests queue up meanwhile. An engine
-                that was paused before, or is awake in parts alone, stays so; `wait` is refused if it holds any.
+                that was paused before, or is awake in parts alone, stays so; `wait` is refused if some have begun.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.

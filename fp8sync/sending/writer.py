@@ -91,7 +91,6 @@ class Writer:
         self._share, self._rank = share, share.rank
         storages = share.source.storages()
         self._device = reader_of(storages)
-        self._on_gpu = self._device.type == "cuda"
         self._places = places
         self._mapped: dict[int, MappedMemory] = {}
         self._parts: list[_Part] = []
@@ -114,7 +113,7 @@ class Writer:
         self._bytes = sum(c.weight_bytes + c.scale_bytes for c in own)
         cut = self._cut = list(as_written(own))
         self._counters = torch.zeros(2, len(cut), dtype=torch.int64, device=self._device)
-        on_gpu = self._on_gpu
+        on_gpu = self._device.type == "cuda"
         gpus = {places[c.destination_rank].gpu for c in own}
         beside = on_gpu and gpu_id(self._device) in gpus
         self._seen = torch.zeros(len(cut), dtype=torch.int64, pin_memory=on_gpu)
@@ -160,7 +159,8 @@ class Writer:
         try:
             storages = self._share.read()
             self._counters.zero_()
-            stream = torch.cuda.current_stream(self._device) if self._on_gpu else None
+            gpu = self._device.type == "cuda"
+            stream = torch.cuda.current_stream(self._device) if gpu else None
             launched += (self._launch(part, storages, stream) for part in self._parts)
             # One question for all copies: their counts are another read of as much as their digests.
             self._any_nonfinite.copy_(self._counters[1].any(), non_blocking=True)

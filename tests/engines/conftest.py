@@ -9,6 +9,10 @@ import pytest
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
+
+    from tests.engines.test_async import Engine
+
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
@@ -22,3 +26,24 @@ def one_thread() -> Iterator[None]:
         # Threads are bound in a worker's process; `world.start_engine` may have asked for none.
         patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
         yield
+
+
+@pytest.fixture(scope="module")
+def models() -> list[torch.nn.Module]:
+    """Two of one kind that say different things, for engines that are refitted while they work."""
+    from tests.engines import serving
+
+    return serving.models()
+
+
+@pytest.fixture(scope="module")
+def engine(
+    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Engine]:
+    """An `AsyncLLM` as it comes; files whose engine has options of its own have their own fixture."""
+    from tests.engines import world
+    from tests.engines.test_async import Engine
+
+    engine = Engine(world.write_config(models[0], tmp_path_factory.mktemp("engine")))
+    yield engine
+    engine.close()

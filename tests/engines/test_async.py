@@ -87,11 +87,6 @@ class Engine:
 
 
 @pytest.fixture(scope="module")
-def models() -> list[torch.nn.Module]:
-    return serving.models()
-
-
-@pytest.fixture(scope="module")
 def engine(
     models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:

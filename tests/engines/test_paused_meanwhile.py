@@ -10,28 +10,13 @@ import pytest
 import fp8sync
 from fp8sync.engines.vllm import AsyncHandle
 from tests.engines import serving, world
-from tests.engines.test_async import Engine
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
+    from tests.engines.test_async import Engine
+
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(scope="module")
-def models() -> list[torch.nn.Module]:
-    return serving.models()
-
-
-@pytest.fixture(scope="module")
-def engine(
-    models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engine]:
-    engine = Engine(world.write_config(models[0], tmp_path_factory.mktemp("engine")))
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -151,11 +151,6 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def models() -> list[torch.nn.Module]:
-    return serving.models()
-
-
-@pytest.fixture(scope="module")
 def fresh(models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """Log-probabilities of a fresh engine of the second model."""
     folder = world.write_checkpoint(models[1], tmp_path_factory.mktemp("fresh"), "pow2")
@@ -231,9 +226,16 @@ def test_a_paused_server_stays_paused(
 
 @pytest.mark.parametrize("mode", ["wait", "keep"])
 def test_requests_of_a_paused_server_are_not_waited_for(
-    served: Served, models: list[torch.nn.Module], fresh: torch.Tensor, mode: str
+    served: Served,
+    models: list[torch.nn.Module],
+    fresh: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    mode: str,
 ) -> None:
-    """It may let them end (`wait`), or hold them (`keep`): in neither case are they of two versions."""
+    """It may let them end (`wait`), or hold them (`keep`): in neither case are they of two versions.
+
+    They begin, and it is paused, when all bytes are there, so that they have not ended when it is looked at.
+    """
     recipe, server = world.recipe("blockwise-pow2"), Server(served.url)
     fp8sync.refit(models[0], served.url, recipe)
     prompt, began = serving.PROMPTS[0], threading.Event()
@@ -248,13 +250,21 @@ def test_requests_of_a_paused_server_are_not_waited_for(
         fp8sync.connect(models[1], served.url, recipe) as link,
         ThreadPoolExecutor(2) as pool,
     ):
-        stream = pool.submit(served.complete, note, **ask)
-        assert began.wait(60)
-        pause = pool.submit(server._post, "/pause", mode=mode)
-        while not server.paused():
-            time.sleep(0.01)
-        with pytest.raises(fp8sync.Fp8SyncError, match="no requests in flight, found 1"):
-            link.refit("wait")
+        update, calls = Server.update, list[Any]()
+
+        def paused_meanwhile(handle: Server, version: int) -> None:
+            update(handle, version)
+            calls.append(pool.submit(served.complete, note, **ask))
+            assert began.wait(60)
+            calls.append(pool.submit(server._post, "/pause", mode=mode))
+            while not server.paused():
+                time.sleep(0.01)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Server, "update", paused_meanwhile)
+            with pytest.raises(fp8sync.Fp8SyncError, match="no requests in flight, found 1"):
+                link.refit("wait")
+        stream, pause = calls
         pause.result(60)
         assert stream.done() is (mode == "wait")
         assert server.paused()
