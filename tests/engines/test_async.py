@@ -58,15 +58,25 @@ class Engine:
 
     def begun(self, prompt: list[int], tokens: int) -> Future[serving.Sample]:
         """A stream that has some of its tokens."""
-        stream = self.loop.begin(self.stream(prompt, tokens))
-        while not self.written():
-            time.sleep(0.01)
+        (stream,) = self.all_begun([prompt], tokens)
         return stream
+
+    def all_begun(self, prompts: list[list[int]], tokens: int) -> list[Future[serving.Sample]]:
+        """Streams that have some of their tokens, each; the engine has none but these."""
+        streams = [self.loop.begin(self.stream(prompt, tokens)) for prompt in prompts]
+        while not any(stream.done() for stream in streams):
+            if len(counts := self._counts()) >= len(streams) and all(counts):
+                break
+            time.sleep(0.01)
+        return streams
 
     def written(self) -> int:
         """Tokens of all streams that are under way."""
+        return sum(self._counts())
+
+    def _counts(self) -> list[int]:
         states = list(self.llm.output_processor.request_states.values())
-        return sum(len(state.detokenizer.output_token_ids) for state in states if state.detokenizer)
+        return [len(state.detokenizer.output_token_ids) for state in states if state.detokenizer]
 
     def logprobs(self) -> torch.Tensor:
         return self.loop.run(self._logprobs())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -82,9 +81,7 @@ def test_requests_of_a_paused_engine_are_not_waited_for(
     """They would never end: refused before anything is sent, and kept where that is asked for."""
     run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
     fp8sync.refit(models[0], engine.llm, recipe)
-    streams = [engine.loop.begin(engine.stream(p, 400)) for p in serving.PROMPTS]
-    while len(engine.llm.output_processor.request_states) < len(streams):
-        time.sleep(0.01)
+    streams = engine.all_begun(serving.PROMPTS, 400)
     run(engine.llm.pause_generation(mode="keep"))
     with pytest.raises(fp8sync.Fp8SyncError, match="4 requests are in flight in an engine that is"):
         fp8sync.refit(models[1], engine.llm, recipe)
@@ -149,9 +146,7 @@ def test_an_engine_that_went_on_without_saying_so_holds_one_version(
             fp8sync.refit(models[0], engine.llm, recipe)
     assert not engine.loop.run(engine.llm.is_paused())
     expected = engine.greedy(world.PROMPT, 80)
-    request = engine.loop.begin(engine.stream(world.PROMPT, 80))
-    while not engine.llm.output_processor.request_states:
-        time.sleep(0.01)
+    request = engine.begun(world.PROMPT, 80)
     fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
     assert request.result(60)[0] == expected
     assert engine.greedy(world.PROMPT, 80) != expected
