@@ -297,17 +297,15 @@ class Conductor:
         laps.end("join")
         held = merge_ranks([self._member.source.manifest(), *self._manifests("trainer")])
         self._member.source.check(held)
-        opening = {
-            "type": "source",
-            "manifest": held.to_json(),
-            "recipe": self._recipe.to_json(),
-            "bucket_bytes": self._bucket_bytes,
-        }
+        opening: Message = {"type": "source", "manifest": held.to_json()}
+        opening |= {"recipe": self._recipe.to_json(), "bucket_bytes": self._bucket_bytes}
         team = {"team": secrets.token_hex(8), "host": listener.host}
         self._peers.tell("engine", opening)
+        laps.end("gather")
         # The rest while workers trace: indexing here, and reading on the trainer's other ranks.
         self._peers.tell("trainer", {**opening, **team})
         self._member.learn(held, self._recipe)
+        laps.end("learn")
         wanted = self._engine_boxes = merge_ranks(self._manifests("engine"))
         laps.end("trace")
         self.commit_kind, self.commit_reason = choose_commit(self._wanted_commit, self._short)

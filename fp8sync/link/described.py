@@ -45,8 +45,10 @@ class Described(ABC):
     def connect_s(self) -> dict[str, float]:
         """Seconds that connecting took, by stage, as trainer rank 0 saw it.
 
-        `join` (everyone came), `trace` (workers described themselves), `plan`, `open` (this rank's way out;
-        workers prove meanwhile which modules are `direct`), `ready` (everyone else is).
+        `join` (everyone came), `gather` (trainer ranks said what they hold, and workers heard it), `learn`
+        (this rank indexed it and compiled kernels, while workers traced), `trace` (workers said what they
+        want), `plan`, `open` (this rank's way out; workers prove meanwhile which modules are `direct`),
+        `ready` (everyone else is).
         """
         return dict(self._connected().connecting.seconds)
 

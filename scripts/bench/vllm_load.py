@@ -1,13 +1,15 @@
 """What refits cost a vLLM that decodes: tokens per second with and without, and memory after many.
 
     python -m scripts.bench.vllm_load [--layers 48] [--pairs 10] [--soak 200] [--trainer-gpu 1]
+    python -m scripts.bench.vllm_load --prefix-caching --first-refits 12
 
 An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for decoding) keeps 32
 sequences at work from the first to the last window; none ends, so no window has a prefill. The trainer's
 random weights lie on GPU 1, or on GPU 0 as well. Windows of --every seconds take turns: one without a refit, one
 with a refit in its middle, and so on, and one without at the end. Each with a refit is compared with the mean of
 its two neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept. The engine
-caches no prefixes, so they need not be recomputed; with --prefix-caching it does, and they are. Then, still decoding, --soak refits follow each other.
+caches no prefixes, so they need not be recomputed; with --prefix-caching it does, and they are: kernels of such
+prefills are compiled in --first-refits, before the first window. Then, still decoding, --soak refits follow each other.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=5.0, help="seconds of a window")
     parser.add_argument("--pairs", type=int, default=10, help="windows with a refit")
     parser.add_argument("--warm-up", type=float, default=15.0, help="seconds before the first")
+    parser.add_argument("--first-refits", type=int, default=0, help="before that, as many refits")
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--prefix-caching", action="store_true")
@@ -59,6 +62,9 @@ def main() -> None:
         print(f"connect: {connect_s:.2f} s, {stages}; {link.transport}", flush=True)
         link.refit("keep")
         engine.begin()
+        for _ in range(options.first_refits):
+            link.refit("keep")
+            time.sleep(options.every / 2)
         time.sleep(options.warm_up)
         record = measure(engine, link, options.every, options.pairs)
         record |= {"connect_s": connect_s, "connect_stages": link.connect_s}

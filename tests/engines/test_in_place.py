@@ -67,7 +67,8 @@ def test_equals_a_fresh_load(kind: str, tmp_path: Path) -> None:
         recipe = "bf16" if kind == "neox" else world.recipe("blockwise-pow2")
         options = {"bucket_bytes": BUCKET_BYTES, "transport": TRANSPORT, "commit": commit}
         with fp8sync.connect(models[turn], llm, recipe, **options) as link:
-            assert list(link.connect_s) == ["join", "trace", "plan", "open", "ready"]
+            stages = ["join", "gather", "learn", "trace", "plan", "open", "ready"]
+            assert list(link.connect_s) == stages
             assert {side: set(m.ranks) for side, m in link.manifests.items()} == {
                 "trainer": {0},
                 "engine": {0},
