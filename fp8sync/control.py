@@ -275,11 +275,12 @@ class Listener:
 
         Raises:
             TransferTimeout: nobody came within the timeout.
+            EngineLost: closed meanwhile, or before.
         """
         ends = time.monotonic() + self._timeout_s
         while True:
-            self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
             try:
+                self._sock.settimeout(max(ends - time.monotonic(), 1e-3))
                 sock, _ = self._sock.accept()
             except TimeoutError as error:
                 text = f"{peer} did not join within {self._timeout_s:g} s"
