@@ -16,7 +16,7 @@ from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import world
 from tests.engines.sabotage import SABOTAGE
 
-TIMEOUT_S = 8.0
+TIMEOUT_S = 16.0
 STEPS: list[tuple[str, tuple[str, ...]]] = [
     ("fail_to_unpack", ("fp8sync.engines.vllm.buckets", "unpack")),
     ("fail_to_receive", ()),

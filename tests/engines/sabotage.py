@@ -1,19 +1,35 @@
-"""Steps of a worker that fail once, in whatever process it runs (vLLM's `worker_extension_cls`)."""
+"""Steps of a worker that fail once, or take long, in whatever process it runs (vLLM's `worker_extension_cls`)."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
 
-__all__ = ["SABOTAGE", "Sabotage"]
+__all__ = ["SABOTAGE", "SLOW_S", "Sabotage"]
 
 SABOTAGE = {"worker_extension_cls": "tests.engines.sabotage.Sabotage"}
 """Option of an engine whose workers are to have these methods."""
+SLOW_S = 0.025
+"""For `take_time`: 400 tokens are then written in ten seconds, and not in half a one."""
 
 
 class Sabotage:
     """Methods of a worker; called by name, with `collective_rpc`."""
+
+    def take_time(self, seconds: float) -> None:
+        """Let every step of the model take so much longer; 0 ends that."""
+        runner = self.model_runner
+        vars(runner).pop("execute_model", None)
+        execute = runner.execute_model
+
+        def slow(*args: Any, **options: Any) -> Any:
+            time.sleep(seconds)
+            return execute(*args, **options)
+
+        if seconds:
+            runner.execute_model = slow
 
     def keep_prefixes(self, rank: int) -> None:
         """Let the prefix cache not be emptied any more, of the replica that this worker of an engine is."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 import fp8sync
 from fp8sync.engines.vllm import compat
 from tests.engines import serving, world
-from tests.engines.sabotage import SABOTAGE
+from tests.engines.sabotage import SABOTAGE, SLOW_S
 from tests.engines.test_in_place import meddle_with_portion
 from tests.engines.test_kv_scales import scales
 
@@ -38,7 +39,7 @@ class Engine:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        settings = serving.settings(folder, **options)
+        settings = serving.settings(folder, **SABOTAGE, **options)
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**settings))
 
     async def stream(self, prompt: list[int], tokens: int) -> serving.Sample:
@@ -69,6 +70,18 @@ class Engine:
                 break
             time.sleep(0.01)
         return streams
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Nothing that has begun ends before it was looked at, however busy the machine is."""
+        self._each_worker("take_time", SLOW_S)
+        try:
+            yield
+        finally:
+            self._each_worker("take_time", 0.0)
+
+    def _each_worker(self, method: str, *args: Any) -> None:
+        self.loop.run(self.llm.collective_rpc(method, args=args))
 
     def written(self) -> int:
         """Tokens of all streams that are under way."""
@@ -101,7 +114,7 @@ def engine(
     models: list[torch.nn.Module], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Engine]:
     folder = world.write_config(models[0], tmp_path_factory.mktemp("engine"))
-    engine = Engine(folder, **SABOTAGE)
+    engine = Engine(folder)
     yield engine
     engine.close()
 
@@ -333,7 +346,8 @@ def test_requests_that_do_not_end(
     def pause_impatiently(mode: str, *, once: bool) -> bool:
         handle.timeout_s = 1e-3
         try:
-            return pause(mode, once=once)
+            with engine.slow():
+                return pause(mode, once=once)
         finally:
             handle.timeout_s = patient_s
 

@@ -337,7 +337,7 @@ def test_engine_process_killed(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGKILL)
         source.go.set()
 
-    threading.Thread(target=kill).start()
+    threading.Thread(target=kill, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(
         fp8sync.EngineLost, match=r"vLLM engine died during update_weights|engine rank 0 "
@@ -372,7 +372,7 @@ def test_worker_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         worker.kill()
         source.go.set()
 
-    threading.Thread(target=kill).start()
+    threading.Thread(target=kill, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match=r"engine rank 1|engine died"):
         link.refit()

@@ -63,7 +63,7 @@ def test_two_engines_get_one_version_and_the_loss_of_one_leaves_the_other_as_it_
         kill(engines[1])
         source.go.set()
 
-    threading.Thread(target=kill_the_second).start()
+    threading.Thread(target=kill_the_second, daemon=True).start()
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match="engine 1"):
         link.refit()

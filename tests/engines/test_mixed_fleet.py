@@ -9,7 +9,6 @@ import torch
 
 import fp8sync
 from tests.engines import serving, world
-from tests.engines.sabotage import SABOTAGE
 from tests.engines.test_async import Engine
 from tests.engines.test_server import Served
 
@@ -24,7 +23,7 @@ def test_both_get_one_version_or_none(tmp_path: Path) -> None:
     config = world.write_config(models[0], tmp_path / "config")
     recipe = world.recipe("blockwise-pow2")
     served = Served(config)
-    engine = Engine(config, **SABOTAGE)
+    engine = Engine(config)
     try:
         engines = [engine.llm, served.url]
         link = fp8sync.connect(models[0], engines, recipe, timeout_s=60.0)

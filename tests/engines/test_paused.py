@@ -10,7 +10,6 @@ import fp8sync
 from fp8sync.engines.vllm import AsyncHandle
 from tests import skips
 from tests.engines import serving, world
-from tests.engines.sabotage import SABOTAGE
 from tests.engines.test_async import Engine
 
 if TYPE_CHECKING:
@@ -81,8 +80,9 @@ def test_requests_of_a_paused_engine_are_not_waited_for(
     """They would never end: refused before anything is sent, and kept where that is asked for."""
     run, recipe = engine.loop.run, world.recipe("blockwise-pow2")
     fp8sync.refit(models[0], engine.llm, recipe)
-    streams = engine.all_begun(serving.PROMPTS, 400)
-    run(engine.llm.pause_generation(mode="keep"))
+    with engine.slow():
+        streams = engine.all_begun(serving.PROMPTS, 400)
+        run(engine.llm.pause_generation(mode="keep"))
     with pytest.raises(fp8sync.Fp8SyncError, match="4 requests are in flight in an engine that is"):
         fp8sync.refit(models[1], engine.llm, recipe)
     report = fp8sync.refit(models[1], engine.llm, recipe, in_flight="keep")
@@ -146,8 +146,9 @@ def test_an_engine_that_went_on_without_saying_so_holds_one_version(
             fp8sync.refit(models[0], engine.llm, recipe)
     assert not engine.loop.run(engine.llm.is_paused())
     expected = engine.greedy(world.PROMPT, 80)
-    request = engine.begun(world.PROMPT, 80)
-    fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
+    with engine.slow():
+        request = engine.begun(world.PROMPT, 80)
+        fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
     assert request.result(60)[0] == expected
     assert engine.greedy(world.PROMPT, 80) != expected
 
@@ -233,8 +234,9 @@ def test_a_paused_engine_of_a_list_stays_so_and_the_others_requests_end(
         with fp8sync.connect(models[0], both, recipe) as link:
             link.refit()
             old = other.greedy(prompt, tokens)
-        frozen = engine.begun(prompt, tokens)
-        run(engine.llm.pause_generation(mode="keep"))
+        with engine.slow():
+            frozen = engine.begun(prompt, tokens)
+            run(engine.llm.pause_generation(mode="keep"))
         with fp8sync.connect(models[1], both, recipe) as link:
             with monkeypatch.context() as patch:
                 patch.setattr(AsyncHandle, "check_requests", lambda *_: None)  # as of a server
@@ -288,7 +290,7 @@ def test_replicas_stand_while_all_workers_are_waited_for(
     # A worker in its scheduler's process, whose cache it is told to keep; with replicas, vLLM parts them on GPUs.
     where = {"distributed_executor_backend": world.ONE_PROCESS}
     folder = world.write_config(models[0], tmp_path)
-    engine = Engine(folder, data_parallel_size=2, **where, **SABOTAGE)
+    engine = Engine(folder, data_parallel_size=2, **where)
     stood: dict[str, bool] = {}
 
     def watched(name: str) -> Callable[..., None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,12 @@ def test_a_pause_that_lets_requests_end_is_made_one_that_does_not(
             return install(*args)
 
         monkeypatch.setattr(link, "_install", watched)
-        stream = engine.begun(prompt, 400)
-        draining = engine.loop.begin(engine.llm.pause_generation(mode="wait"))
-        while not run(engine.llm.is_paused()):
-            time.sleep(0.01)
-        link.refit("keep")
+        with engine.slow():
+            stream = engine.begun(prompt, 400)
+            draining = engine.loop.begin(engine.llm.pause_generation(mode="wait"))
+            while not run(engine.llm.is_paused()):
+                time.sleep(0.01)
+            link.refit("keep")
     assert run(engine.llm.is_paused())
     draining.result(60)
     time.sleep(0.2)
@@ -90,14 +92,16 @@ def test_wait_is_refused_where_the_owner_pauses_while_bytes_arrive(
             time.sleep(0.01)
 
     with fp8sync.connect(models[1], engine.llm, recipe) as link:
-        stream = engine.begun(prompt, 400)
-        with monkeypatch.context() as patch:
+        with engine.slow(), monkeypatch.context() as patch:
+            stream = engine.begun(prompt, 400)
             patch.setattr(AsyncHandle, "update", paused_meanwhile)
             with pytest.raises(fp8sync.Fp8SyncError, match="1 requests are in flight"):
                 link.refit("wait")
         assert run(engine.llm.is_paused())
         assert link.version == 0
         pauses[0].result(60)
+        if mode == "wait":
+            assert stream.result(60) == (old, "length")
         assert stream.done() is (mode == "wait")
         run(engine.llm.resume_generation())
         assert stream.result(60) == (old, "length")
@@ -141,15 +145,16 @@ def test_replicas_that_let_requests_end_stand_where_they_must(
     handle, prompt = AsyncHandle(engine.llm), serving.PROMPTS[0]
     monkeypatch.setattr(handle, "replicas", 2)
     old = engine.greedy(prompt, 400)
-    stream = engine.begun(prompt, 400)
-    draining = engine.loop.begin(engine.llm.pause_generation(mode="wait"))
-    while not handle.paused():
-        time.sleep(0.01)
-    with handle.standing():
-        time.sleep(0.1)
-        before = engine.written()
-        time.sleep(0.3)
-        assert engine.written() == before
+    with engine.slow():
+        stream = engine.begun(prompt, 400)
+        draining = engine.loop.begin(engine.llm.pause_generation(mode="wait"))
+        while not handle.paused():
+            time.sleep(0.01)
+        with handle.standing():
+            engine.loop.run(asyncio.sleep(0.1))  # for tokens on their way
+            before = engine.written()
+            time.sleep(0.3)
+            assert engine.written() == before
     assert handle.paused()
     draining.result(60)
     handle.resume()

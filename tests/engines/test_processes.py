@@ -43,7 +43,7 @@ def torchrun(module: str, ranks: int, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={ranks}", "-m", module, *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=800)
 
 
 def test_trainer_of_two_ranks_engine_of_two_workers(tmp_path: Path) -> None:

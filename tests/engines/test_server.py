@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ from fp8sync.engines.vllm import Server
 from fp8sync.engines.vllm.compat import requests_of
 from tests import ports
 from tests.engines import serving, world
+from tests.engines.sabotage import SABOTAGE, SLOW_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +43,7 @@ class Served:
         self.port = ports.free()
         self.url = f"http://127.0.0.1:{self.port}"
         place = {"host": "127.0.0.1", "port": self.port, "served_model_name": "tiny"}
-        options = serving.settings(folder, **place, **changes)
+        options = serving.settings(folder, **place, **SABOTAGE, **changes)
         options.pop("disable_log_stats")
         self._options = options
         self.start()
@@ -64,7 +65,7 @@ class Served:
         self._wait()
 
     def _wait(self) -> None:
-        ends = time.monotonic() + 150
+        ends = time.monotonic() + 400
         while time.monotonic() < ends:
             assert self.process.poll() is None, "the server ended while it started"
             with suppress(OSError):
@@ -129,6 +130,18 @@ class Served:
 
         self.complete(note, prompt=world.PROMPT, max_tokens=1, prompt_logprobs=256)
         return torch.stack(rows)
+
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """Nothing that has begun ends before it was looked at, however busy the machine is."""
+        self._each_worker("take_time", SLOW_S)
+        try:
+            yield
+        finally:
+            self._each_worker("take_time", 0.0)
+
+    def _each_worker(self, method: str, *args: Any) -> None:
+        Server(self.url)._post("/collective_rpc", {"method": method, "args": args})
 
     def kill_engine(self) -> None:
         """End the engine's process, which vLLM starts as a child of the server's."""
@@ -260,12 +273,14 @@ def test_requests_of_a_paused_server_are_not_waited_for(
             while not server.paused():
                 time.sleep(0.01)
 
-        with monkeypatch.context() as patch:
+        with served.slow(), monkeypatch.context() as patch:
             patch.setattr(Server, "update", paused_meanwhile)
             with pytest.raises(fp8sync.Fp8SyncError, match="no requests in flight, found 1"):
                 link.refit("wait")
         stream, pause = calls
         pause.result(60)
+        if mode == "wait":
+            stream.result(60)
         assert stream.done() is (mode == "wait")
         assert server.paused()
         server.resume()

@@ -17,6 +17,7 @@ import torch
 
 import fp8sync
 from fp8sync.engines.vllm import Server
+from fp8sync.engines.vllm.compat import requests_of
 from tests.engines import serving, world
 from tests.engines.killed_trainer import TIMEOUT_S, tall
 from tests.engines.test_server import Served
@@ -45,11 +46,13 @@ def test_only_trainer_of_a_server(tmp_path: Path) -> None:
             link.refit()
         before = served.logprobs()
         trainer = start("server", served.url)
-        assert trainer.wait(200) == -signal.SIGKILL
+        assert trainer.wait(400) == -signal.SIGKILL
         began = time.monotonic()
         # What the dead trainer had installed serves on; of what it was sending, nothing does.
         assert (served.logprobs() - before).abs().max().item() == 0.0
-        told = [line for line in log.read_text().splitlines() if "keeps its old weights" in line]
+        while not (told := [w for w in log.read_text().splitlines() if "keeps its old" in w]):
+            assert time.monotonic() - began < TIMEOUT_S
+            time.sleep(0.01)
         assert any("WARNING" in line and "trainer" in line for line in told), told
         with fp8sync.connect(models[0], served.url, recipe, timeout_s=TIMEOUT_S) as link:
             assert link.refit().version == 1
@@ -95,7 +98,8 @@ def test_while_it_waits_for_requests_to_end(tall_server: Served) -> None:
     assert trainer.stdin is not None
     with ThreadPoolExecutor(1) as pool:
         tokens = pool.submit(tall_server.greedy, serving.PROMPTS[0], 3000)
-        time.sleep(0.5)
+        while not requests_of(server._watched("GET", "/metrics")[1].decode()):
+            time.sleep(0.01)
         trainer.stdin.write(b"\n")
         trainer.stdin.flush()
         while not server.paused():
@@ -157,7 +161,7 @@ def test_before_caches_are_empty(tall_server: Served) -> None:
 
 def test_one_rank_of_two(tmp_path: Path) -> None:
     ranks = [start("ranks", str(tmp_path), str(rank)) for rank in range(2)]
-    assert ranks[1].wait(250) == -signal.SIGKILL
+    assert ranks[1].wait(500) == -signal.SIGKILL
     assert ranks[0].wait(100) == 0
     found = json.loads((tmp_path / "rank0.json").read_text())
     assert found["error"].startswith("EngineLost: trainer rank 1 ")

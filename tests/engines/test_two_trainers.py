@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,8 +58,16 @@ def other(url: str, seed: int) -> Iterator[Other]:
         trainer.process.wait(20)
 
 
+def once_free(link: fp8sync.Link, ends: float) -> fp8sync.RefitReport:
+    try:
+        return link.refit()
+    except fp8sync.RefitInProgress:
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+        return once_free(link, ends)
+
+
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.timeout(400)
 def test_one_refits_at_a_time(tmp_path: Path) -> None:
     model = serving.models()[0]
     served = Served(world.write_config(model, tmp_path))
@@ -91,9 +100,9 @@ def test_one_refits_at_a_time(tmp_path: Path) -> None:
             assert trainer.says() == "held"
             trainer.process.kill()
             trainer.process.wait(20)
-        # It died at it: its version was never installed, and the engine is free.
+        # It died at it: its version was never installed, and the engine is free once that is noticed.
         assert torch.equal(served.logprobs(), theirs)
-        assert link.refit().version == 3
+        assert once_free(link, time.monotonic() + TIMEOUT_S).version == 3
         assert torch.equal(served.logprobs(), mine)
         link.close()
     finally:

@@ -56,7 +56,7 @@ def test_the_engine_has_the_last_step(served: Served, folder: Path, trainer: str
         on_processor = ["-m", "tests.megatron.training", "scripts.examples.recipe"]
         command = [str(MEGATRON_PYTHON), "-W", "ignore", *ranks, *on_processor, *options]
     ran = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        command, cwd=ROOT, capture_output=True, text=True, timeout=400, check=False
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "step 2: loss " in ran.stdout

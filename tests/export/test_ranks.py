@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         for rank in range(RANKS)
     ]
     try:
-        assert [process.wait(200) for process in ranks] == [0] * RANKS
+        assert [process.wait(500) for process in ranks] == [0] * RANKS
     finally:
         for process in ranks:
             process.kill()

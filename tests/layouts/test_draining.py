@@ -120,7 +120,7 @@ def test_a_worker_that_fails_while_it_hands_on(way: str, target: str, monkeypatc
 
 def test_silent_trainer_ranks_cost_one_timeout() -> None:
     """By gloo: with the first wait that ends in vain it gives up all connections, so no other one follows."""
-    limit_s = 2.0
+    limit_s = 4.0
     refit = two_and_two("buckets", limit_s)
     began = time.monotonic()
     taken = [
@@ -129,10 +129,10 @@ def test_silent_trainer_ranks_cost_one_timeout() -> None:
     ]
     for each in taken:
         with pytest.raises(
-            TransferTimeout, match="trainer rank 0 did not send a bucket within 2 s"
+            TransferTimeout, match="trainer rank 0 did not send a bucket within 4 s"
         ):
             each.result()
-    assert limit_s <= time.monotonic() - began < 1.8 * limit_s
+    assert limit_s <= time.monotonic() - began < 1.9 * limit_s
 
 
 LATE, BAD = TransferTimeout("trainer rank 1 sent nothing"), CorruptBucket("bucket 2: digest")

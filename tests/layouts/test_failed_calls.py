@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 dist: Any = torch.distributed
 CPU = torch.device("cpu")
 SOURCE, WANTED = manifest(TrainerLayout(tp=2), QWEN), manifest(EngineLayout(tp=2), QWEN)
-WAIT_S = 20.0
+WAIT_S = 60.0
 
 
 class Worker(refit_world.Worker):
@@ -180,6 +180,9 @@ def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pair]:
 
     monkeypatch.setattr(Opening, "say", say)
     monkeypatch.setattr(refit_world, "TIMEOUT_S", WAIT_S)
+    monkeypatch.setattr(
+        "fp8sync.link.together._MOMENT_S", 1.5
+    )  # both ranks are threads of one process
     began = time.monotonic()
     yield pair
     assert time.monotonic() - began < 0.8 * WAIT_S  # nobody has waited in vain
@@ -342,7 +345,7 @@ def test_an_engine_that_takes_its_time_to_say_its_label(pair: Pair) -> None:
     """The other ranks hear of a version after that, and wait for as long as it may take."""
     assert pair.connect() == [None, None]
     (follower,) = pair.links[1]._followers.values()
-    follower._channel.timeout_s = 0.5
+    follower._channel.timeout_s = 1.0
     pair.engine.last_label = lambda: time.sleep(1.5) or 0
     the_next_arrives(pair)
 

@@ -13,7 +13,7 @@ import pytest
 
 HERE = Path(__file__).parent
 RANKS = 4
-LIMIT_S = 840
+LIMIT_S = 2400
 
 if find_spec("megatron") is None:
     # Megatron needs an environment of its own (requirements/megatron.txt): `make test-megatron`.

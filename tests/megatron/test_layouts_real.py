@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all cases
+pytestmark = pytest.mark.timeout(2500)  # the first test waits for all cases
 
 LAYOUTS = {
     "qwen3": ["", "tp=2", "tp=4", "tp=2,cp=2", "pp=2", "tp=2,pp=2"],

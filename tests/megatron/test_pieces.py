@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp8sync.errors import UnsupportedLayout
@@ -21,6 +21,7 @@ from fp8sync.sources.megatron.pieces import Layout, Piece, Run, columns, concate
 from tests.megatron import pairs
 
 
+@settings(deadline=None)
 @given(
     runs=st.lists(st.tuples(st.sampled_from(["a", "b", ""]), st.integers(0, 9)), min_size=1),
     count=st.integers(1, 4),
@@ -96,6 +97,7 @@ def test_boxes_say_where_their_own_blocks_begin(layout: Layout, found: list[Any]
     assert [(b.scale_at and b.scale_at.offset, b.scale_origin) for b in boxes] == found
 
 
+@settings(deadline=None)
 @given(
     rows=st.integers(1, 5),
     columns=st.integers(1, 6),

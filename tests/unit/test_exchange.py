@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 dist: Any = torch.distributed
-TIMEOUT_S = 2.0
+TIMEOUT_S = 20.0
 RANKS = range(3)
 
 
-def exchanges() -> list[AmaxExchange]:
+def exchanges(limit_s: float = TIMEOUT_S) -> list[AmaxExchange]:
     """128 rows on three ranks: 50, 50 and 28."""
     at = Placement("w", 0, (128, 1))
     boxes = {r: [Box("w", (50 * r, 0), (50 if r < 2 else 28, 128), at)] for r in RANKS}
@@ -37,7 +37,7 @@ def exchanges() -> list[AmaxExchange]:
 
     def join(ranks: tuple[int, ...], rank: int) -> GlooGroup:
         names = {n: f"trainer rank {r}" for n, r in enumerate(ranks)}
-        return GlooGroup(store, rank, len(ranks), "127.0.0.1", TIMEOUT_S, names)
+        return GlooGroup(store, rank, len(ranks), "127.0.0.1", limit_s, names)
 
     with ThreadPoolExecutor(len(RANKS)) as pool:
         cpu = torch.device("cpu")
@@ -69,7 +69,7 @@ def test_a_rank_that_fails_is_named_and_the_next_exchange_works() -> None:
     reads = [lambda r=r: weights(r) for r in RANKS]
     began = time.monotonic()
     errors = together(team, [reads[0], fail, reads[2]])
-    assert time.monotonic() - began < TIMEOUT_S
+    assert time.monotonic() - began < TIMEOUT_S / 2
     assert isinstance(errors[1], RuntimeError)
     for rank in (0, 2):
         assert isinstance(errors[rank], PeerFailed)
@@ -88,7 +88,7 @@ def test_weights_that_lie_otherwise_are_not_measured() -> None:
     short = torch.full((50, 128), 7.0, dtype=torch.bfloat16)[:10]
     began = time.monotonic()
     errors = together(team, [reads[0], lambda: {"w": short}, reads[2]])
-    assert time.monotonic() - began < TIMEOUT_S
+    assert time.monotonic() - began < TIMEOUT_S / 2
     assert isinstance(errors[1], TensorMismatch)
     found = "found bfloat16 (10, 128) with strides (128, 1)"
     assert errors[1].violations == (
@@ -138,10 +138,11 @@ def test_another_default_dtype_changes_nothing() -> None:
 
 
 def test_a_rank_that_stays_away_is_waited_for_no_longer_than_agreed() -> None:
-    team = exchanges()
+    limit_s = 2.0
+    team = exchanges(limit_s)
     began = time.monotonic()
     errors = together(team[:2], [lambda r=r: weights(r) for r in RANKS[:2]])
-    assert time.monotonic() - began < 3 * TIMEOUT_S
+    assert time.monotonic() - began < 3 * limit_s
     for error in errors:
         assert isinstance(error, Fp8SyncError)
     late = next(error for error in errors if isinstance(error, TransferTimeout))

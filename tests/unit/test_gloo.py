@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.process import BaseProcess
 
-WAIT_S = 20.0
+WAIT_S = 120.0
 NAMES = {1: "engine rank 0"}
 
 
@@ -92,7 +92,7 @@ def test_a_killed_peer_is_lost_within_the_timeout() -> None:
         group.receive(torch.zeros(1 << 20, dtype=torch.uint8), 1)
     with pytest.raises(EngineLost, match="engine rank 0 is gone"):
         group.send(torch.zeros(64 << 20, dtype=torch.uint8), 1)
-    assert time.monotonic() - began < WAIT_S
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 def test_a_peer_that_is_killed_while_we_wait_is_lost() -> None:

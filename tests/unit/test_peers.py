@@ -19,7 +19,7 @@ from fp8sync.link.peers import Peers
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-WAIT_S = 5.0
+WAIT_S = 60.0
 LONG = {"type": "source", "manifest": random.Random(0).randbytes(12 << 20).hex()}
 """More than sockets buffer, also when it is compressed."""
 
@@ -92,7 +92,7 @@ def test_silent_peers_cost_one_timeout_and_what_others_said_is_heard(
         said, lost = peers.hear("trainer", "sent", SILENT_S)
         waited_s = time.monotonic() - began
         telling.result(WAIT_S)
-    assert SILENT_S < waited_s < 1.5 * SILENT_S
+    assert SILENT_S < waited_s < 1.9 * SILENT_S
     assert [each["peer"] for each in said] == ["trainer rank 3"]
     assert [str(error) for error in lost] == [
         f"trainer rank {rank} sent no 'sent' within 1 s" for rank in (1, 2)
@@ -107,7 +107,9 @@ def test_a_peer_at_work_has_its_own_time_after_a_silent_one(
 
     def work() -> None:
         others[1].progress(1)
-        time.sleep(1.6 * SILENT_S)
+        while ("trainer", 1) not in peers.lost:
+            time.sleep(0.01)
+        time.sleep(0.5 * SILENT_S)
         others[1].send({"type": "sent"})
 
     others[2].send({"type": "sent"})
@@ -128,7 +130,7 @@ def test_peers_that_fall_silent_at_work_are_waited_for_together(
         other.progress(1)
     began = time.monotonic()
     said, lost = peers.hear("trainer", "sent", SILENT_S)
-    assert SILENT_S < time.monotonic() - began < 2.5 * SILENT_S
+    assert SILENT_S < time.monotonic() - began < 2.9 * SILENT_S
     assert said == []
     assert [str(error) for error in lost] == [
         f"trainer rank {rank} sent no 'sent' within 1 s" for rank in (1, 2, 3)

@@ -72,7 +72,7 @@ def test_what_rank_0_says_is_heard(tmp_path: Path) -> None:
     ]
     for process in ranks:
         process.start()
-    refused, failed, invited, linked, last, late, next_ = answers.get(timeout=60)
+    refused, failed, invited, linked, last, late, next_ = answers.get(timeout=250)
     for process in ranks:
         process.join(30)
     assert refused["error"] == UnsupportedLayout("no such engine", ["engine 1"]).to_wire()

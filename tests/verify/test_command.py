@@ -36,7 +36,7 @@ def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
     # vLLM names by a port what its workers share on the processor, and leaves it behind: both engines that
     # are started here, one after the other, choose theirs among all.
     del environment["VLLM_PORT"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=280)
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=800)
 
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["failures"] == []
@@ -68,7 +68,7 @@ def verified(folder: Path, *arguments: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "fp8sync.verify.command", str(folder / "model")]
     command += ["--engine-at", str(folder / "engine"), "--host", "127.0.0.2"]
     command += ["--rows", "2", "--length", "32", "--json", str(folder / "result.json"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, check=False, timeout=200)
+    done = subprocess.run(command, cwd=ROOT, check=False, timeout=400)
     result = json.loads((folder / "result.json").read_text())
     assert done.returncode == (0 if "agreement" in result else 1)
     return result
