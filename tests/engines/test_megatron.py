@@ -40,10 +40,7 @@ HYBRID = {"layers_block_type": ["mamba", "attention", "mlp"]}  # vLLM's for the 
 IN_PROJ = "model.layers.0.mixer.in_proj.weight"
 """Its parts do not end with blocks: no engine can hold it in blockwise FP8."""
 
-pytestmark = [
-    pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron's environment"),
-    pytest.mark.timeout(600),
-]
+pytestmark = pytest.mark.skipif(not PYTHON.exists(), reason="needs Megatron's environment")
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -35,10 +35,12 @@ def test_wait_ends_what_was_preempted(tmp_path: Path) -> None:
     fp8sync.refit(models[0], engine.llm, recipe)
     old = [engine.greedy(prompt, TOKENS) for prompt in serving.PROMPTS]
     assert all(a != b for a, b in zip(old, new, strict=True))
-    streams = [engine.loop.begin(engine.stream(prompt, TOKENS)) for prompt in serving.PROMPTS]
-    while sum(written()) < 400 and not any(stream.done() for stream in streams):
-        time.sleep(0.01)
-    fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
+    with engine.slow():
+        streams = [engine.loop.begin(engine.stream(prompt, TOKENS)) for prompt in serving.PROMPTS]
+        while sum(written()) < 400:
+            assert not any(stream.done() for stream in streams)
+            time.sleep(0.01)
+        fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")
     assert [stream.result(120) for stream in streams] == [(tokens, "length") for tokens in old]
     assert [engine.greedy(prompt, TOKENS) for prompt in serving.PROMPTS] == new
     engine.close()

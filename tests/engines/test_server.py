@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext, suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,9 +30,10 @@ from tests.engines.sabotage import SABOTAGE, SLOW_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).parents[2]  # its workers' extension is a test's
 
 
 class Served:
@@ -60,7 +62,7 @@ class Served:
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
         with nullcontext() if self._log is None else self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, env=environment, start_new_session=True, stdout=log, stderr=log
+                command, cwd=ROOT, env=environment, start_new_session=True, stdout=log, stderr=log
             )
         self._wait()
 
