@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-__all__ = ["SABOTAGE", "SLOW_S", "Sabotage"]
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["SABOTAGE", "Sabotage", "slowed"]
 
 SABOTAGE = {"worker_extension_cls": "tests.engines.sabotage.Sabotage"}
 """Option of an engine whose workers are to have these methods."""
-SLOW_S = 0.025
-"""For `take_time`: 400 tokens are then written in ten seconds, and not in half a one."""
+_STEP_S = 0.025
+"""400 tokens are then written in ten seconds, and not in half a one."""
+
+
+@contextmanager
+def slowed(each_worker: Callable[[str, float], object]) -> Iterator[None]:
+    """Nothing that an engine has begun ends before it was looked at, however busy the machine is.
+
+    Args:
+        each_worker: calls a method of `Sabotage`, with its argument.
+    """
+    each_worker("take_time", _STEP_S)
+    try:
+        yield
+    finally:
+        each_worker("take_time", 0.0)
 
 
 class Sabotage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,13 +13,14 @@ import torch
 import fp8sync
 from fp8sync.engines.vllm import compat
 from tests.engines import serving, world
-from tests.engines.sabotage import SABOTAGE, SLOW_S
+from tests.engines.sabotage import SABOTAGE, slowed
 from tests.engines.test_in_place import meddle_with_portion
 from tests.engines.test_kv_scales import scales
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,17 +71,15 @@ class Engine:
             time.sleep(0.01)
         return streams
 
-    @contextmanager
-    def slow(self) -> Iterator[None]:
-        """Nothing that has begun ends before it was looked at, however busy the machine is."""
-        self._each_worker("take_time", SLOW_S)
-        try:
-            yield
-        finally:
-            self._each_worker("take_time", 0.0)
+    def slow(self) -> AbstractContextManager[None]:
+        return slowed(lambda name, *args: self.loop.run(self.llm.collective_rpc(name, args=args)))
 
-    def _each_worker(self, method: str, *args: Any) -> None:
-        self.loop.run(self.llm.collective_rpc(method, args=args))
+    def pausing(self, mode: str) -> Future[None]:
+        """Its owner's pause, once vLLM calls itself paused; requests may be stepped all the same."""
+        pause = self.loop.begin(self.llm.pause_generation(mode=mode))
+        while not self.loop.run(self.llm.is_paused()):
+            time.sleep(0.01)
+        return pause
 
     def written(self) -> int:
         """Tokens of all streams that are under way."""

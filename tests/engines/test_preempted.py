@@ -26,10 +26,6 @@ def test_wait_ends_what_was_preempted(tmp_path: Path) -> None:
     engine = Engine(world.write_config(models[0], tmp_path), **room)
     recipe = world.recipe("blockwise-pow2")
 
-    def written() -> list[int]:
-        states = list(engine.llm.output_processor.request_states.values())
-        return [len(state.detokenizer.output_token_ids) for state in states]
-
     fp8sync.refit(models[1], engine.llm, recipe)
     new = [engine.greedy(prompt, TOKENS) for prompt in serving.PROMPTS]
     fp8sync.refit(models[0], engine.llm, recipe)
@@ -37,7 +33,7 @@ def test_wait_ends_what_was_preempted(tmp_path: Path) -> None:
     assert all(a != b for a, b in zip(old, new, strict=True))
     with engine.slow():
         streams = [engine.loop.begin(engine.stream(prompt, TOKENS)) for prompt in serving.PROMPTS]
-        while sum(written()) < 400:
+        while engine.written() < 400:
             assert not any(stream.done() for stream in streams)
             time.sleep(0.01)
         fp8sync.refit(models[1], engine.llm, recipe, in_flight="wait")

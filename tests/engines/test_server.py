@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,10 +26,11 @@ from fp8sync.engines.vllm import Server
 from fp8sync.engines.vllm.compat import requests_of
 from tests import ports
 from tests.engines import serving, world
-from tests.engines.sabotage import SABOTAGE, SLOW_S
+from tests.engines.sabotage import SABOTAGE, slowed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -133,17 +134,9 @@ class Served:
         self.complete(note, prompt=world.PROMPT, max_tokens=1, prompt_logprobs=256)
         return torch.stack(rows)
 
-    @contextmanager
-    def slow(self) -> Iterator[None]:
-        """Nothing that has begun ends before it was looked at, however busy the machine is."""
-        self._each_worker("take_time", SLOW_S)
-        try:
-            yield
-        finally:
-            self._each_worker("take_time", 0.0)
-
-    def _each_worker(self, method: str, *args: Any) -> None:
-        Server(self.url)._post("/collective_rpc", {"method": method, "args": args})
+    def slow(self) -> AbstractContextManager[None]:
+        post = Server(self.url)._post
+        return slowed(lambda name, *args: post("/collective_rpc", {"method": name, "args": args}))
 
     def kill_engine(self) -> None:
         """End the engine's process, which vLLM starts as a child of the server's."""

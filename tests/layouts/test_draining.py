@@ -132,7 +132,7 @@ def test_silent_trainer_ranks_cost_one_timeout() -> None:
             TransferTimeout, match="trainer rank 0 did not send a bucket within 4 s"
         ):
             each.result()
-    assert limit_s <= time.monotonic() - began < 1.9 * limit_s
+    assert limit_s <= time.monotonic() - began < 1.8 * limit_s
 
 
 LATE, BAD = TransferTimeout("trainer rank 1 sent nothing"), CorruptBucket("bucket 2: digest")

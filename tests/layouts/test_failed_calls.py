@@ -1,7 +1,6 @@
 """A call to vLLM that fails while a link is made, or a version installed: everyone hears why.
 
-A real link, its follower and workers, each in a thread of this process; the engine between them only calls
-the workers, and fails as a test asks.
+A real link, its follower and workers, in threads of this process; the engine calls the workers, and fails when asked.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import pytest
 import torch
 import torch.distributed
 
+from fp8sync.control import Listener
 from fp8sync.engines.vllm.handle import Handle
 from fp8sync.errors import (
     CorruptBucket,
@@ -219,6 +219,23 @@ def test_while_a_link_is_made(pair: Pair, call: str, error: Exception) -> None:
     pair.engine.of_two[1].stops_at = ""
     assert pair.connect() == [None, None]
     the_next_arrives(pair)
+
+
+def test_between_two_who_join(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rendezvous is closed when the second is about to be waited for."""
+    accept, peers = Listener.accept, list[str]()
+
+    def late(listener: Listener, peer: str) -> Any:
+        peers.append(peer)
+        while len(peers) > 1 and listener._sock.fileno() != -1:
+            time.sleep(0.01)
+        return accept(listener, peer)
+
+    monkeypatch.setattr(Listener, "accept", late)
+    pair.engine.fails["ask"] = ERRORS[1]
+    first, second = pair.connect()
+    assert (first, len(peers)) == (ERRORS[1], 2)
+    heard(second, ERRORS[1])
 
 
 def test_what_a_worker_has_said_before(pair: Pair) -> None:

@@ -78,7 +78,7 @@ def test_a_peer_that_is_gone_is_named(joined: tuple[Peers, list[Channel]]) -> No
             telling.result(WAIT_S)
 
 
-SILENT_S = 1.0
+SILENT_S = 3.0
 
 
 def test_silent_peers_cost_one_timeout_and_what_others_said_is_heard(
@@ -92,10 +92,10 @@ def test_silent_peers_cost_one_timeout_and_what_others_said_is_heard(
         said, lost = peers.hear("trainer", "sent", SILENT_S)
         waited_s = time.monotonic() - began
         telling.result(WAIT_S)
-    assert SILENT_S < waited_s < 1.9 * SILENT_S
+    assert SILENT_S < waited_s < 1.5 * SILENT_S
     assert [each["peer"] for each in said] == ["trainer rank 3"]
     assert [str(error) for error in lost] == [
-        f"trainer rank {rank} sent no 'sent' within 1 s" for rank in (1, 2)
+        f"trainer rank {rank} sent no 'sent' within 3 s" for rank in (1, 2)
     ]
 
 
@@ -131,10 +131,10 @@ def test_peers_that_fall_silent_at_work_are_waited_for_together(
         other.progress(1)
     began = time.monotonic()
     said, lost = peers.hear("trainer", "sent", SILENT_S)
-    assert SILENT_S < time.monotonic() - began < 2.9 * SILENT_S
+    assert SILENT_S < time.monotonic() - began < 2.5 * SILENT_S
     assert said == []
     assert [str(error) for error in lost] == [
-        f"trainer rank {rank} sent no 'sent' within 1 s" for rank in (1, 2, 3)
+        f"trainer rank {rank} sent no 'sent' within 3 s" for rank in (1, 2, 3)
     ]
 
 
