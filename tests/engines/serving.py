@@ -33,7 +33,7 @@ def models() -> list[torch.nn.Module]:
 
 def settings(folder: Path, **options: Any) -> dict[str, Any]:
     """An engine on dummy weights with room for the streams."""
-    return world.settings(folder, load_format="dummy", **{"max_model_len": 512, **options})
+    return world.settings(folder, **{"load_format": "dummy", "max_model_len": 512, **options})
 
 
 class LoopThread:

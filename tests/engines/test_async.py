@@ -89,15 +89,16 @@ class Engine:
         states = list(self.llm.output_processor.request_states.values())
         return [len(state.detokenizer.output_token_ids) for state in states if state.detokenizer]
 
-    def logprobs(self) -> torch.Tensor:
-        return self.loop.run(self._logprobs())
+    def logprobs(self, data_parallel_rank: int | None = None) -> torch.Tensor:
+        return self.loop.run(self._logprobs(data_parallel_rank))
 
-    async def _logprobs(self) -> torch.Tensor:
+    async def _logprobs(self, replica: int | None) -> torch.Tensor:
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, prompt_logprobs=256, detokenize=False)
         prompt = {"prompt_token_ids": world.PROMPT}
-        async for output in self.llm.generate(prompt, params, f"r{next(_ids)}"):
+        name = f"r{next(_ids)}"
+        async for output in self.llm.generate(prompt, params, name, data_parallel_rank=replica):
             last = output
         return world.rows_of(last.prompt_logprobs)
 

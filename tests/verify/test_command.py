@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-# On GPUs every trainer rank and every worker wants one of its own; on the processor they share.
-pytestmark = [pytest.mark.multigpu(4)] if skips.cuda_devices() else []
+# On GPUs a trainer rank and a worker share each.
+pytestmark = [pytest.mark.multigpu(2)] if skips.cuda_devices() else []
 
 
 def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
