@@ -56,9 +56,10 @@ def settings(directory: Path, vocabulary: int, **options: Any) -> dict[str, Any]
         "enforce_eager": True,
         "max_logprobs": vocabulary,
         "weight_transfer_config": {"backend": "fp8sync"},
+        "kv_cache_memory_bytes": 1 << 30,  # vLLM would take most of the memory, a trainer's, too
     }
-    if not torch.cuda.is_available():
-        made["kv_cache_memory_bytes"] = 1 << 30  # vLLM would take most of the host's memory
+    if torch.cuda.is_available():
+        made["gpu_memory_utilization"] = 0.1  # only compared with what is free at the start
     return made | options
 
 
