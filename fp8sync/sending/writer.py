@@ -17,7 +17,7 @@ import torch
 
 from fp8sync.plan import in_parts, strips
 from fp8sync.sending.live import LiveTable
-from fp8sync.sending.share import Sent, Told, Written, named_error
+from fp8sync.sending.share import Sent, Told, named_error
 from fp8sync.transport.memory import ExportedMemory, MappedMemory, gpu_id, reader_of
 from fp8sync.waiting import device_work, waiting
 from fp8sync.wire.payload import PartReport
@@ -26,6 +26,8 @@ from fp8sync_kernels import compile_ahead, run_table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    import numpy as np
 
     from fp8sync.plan import Copy
     from fp8sync.sending.share import Share
@@ -67,13 +69,13 @@ def as_written(copies: Iterable[Copy]) -> Iterator[Copy]:
 class _Part:
     """One launch, its digests and counts of NaN and Inf, and digests where the host can read them.
 
-    Slot i is the i-th copy's; `slots` are those of an engine rank.
+    Slot i is the i-th copy's; `digests` views those of each engine rank, none of most.
     """
 
-    slots: dict[int, slice]
     table: LiveTable
     counters: tuple[torch.Tensor, torch.Tensor]
     seen: torch.Tensor
+    digests: dict[int, np.ndarray]
 
 
 class Writer:
@@ -127,11 +129,15 @@ class Writer:
 
     def _part(self, copies: tuple[Copy, ...], own: slice) -> _Part:
         ranks = [copy.destination_rank for copy in copies]
-        slots = {r: slice(ranks.index(r), ranks.index(r) + n) for r, n in Counter(ranks).items()}
+        seen = self._seen[own]
+        views = dict.fromkeys(self._places, seen[:0].numpy())
+        for rank, count in Counter(ranks).items():
+            first = ranks.index(rank)
+            views[rank] = seen[first : first + count].numpy()
         alike = self._share.exchange.alike
         table = LiveTable(copies, partial(self._table, copies), self._device, alike)
         digests, nonfinite = self._counters
-        return _Part(slots, table, (digests[own], nonfinite[own]), self._seen[own])
+        return _Part(table, (digests[own], nonfinite[own]), seen, views)
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
@@ -167,7 +173,7 @@ class Writer:
             counted = _recorded(stream)
             for part, event in zip(self._parts, launched, strict=True):
                 _wait(event)
-                told(self._digests(part))
+                told({rank: view.tobytes() for rank, view in part.digests.items()})
                 number += 1
             _wait(counted)
             sent.parts += self._nonfinite()
@@ -212,10 +218,6 @@ class Writer:
 
     def _locate(self, engine_rank: int, storage: str) -> int:
         return self._mapped[engine_rank].address + self._places[engine_rank].offsets[storage]
-
-    def _digests(self, part: _Part) -> Written:
-        found = {rank: part.seen[slots].numpy().tobytes() for rank, slots in part.slots.items()}
-        return {rank: found.get(rank, b"") for rank in self._places}
 
 
 def _recorded(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
