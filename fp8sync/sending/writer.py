@@ -69,7 +69,7 @@ def as_written(copies: Iterable[Copy]) -> Iterator[Copy]:
 class _Part:
     """One launch, its digests and counts of NaN and Inf, and digests where the host can read them.
 
-    Slot i is the i-th copy's; `digests` views those of each engine rank, none of most.
+    Slot i is the i-th copy's; `digests` views those of each engine rank: empty, where it gets nothing of this part.
     """
 
     table: LiveTable
@@ -136,8 +136,8 @@ class Writer:
             views[rank] = seen[first : first + count].numpy()
         alike = self._share.exchange.alike
         table = LiveTable(copies, partial(self._table, copies), self._device, alike)
-        digests, nonfinite = self._counters
-        return _Part(table, (digests[own], nonfinite[own]), seen, views)
+        counted, nonfinite = self._counters
+        return _Part(table, (counted[own], nonfinite[own]), seen, views)
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:

@@ -32,7 +32,7 @@ def models() -> list[torch.nn.Module]:
 
 
 def settings(folder: Path, **options: Any) -> dict[str, Any]:
-    """An engine on dummy weights with room for the streams."""
+    """An engine with room for the streams, on dummy weights unless asked for others."""
     return world.settings(folder, **{"load_format": "dummy", "max_model_len": 512, **options})
 
 

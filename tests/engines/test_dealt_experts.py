@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import TYPE_CHECKING
 
 import pytest
@@ -39,15 +40,23 @@ def replicas_logprobs(engine: Engine) -> torch.Tensor:
 def test_refits_are_fresh_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_PORT")  # from which both replicas would take the first
     one, other = (world.tiny_model("moe", seed) for seed in (1, 2))
-    engine = dealing(world.write_checkpoint(one, tmp_path / "fresh", "pow2"), load_format="auto")
-    fresh = replicas_logprobs(engine)
-    engine.close()
+    folder = world.write_checkpoint(one, tmp_path / "fresh", "pow2")
+    with closing(dealing(folder, load_format="auto")) as engine:
+        fresh = replicas_logprobs(engine)
 
-    engine = dealing(world.write_config(one, tmp_path / "engine"))
     recipe = world.recipe("blockwise-pow2")
-    for model, equal in ((one, True), (other, False), (one, True)):
-        with fp8sync.connect(model, engine.llm, recipe) as link:
-            link.refit()
-            assert ((replicas_logprobs(engine) - fresh).abs().max().item() == 0.0) is equal
-            assert link.audit().equal
-    engine.close()
+    with closing(dealing(world.write_config(one, tmp_path / "engine"))) as engine:
+        for model, equal in ((one, True), (other, False), (one, True)):
+            with fp8sync.connect(model, engine.llm, recipe) as link:
+                first, second = (experts_of(link, rank) for rank in range(REPLICAS))
+                assert len(first) == len(second) > 0
+                assert not first & second
+                link.refit()
+                assert ((replicas_logprobs(engine) - fresh).abs().max().item() == 0.0) is equal
+                assert link.audit().equal
+
+
+def experts_of(link: fp8sync.Link, rank: int) -> set[str]:
+    """The matrices of experts of which a worker holds some."""
+    boxes = link.manifests["engine"].ranks[rank]
+    return {box.tensor for box in boxes if ".experts." in box.tensor}

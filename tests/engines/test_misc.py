@@ -341,7 +341,7 @@ def test_a_kv_scale_that_the_loader_casts_to_infinity_is_refused(tmp_path: Path)
     folder = world.write_config(model, tmp_path, fp8=False)
     options = {"load_format": "dummy", "dtype": "float16", "kv_cache_dtype": "fp8"}
     if skips.cuda_devices():
-        options["attention_backend"] = "TRITON_ATTN"  # the others there have no kernel for both
+        options["attention_backend"] = "TRITON_ATTN"  # FlashAttention lacks it
     live = world.start_engine(folder, **options)
     names = [f"model.layers.{n}.self_attn.attn.{kind}_scale" for n in range(2) for kind in "kv"]
     fp8sync.refit(model, live, "bf16", kv_scales=dict.fromkeys(names, 0.5))

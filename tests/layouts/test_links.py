@@ -257,10 +257,10 @@ def test_a_weight_of_a_later_portion_is_refused_with_the_first(
 
 
 def test_a_flipped_byte(refit: Refit) -> None:
-    """Changed in staging memory after all was written, and before the worker looks at the first part."""
+    """Changed in staging memory after all was written, and before the worker looks at the largest part."""
 
     def flip(number: int, written: Written | None) -> list[Written | None]:
-        if number == 0:
+        if number == PARTS // 2:
             for tensor in refit.workers[1].staged.values():
                 tensor.view(torch.uint8)[-1] ^= 1
         return [written]

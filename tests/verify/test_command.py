@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 ROOT = Path(__file__).parents[2]
-# On GPUs a trainer rank and a worker share each.
-pytestmark = [pytest.mark.multigpu(2)] if skips.cuda_devices() else []
 
 
+# Workers share the ranks' GPUs where there are no others.
+@pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
 def test_fsdp2_into_two_workers(tmp_path: Path) -> None:
     # The limits are for trained models. A random one in FP8, activations too, keeps to them only if small
     # weights let its distribution be nearly flat.

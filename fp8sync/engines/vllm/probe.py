@@ -56,10 +56,11 @@ def settings(directory: Path, vocabulary: int, **options: Any) -> dict[str, Any]
         "enforce_eager": True,
         "max_logprobs": vocabulary,
         "weight_transfer_config": {"backend": "fp8sync"},
-        "kv_cache_memory_bytes": 1 << 30,  # vLLM would take most of the memory, a trainer's, too
+        # By default vLLM takes most of the memory there is, and a trainer may be on the same GPU. With the
+        # cache's size given, the share of the GPU is only compared with what is free at the start.
+        "kv_cache_memory_bytes": 1 << 30,
+        "gpu_memory_utilization": 0.1,
     }
-    if torch.cuda.is_available():
-        made["gpu_memory_utilization"] = 0.1  # only compared with what is free at the start
     return made | options
 
 
