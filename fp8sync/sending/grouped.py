@@ -1,7 +1,7 @@
 """One trainer rank's share of a refit, turn by turn: a bucket to one engine worker, then to the next.
 
 While one turn is on the wire, one launch quantizes the next into the other buffer. Per turn and per bucket
-the host makes a few calls, per tensor none.
+the host makes a few calls, and looks where each storage lies.
 """
 
 from __future__ import annotations

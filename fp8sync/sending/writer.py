@@ -1,7 +1,7 @@
 """One trainer rank's share of a refit, written straight into the engine's staging memory.
 
 A few launches quantize, cast and copy everything to where it belongs, count NaN and Inf, and digest what
-they wrote. No send buffer, no copy on the engine's GPU, no host work per tensor.
+they wrote. No send buffer, no copy on the engine's GPU; the host looks where each storage lies, no more.
 """
 
 from __future__ import annotations

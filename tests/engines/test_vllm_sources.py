@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,7 @@ ROUTES = {
     "/finish_weight_update",
     "/reset_prefix_cache",
     "/reset_encoder_cache",
+    "/is_paused",
 }
 
 
@@ -163,6 +165,13 @@ def test_config_of_the_text_model(tree: Path) -> None:
     texts = "\n".join(path.read_text(encoding="utf-8") for path in loaders)
     for name in ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules"):
         assert f'"{name}"' in texts
+
+
+@pytest.mark.parametrize("name", ["fp8_linear", "fp8_backend"])
+def test_what_says_the_formula_of_a_kernel(tree: Path, name: str) -> None:
+    """A method without it would be taken for one that keeps fp32 scales."""
+    text = (tree / "model_executor/layers/quantization/fp8.py").read_text(encoding="utf-8")
+    assert re.search(rf"self\.{name}\b[^=\n]*=[^=]", text)
 
 
 def test_calls_of_llm(tree: Path) -> None:
