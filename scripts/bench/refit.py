@@ -4,7 +4,8 @@
 
 One process per member: the first are the trainer's ranks (BF16), the next the engine's workers (blockwise
 FP8 in staging memory, without a model). A refit is timed on trainer rank 0 from the announcement of the
-version until every worker has voted that all its bytes are staged and verified. The floor is the largest
+version until every worker has voted that all its bytes are staged and verified, in memory that was cleared
+before. The floor is the largest
 number of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the same run. After timing, every
 byte is compared with the reference quantization of the whole tensor.
 
@@ -270,7 +271,9 @@ class Run:
             source = refit_world.PaperSource(own, held)
         if source and self._rank == 0:
             link = refit_world.lead(source, self._store, key, way, counts, size)
-            seconds = [refit_world.timed_refit(link, v, stages) for v in range(1, repeats + 1)]
+            for version in range(1, repeats + 1):
+                refit_world.await_ready(self._store, key, version, range(counts[0], sum(counts)))
+                seconds.append(refit_world.timed_refit(link, version, stages))
             plan = link.plan
             link.close()
         elif source:
@@ -280,7 +283,9 @@ class Run:
             follower.close()
         elif worker:
             worker.join(self._store, key)
-            for _ in range(repeats):
+            for version in range(1, repeats + 1):
+                worker.clear()
+                refit_world.ready(self._store, key, version, self._rank)
                 worker.take()
             worker.leave()
         extra = torch.cuda.max_memory_allocated(self._device) - before
@@ -328,8 +333,7 @@ class Run:
         wrong = 0
         if worker:
             wrong = refit_world.differing(worker.staged, expected)
-            for tensor in worker.staged.values():
-                tensor.zero_()
+            worker.clear()
         said = torch.tensor([wrong, extra if self._trains else 0, extra if self._serves else 0])
         dist.all_reduce(said, dist.ReduceOp.MAX)
         wrong, sender, receiver = said.tolist()

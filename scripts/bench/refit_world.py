@@ -11,6 +11,7 @@ import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +35,7 @@ from fp8sync.wire.payload import view
 from fp8sync_kernels import quantize_blockwise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from fp8sync.manifest import Box, TensorInfo
     from fp8sync.wire.payload import Storages
@@ -70,9 +71,9 @@ def allocated(manifest: Manifest, rank: int, device: torch.device) -> Tensors:
     return {n: torch.zeros(s.size, dtype=s.dtype, device=device) for n, s in found.items()}
 
 
-def whole(info: TensorInfo, device: torch.device) -> torch.Tensor:
-    """A full HF tensor in BF16, the same on every rank that asks; neighbouring blocks differ in their scales."""
-    generator = torch.Generator(device).manual_seed(zlib.crc32(info.name.encode()))
+def whole(info: TensorInfo, device: torch.device, version: int = 0) -> torch.Tensor:
+    """A version of a full HF tensor in BF16, the same on every rank that asks; neighbouring blocks differ in scale."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{info.name} {version}".encode()))
     tensor = torch.empty(info.shape, dtype=torch.bfloat16, device=device)
     tensor.normal_(std=0.02, generator=generator)
     counts = [-(-n // 128) for n in info.shape]
@@ -95,12 +96,12 @@ def cut(tensor: torch.Tensor, start: Sequence[int], shape: Sequence[int]) -> tor
     return tensor[tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
 
 
-def fill(manifest: Manifest, rank: int, storages: Tensors) -> None:
-    """Write a rank's part of every tensor; blockwise ones are quantized whole by the reference."""
+def fill(manifest: Manifest, rank: int, storages: Tensors, version: int = 0) -> None:
+    """Write a rank's part of a version of every tensor; blockwise ones are quantized whole by the reference."""
     device = next(iter(storages.values())).device
     for name, boxes in by_tensor(manifest.ranks[rank]):
         info = manifest.tensors[name]
-        full, scales = whole(info, device), None
+        full, scales = whole(info, device, version), None
         if info.encoding is Encoding.BLOCKWISE and info.formula is not None:
             full, scales, _ = quantize_blockwise(full, info.formula.value)
         put(boxes, full, scales, storages)
@@ -158,6 +159,18 @@ def lead(
     return conductor
 
 
+def ready(store: Any, key: str, version: int, member: int) -> None:
+    """Say that a member's GPU has done all that comes before a version."""
+    torch.cuda.synchronize()
+    store.set(f"{key} {version} {member}", "")
+
+
+def await_ready(store: Any, key: str, version: int, members: Iterable[int]) -> None:
+    """Wait until members are ready for a version: by `ipc` it may reach their memory as soon as it begins."""
+    names = [f"{key} {version} {member}" for member in members]
+    store.wait(names, timedelta(seconds=TIMEOUT_S))
+
+
 def timed_refit(
     conductor: Conductor, version: int, stages: list[dict[str, float]] | None = None
 ) -> float:
@@ -202,13 +215,17 @@ class Worker:
         self._wanted, self._rank, self._device = wanted, rank, device
         self._staging = Staging(device, 0)
         self._staging.lay_out([specs(wanted, rank)])
-        for tensor in self.staged.values():
-            tensor.zero_()
+        self.clear()
 
     @property
     def staged(self) -> Tensors:
         """What has arrived."""
         return self._staging.views()
+
+    def clear(self) -> None:
+        """Fill staging memory with zeros."""
+        for tensor in self.staged.values():
+            tensor.zero_()
 
     def join(self, store: Any, key: str) -> None:
         """Join the link as `WorkerSession` does."""
@@ -226,7 +243,7 @@ class Worker:
 
     def _arrive(self, store: Any, key: str) -> Channel:
         channel = _reach(store, key)
-        found = {"updating": False, "mixed": False, "stopped": ""}
+        found = {"updating": False, "mixed": False, "stopped": "", "renews": False}
         channel.send({"type": "join", "role": "engine", "rank": self._rank, **found})
         return channel
 

@@ -56,31 +56,39 @@ def take_part(rank: int, name: str, transport: str, device: torch.device, store:
     source, wanted = manifest(case.trainer, case.model), manifest(case.engine, case.model)
     counts = case.trainer.ranks, case.engine.ranks
     if rank >= case.trainer.ranks:
-        receive(rank - case.trainer.ranks, name, wanted, device, store)
+        receive(rank, case.trainer.ranks, name, wanted, device, store)
     else:
         held = refit_world.allocated(source, rank, device)
-        refit_world.fill(source, rank, held)
         paper = refit_world.PaperSource(refit_world.own(source, rank), held)
         if rank == 0:
             link = refit_world.lead(paper, store, name, transport, counts, BUCKET_BYTES)
             assert link.transport == transport
             for version in range(1, VERSIONS + 1):
+                refit_world.fill(source, rank, held, version)
+                refit_world.await_ready(store, name, version, range(1, sum(counts)))
                 refit_world.timed_refit(link, version)
             link.close()
         else:
             follower = refit_world.follow(paper, rank, store, name)
-            for _ in range(VERSIONS):
+            for version in range(1, VERSIONS + 1):
+                refit_world.fill(source, rank, held, version)
+                refit_world.ready(store, name, version, rank)
                 follower.transfer()
             follower.close()
 
 
-def receive(rank: int, name: str, wanted: Any, device: torch.device, store: Any) -> None:
-    """Take every version anew into zeroed staging memory."""
+def receive(
+    member: int, trainers: int, name: str, wanted: Any, device: torch.device, store: Any
+) -> None:
+    """Take every version, all weights new, into zeroed staging memory."""
+    rank = member - trainers
     expected = refit_world.allocated(wanted, rank, device)
-    refit_world.fill(wanted, rank, expected)
     worker = refit_world.Worker(refit_world.own(wanted, rank), rank, device)
     worker.join(store, name)
-    for _ in range(VERSIONS):
+    for version in range(1, VERSIONS + 1):
+        refit_world.fill(wanted, rank, expected, version)
+        worker.clear()
+        refit_world.ready(store, name, version, member)
         worker.take()
         assert not refit_world.differing(worker.staged, expected), name
     worker.leave()

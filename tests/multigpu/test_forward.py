@@ -47,7 +47,6 @@ def member(rank: int, engines: int, port: int) -> None:
 def send(source: Any, engines: int, device: torch.device, store: Any) -> None:
     """Feed the node, and look at what was sent."""
     held = refit_world.allocated(source, 0, device)
-    refit_world.fill(source, 0, held)
     paper = refit_world.PaperSource(source, held)
     link = refit_world.lead(paper, store, "forward", "nccl", (1, engines), BUCKET_BYTES)
     assert link.transport == "nccl"
@@ -57,6 +56,7 @@ def send(source: Any, engines: int, device: torch.device, store: Any) -> None:
     fed = sum(copy.weight_bytes + copy.scale_bytes for copy in copies if copy.via is None)
     assert fed * engines == wanted
     for version in range(1, VERSIONS + 1):
+        refit_world.fill(source, 0, held, version)
         refit_world.timed_refit(link, version)
     link.close()
 
@@ -64,13 +64,11 @@ def send(source: Any, engines: int, device: torch.device, store: Any) -> None:
 def receive(rank: int, wanted: Any, device: torch.device, store: Any) -> None:
     """Take every version anew into zeroed staging memory, the trainer's share and the others'."""
     expected = refit_world.allocated(wanted, rank, device)
-    refit_world.fill(wanted, rank, expected)
     worker = refit_world.Worker(refit_world.own(wanted, rank), rank, device)
     worker.join(store, "forward")
-    for _ in range(VERSIONS):
-        for tensor in worker.staged.values():
-            tensor.zero_()
-        torch.cuda.synchronize(device)
+    for version in range(1, VERSIONS + 1):
+        refit_world.fill(wanted, rank, expected, version)
+        worker.clear()
         worker.take()
         assert not refit_world.differing(worker.staged, expected)
     worker.leave()
