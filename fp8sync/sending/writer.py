@@ -70,12 +70,14 @@ class _Part:
     """One launch, its digests and counts of NaN and Inf, and digests where the host can read them.
 
     Slot i is the i-th copy's; `digests` views those of each engine rank: empty, where it gets nothing of this part.
+    `there` follows them to the host.
     """
 
     table: LiveTable
     counters: tuple[torch.Tensor, torch.Tensor]
     seen: torch.Tensor
     digests: dict[int, np.ndarray]
+    there: torch.cuda.Event | None
 
 
 class Writer:
@@ -120,6 +122,7 @@ class Writer:
         beside = on_gpu and gpu_id(self._device) in gpus
         self._seen = torch.zeros(len(cut), dtype=torch.int64, pin_memory=on_gpu)
         self._any_nonfinite = torch.zeros((), dtype=torch.bool, pin_memory=on_gpu)
+        self._counted = self._event()
         first = 0
         for copies in in_parts(cut, _sizes(0 if beside else self._bytes)):
             self._parts.append(self._part(copies, slice(first, first + len(copies))))
@@ -137,7 +140,10 @@ class Writer:
         alike = self._share.exchange.alike
         table = LiveTable(copies, partial(self._table, copies), self._device, alike)
         counted, nonfinite = self._counters
-        return _Part(table, (counted[own], nonfinite[own]), seen, views)
+        return _Part(table, (counted[own], nonfinite[own]), seen, views, self._event())
+
+    def _event(self) -> torch.cuda.Event | None:
+        return torch.cuda.Event() if self._device.type == "cuda" else None
 
     @classmethod
     def open(cls, choice: Choice, shares: Sequence[Share]) -> list[Writer]:
@@ -161,43 +167,43 @@ class Writer:
         sent = Sent(self._rank)
         began = time.perf_counter()
         number = 0
-        launched: list[torch.cuda.Event | None] = []
+        launched: list[_Part] = []
         try:
             storages = self._share.read()
             self._counters.zero_()
             gpu = self._device.type == "cuda"
             stream = torch.cuda.current_stream(self._device) if gpu else None
-            launched += (self._launch(part, storages, stream) for part in self._parts)
+            for part in self._parts:
+                self._launch(part, storages, stream)
+                launched.append(part)
             # One question for all copies: their counts are another read of as much as their digests.
             self._any_nonfinite.copy_(self._counters[1].any(), non_blocking=True)
-            counted = _recorded(stream)
-            for part, event in zip(self._parts, launched, strict=True):
-                _wait(event)
+            _record(self._counted, stream)
+            for part in self._parts:
+                _wait(part.there)
                 told({rank: view.tobytes() for rank, view in part.digests.items()})
                 number += 1
-            _wait(counted)
+            _wait(self._counted)
             sent.parts += self._nonfinite()
             sent.bytes = self._bytes
         # Whatever stops writing, the workers that wait have to hear of it.
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
             with suppress(RuntimeError):  # of a GPU that is lost
-                _wait(launched[-1] if launched else None)
+                _wait(launched[-1].there if launched else None)
             # From now on nothing more arrives in their memory.
             for _ in range(number, len(self._parts)):
                 told(None)
         sent.quantize_s = time.perf_counter() - began
         return sent
 
-    def _launch(
-        self, part: _Part, storages: Storages, stream: torch.cuda.Stream | None
-    ) -> torch.cuda.Event | None:
-        """Enqueue a part; the event follows its digests to the host."""
+    def _launch(self, part: _Part, storages: Storages, stream: torch.cuda.Stream | None) -> None:
+        """Enqueue a part, and its digests to the host."""
         table = part.table.at(storages)
         with device_work(self._device):
             run_table(table, *part.counters)
         part.seen.copy_(part.counters[0], non_blocking=True)
-        return _recorded(stream)
+        _record(part.there, stream)
 
     def _nonfinite(self) -> list[PartReport]:
         if not self._any_nonfinite:
@@ -220,8 +226,9 @@ class Writer:
         return self._mapped[engine_rank].address + self._places[engine_rank].offsets[storage]
 
 
-def _recorded(stream: torch.cuda.Stream | None) -> torch.cuda.Event | None:
-    return None if stream is None else stream.record_event()
+def _record(event: torch.cuda.Event | None, stream: torch.cuda.Stream | None) -> None:
+    if event is not None:
+        event.record(stream)
 
 
 def _wait(event: torch.cuda.Event | None) -> None:
