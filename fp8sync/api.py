@@ -71,7 +71,7 @@ def refit(
             `weight_transfer_config={"backend": "fp8sync"}`; or a handle of `fp8sync.engines.vllm`; or
             a list of these, which get one version: all of them install it, or none.
         recipe: `blockwise`, `blockwise-pow2`, `blockwise-fp32`, `bf16`, or a `fp8sync.Recipe`.
-        in_flight: what becomes of requests in flight: `wait`, `keep` or `abort`; see `Link.refit`.
+        in_flight: what becomes of requests in flight: `wait`, `keep`, `recompute` or `abort`; see `Link.refit`.
         bridge: for a Megatron-Core model, whose list of chunks is the `model`: its
             `megatron.bridge.AutoBridge`.
         master: whether to quantize its optimizer's FP32 masters, not the parameters made from them; see

@@ -100,29 +100,28 @@ class Link(Described):
 
         Args:
             in_flight: requests that the engine works on when the bytes are there: `wait` until they
-                end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they
-                go on with the new weights (docs/architecture.md). New requests queue up meanwhile. An engine
-                that was paused before, or is awake in parts alone, stays so; `wait` is refused if some have begun.
+                end with the old weights (within the link's timeouts), `abort` them, or `keep` them: they go on
+                with the new, computed anew with `recompute` (docs/architecture.md). New ones queue up meanwhile. An
+                engine that was paused before, or is awake in parts alone, stays so; `wait` is refused if some have begun.
 
         Returns:
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
-        After an error the engine serves its old weights, if it serves at all; not so after `EngineUnusable`,
-        and after an `EngineLost` whose message says that installing had begun. Then it may hold parts of both
-        versions (if `version` is the new one, only caches of the old). An `AsyncLLM` or a server stays paused,
-        and an `LLM` must not be used, until a complete refit has succeeded; `wait` then freezes requests, like
-        `keep`. Nor after an `Fp8SyncError` that says that the new weights are installed: they are, but an
-        engine that could not be told to go on stands until the next refit.
+        After an error the engine serves its old weights, if it serves at all; not so after `EngineUnusable`, and after
+        an `EngineLost` whose message says that installing had begun. Then it may hold parts of both versions (if
+        `version` is the new one, only caches of the old). An `AsyncLLM` or a server stays paused, and an `LLM` must not
+        be used, until a complete refit has succeeded; `wait` then freezes requests, like `keep`. Nor after an
+        `Fp8SyncError` that says that the new weights are installed: they are, but an engine that could not be told to
+        go on stands until the next refit.
 
         Raises:
             ValueError: unknown `in_flight`.
             NonFiniteWeight: NaN or Inf, naming every tensor.
             CorruptBucket, InstallFailed, TransferTimeout, EngineLost, PeerFailed: see `fp8sync.errors`.
-            EngineUnusable: something went wrong after all had agreed to install, with commit `in-place` after
-                the first portion was; says what.
+            EngineUnusable: something went wrong after all had agreed to install (`in-place`: a portion); says what.
             RefitInProgress: the engine is already being refitted or connected.
-            Fp8SyncError: the link is closed, or was meanwhile; `wait` for requests that nobody steps; or what `connect`
-                raises, where another link has had the engine or the last refit lost a peer.
+            Fp8SyncError: the link is or was closed; `wait` for requests that nobody steps; or as `connect`, where
+                another link has had the engine or the last refit lost a peer.
 
         Examples:
             >>> link.refit("keep").version  # doctest: +SKIP
@@ -268,7 +267,7 @@ class Link(Described):
         if conductor.peers.left_open:
             with suppress(Exception):  # engines of a list that have none open say so
                 self._engine.finish()
-        self._engine.learn(conductor.peers.stoppers)
+        self._engine.learn(conductor.peers.stoppers, conductor.peers.renews)
         # Parts of two versions compute nothing until a complete refit.
         if any(conductor.peers.stoppers) and not self._mixed and self._engine.repay():
             conductor.peers.say_stopped("", whole=True)
@@ -284,7 +283,8 @@ class Link(Described):
         except BaseException as error:
             conductor.abandon(error)
             raise
-        self._transfer(conductor, version)
+        renew = in_flight == "keep" and not conductor.sends_kv_scales
+        self._transfer(conductor, version, renew)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._refuse(conductor)
         arrived = time.perf_counter()
@@ -310,7 +310,7 @@ class Link(Described):
             outcome = self._commit(conductor)
             self._mixed = True
             for portion in range(1, conductor.portions):
-                outcome = self._install(conductor, version, portion)
+                outcome = self._install(conductor, version, renew, portion)
             self.version = version
             ended = time.perf_counter()
             with waiting(), emptying():
@@ -329,7 +329,7 @@ class Link(Described):
         said = outcome.tensors, label if labelled else None, host.seconds
         return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
 
-    def _transfer(self, conductor: Conductor, version: int, portion: int = 0) -> None:
+    def _transfer(self, conductor: Conductor, version: int, renew: bool, portion: int = 0) -> None:
         """Send a portion of a version; returns when every worker has verified it, or said why not."""
         try:
             conductor.open(version, portion)
@@ -337,7 +337,7 @@ class Link(Described):
                 self._engine.start()
             conductor.send(version, portion)
             with waiting():
-                self._engine.update(version)
+                self._engine.update(version, renew=renew)
         except BaseException as error:
             lost = None if isinstance(error, Fp8SyncError) else conductor.lost  # says whom
             conductor.abandon(lost or error)
@@ -348,12 +348,12 @@ class Link(Described):
                 raise lost from error
             raise
 
-    def _install(self, conductor: Conductor, version: int, portion: int) -> Outcome:
+    def _install(self, conductor: Conductor, version: int, renew: bool, portion: int) -> Outcome:
         """Send and install a later portion, while the engine is paused."""
         portions = conductor.portions  # before a failure hangs up
         conductor.conclude()
         try:
-            self._transfer(conductor, version, portion)
+            self._transfer(conductor, version, renew, portion)
             return self._commit(conductor)
         except Exception as error:
             raise half_installed(error, portion, portions) from error
@@ -378,7 +378,7 @@ class Link(Described):
         except BaseException as error:
             if conductor.decided:  # some workers may hold the new weights, or parts of them
                 self._mixed = True
-                self._engine.halt(stale=conductor.sends_kv_scales)
+                self._engine.halt()
                 if (
                     isinstance(error, Exception)
                     and (told := unusable(AFTER_DECISION, error)) != error

@@ -54,6 +54,8 @@ class Peers:
         """The link that stops them, as workers were last told."""
         self.stoppers = [""] * len(engines)
         """Of each engine, a link that has stopped it and has not said that it goes on."""
+        self.renews = [True] * len(engines)
+        """Of each engine, whether it empties its prefix cache by itself when weights are installed."""
 
     @property
     def all(self) -> list[Channel]:
@@ -101,6 +103,7 @@ class Peers:
             self.left_mixed |= bool(joined["mixed"])
             number = self._engine_of[rank]
             self.stoppers[number] = self.stoppers[number] or str(joined["stopped"])
+            self.renews[number] &= bool(joined["renews"])
         return role, rank
 
     def _name(self, role: str, rank: int) -> str:

@@ -1,15 +1,14 @@
 """What refits cost a vLLM that decodes: tokens per second with and without, and memory after many.
 
     python -m scripts.bench.vllm_load [--layers 48] [--pairs 10] [--soak 200] [--trainer-gpu 1]
-    python -m scripts.bench.vllm_load --prefix-caching --first-refits 12
+    python -m scripts.bench.vllm_load --no-prefix-caching
 
 An AsyncLLM on GPU 0 (dummy weights with the shapes of Qwen3-30B-A3B, CUDA graphs for decoding) keeps 32
 sequences at work from the first to the last window; none ends, so no window has a prefill. The trainer's
-random weights lie on GPU 1, or on GPU 0 as well. Windows of --every seconds take turns: one without a refit, one
-with a refit in its middle, and so on, and one without at the end. Each with a refit is compared with the mean of
-its two neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept. The engine
-caches no prefixes, so they need not be recomputed; with --prefix-caching it does, and they are: kernels of such
-prefills are compiled in --first-refits, before the first window. Then, still decoding, --soak refits follow each other.
+random weights lie on GPU 1, or on GPU 0 as well. Windows take turns: one without a refit, one with --refits, one
+every --every seconds, and so on, and one without at the end. Each with refits is compared with the mean of its two
+neighbours, so what drifts steadily (sequences grow) falls out. Requests in flight are kept (--in-flight), in an
+engine that caches prefixes, as vLLM's default is. Then, still decoding, --soak refits follow each other.
 """
 
 from __future__ import annotations
@@ -41,13 +40,15 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=48)
-    parser.add_argument("--every", type=float, default=5.0, help="seconds of a window")
-    parser.add_argument("--pairs", type=int, default=10, help="windows with a refit")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds from refit to refit")
+    parser.add_argument("--refits", type=int, default=2, help="of a window")
+    parser.add_argument("--pairs", type=int, default=8, help="windows with refits")
+    parser.add_argument("--in-flight", default="keep", choices=["keep", "recompute"])
     parser.add_argument("--warm-up", type=float, default=15.0, help="seconds before the first")
     parser.add_argument("--first-refits", type=int, default=0, help="before that, as many refits")
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
-    parser.add_argument("--prefix-caching", action="store_true")
+    parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))
@@ -60,13 +61,16 @@ def main() -> None:
         connect_s = time.perf_counter() - began
         stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in link.connect_s.items())
         print(f"connect: {connect_s:.2f} s, {stages}; {link.transport}", flush=True)
-        link.refit("keep")
+        mode = options.in_flight
+        link.refit(mode)
         engine.begin()
         for _ in range(options.first_refits):
-            link.refit("keep")
+            link.refit(mode)
             time.sleep(options.every / 2)
         time.sleep(options.warm_up)
-        record = measure(engine, link, options.every, options.pairs)
+        record = measure(engine, link, options)
+        record |= {"prefix_caching": options.prefix_caching, "in_flight": mode}
+        record |= {"every_s": options.every, "refits_of_a_window": options.refits}
         record |= {"connect_s": connect_s, "connect_stages": link.connect_s}
         record["soak"] = soak(engine, link, options.soak) if options.soak else None
         record["requests_lost"] = engine.end()
@@ -77,17 +81,18 @@ def main() -> None:
         options.out.write_text(json.dumps(record) + "\n")
 
 
-def measure(engine: Busy, link: Any, every: float, pairs: int) -> dict[str, Any]:
-    """Tokens per second of windows without and with a refit, in turns."""
+def measure(engine: Busy, link: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second of windows without and with refits, in turns."""
     edges = [time.perf_counter()]
     refits = []
-    for number in range(2 * pairs + 1):
-        if number % 2:
-            time.sleep(every / 2)
+    for number in range(2 * options.pairs + 1):
+        for place in range(options.refits if number % 2 else 0):
+            sleep_until(edges[-1] + options.every * (place + 0.5))
             began = time.perf_counter()
-            report = link.refit("keep")
-            refits.append({**report.seconds, "pause": report.pause_s, "at": began})
-        time.sleep(max(edges[-1] + every - time.perf_counter(), 0))
+            report = link.refit(options.in_flight)
+            own = {"pause": report.pause_s, "host": report.host_s, "at": began}
+            refits.append({**report.seconds, **own})
+        sleep_until(edges[-1] + options.every * options.refits)
         edges.append(time.perf_counter())
     time.sleep(0.2)  # the tokens of the last steps
     rates = engine.rates(edges)
@@ -97,20 +102,25 @@ def measure(engine: Busy, link: Any, every: float, pairs: int) -> dict[str, Any]
         for rate, *pair in zip(with_one, without, without[1:], strict=False)
     ]
     print("tokens/s without: " + " ".join(f"{rate:.0f}" for rate in without))
-    print("tokens/s with a refit: " + " ".join(f"{rate:.0f}" for rate in with_one))
+    print("tokens/s with refits: " + " ".join(f"{rate:.0f}" for rate in with_one))
     error = statistics.stdev(losses) / len(losses) ** 0.5
     print(
-        f"lost to a refit every {every:g} s: median {statistics.median(losses):.2%}, mean "
+        f"lost to a refit every {options.every:g} s: median {statistics.median(losses):.2%}, mean "
         f"{statistics.mean(losses):.2%} +- {error:.2%} (standard error), each "
         + " ".join(f"{loss:.2%}" for loss in losses)
     )
-    for key in ("total", "quantize", "verify", "drain", "prepare", "commit", "pause"):
+    for key in ("total", "quantize", "verify", "drain", "prepare", "commit", "pause", "host"):
         found = [refit[key] for refit in refits]
         print(f"{key}: median {statistics.median(found):.4f} s, most {max(found):.4f} s")
     gaps = [engine.longest_gap(refit["at"], refit["at"] + 1) for refit in refits]
     print(f"longest time between two tokens around a refit: median {statistics.median(gaps):.4f} s")
     found = {"without": without, "with": with_one}
     return {"tokens_per_s": found, "losses": losses, "refits": refits, "gaps_s": gaps}
+
+
+def sleep_until(then: float) -> None:
+    """Sleep to a point of `perf_counter`."""
+    time.sleep(max(then - time.perf_counter(), 0))
 
 
 def soak(engine: Busy, link: Any, count: int) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def fresh(
     return found
 
 
-@pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
+@pytest.mark.parametrize("mode", ["wait", "keep", "recompute", "abort"])
 def test_requests_in_flight(
     engine: Engine, models: list[torch.nn.Module], fresh: list[torch.Tensor], mode: str
 ) -> None:
@@ -227,7 +227,7 @@ def test_kept_requests_are_recomputed_under_new_scales(
         found, _ = engine.loop.run(
             serving.refit_under_load(engine.stream, lambda: link.refit("keep"))
         )
-    serving.judge("keep", found, old, serving.greedy(engine.greedy), engine.greedy)
+    serving.judge("recompute", found, old, serving.greedy(engine.greedy), engine.greedy)
     engine.close()
 
 
@@ -323,7 +323,7 @@ def test_called_in_its_own_loop(engine: Engine, models: list[torch.nn.Module]) -
 
 
 def test_unknown_mode(engine: Engine, models: list[torch.nn.Module]) -> None:
-    with pytest.raises(ValueError, match="known: wait, keep, abort"):
+    with pytest.raises(ValueError, match="known: wait, keep, recompute, abort"):
         fp8sync.refit(models[0], engine.llm, world.recipe("blockwise"), in_flight="drop")
 
 

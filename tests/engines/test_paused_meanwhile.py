@@ -83,8 +83,8 @@ def test_wait_is_refused_where_the_owner_pauses_while_bytes_arrive(
     old, update = engine.greedy(prompt, 400), AsyncHandle.update
     pauses = []
 
-    def paused_meanwhile(handle: AsyncHandle, version: int) -> None:
-        update(handle, version)
+    def paused_meanwhile(handle: AsyncHandle, version: int, **options: bool) -> None:
+        update(handle, version, **options)
         pauses.append(engine.pausing(mode))
 
     with fp8sync.connect(models[1], engine.llm, recipe) as link:
@@ -118,8 +118,8 @@ def test_requests_that_have_not_begun_are_of_one_version(
     run, recipe, prompt = engine.loop.run, world.recipe("blockwise-pow2"), serving.PROMPTS[0]
     streams, update = [], AsyncHandle.update
 
-    def one_comes(handle: AsyncHandle, version: int) -> None:
-        update(handle, version)
+    def one_comes(handle: AsyncHandle, version: int, **options: bool) -> None:
+        update(handle, version, **options)
         streams.append(engine.loop.begin(engine.stream(prompt, 20)))
         time.sleep(0.2)
 

@@ -178,7 +178,7 @@ def served(
     served.close()
 
 
-@pytest.mark.parametrize("mode", ["wait", "keep", "abort"])
+@pytest.mark.parametrize("mode", ["wait", "keep", "recompute", "abort"])
 def test_requests_in_flight(
     served: Served, models: list[torch.nn.Module], fresh: torch.Tensor, mode: str
 ) -> None:
@@ -260,8 +260,8 @@ def test_requests_of_a_paused_server_are_not_waited_for(
     ):
         update, calls = Server.update, list[Any]()
 
-        def paused_meanwhile(handle: Server, version: int) -> None:
-            update(handle, version)
+        def paused_meanwhile(handle: Server, version: int, **options: bool) -> None:
+            update(handle, version, **options)
             calls.append(pool.submit(served.complete, note, **ask))
             assert began.wait(60)
             calls.append(pool.submit(server._post, "/pause", mode=mode))

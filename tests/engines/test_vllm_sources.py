@@ -46,6 +46,9 @@ SIGNATURES = {
         "AsyncLLM.reset_encoder_cache": [],
         "AsyncLLM.errored": [],
     },
+    "v1/core/block_pool.py": {"BlockPool.get_num_free_blocks": []},
+    "v1/core/kv_cache_manager.py": {"KVCacheManager.reset_prefix_cache": []},
+    "v1/engine/core.py": {"EngineCore.collective_rpc": ["method", "timeout", "args", "kwargs"]},
     "v1/engine/core_client.py": {"AsyncMPClient.pause_scheduler_async": ["mode", "clear_cache"]},
     "v1/engine/llm_engine.py": {
         "LLMEngine.get_num_unfinished_requests": [],
@@ -143,10 +146,49 @@ def test_signatures(tree: Path) -> None:
     assert not faults
 
 
+def test_names_of_blocks(tree: Path) -> None:
+    """What `prefixes` looks at and changes, and how it makes a pool's reset find all blocks free."""
+    core = tree / "v1/core"
+    request = _attributes(parsed(tree / "v1/request.py"))
+    assert request >= {"num_computed_tokens", "cache_salt", "block_hashes"}
+    scheduler = _attributes(parsed(core / "sched/scheduler.py"))
+    assert scheduler >= {"cache_config", "connector", "requests", "kv_cache_manager"}
+    assert _attributes(parsed(tree / "v1/engine/core.py")) >= {"vllm_config", "scheduler"}
+    assert "coordinator" in _attributes(parsed(core / "kv_cache_manager.py"))
+    assert "single_type_managers" in _attributes(parsed(core / "kv_cache_coordinator.py"))
+    assert "block_pool" in _attributes(parsed(core / "single_type_kv_cache_manager.py"))
+    reset = defined(core / "block_pool.py")["BlockPool.reset_prefix_cache"]
+    used = "num_used_blocks = self.num_gpu_blocks - self.get_num_free_blocks()"
+    lines = ast.unparse(reset).splitlines()
+    first = next(n for n, line in enumerate(lines) if "free_blocks" in line)
+    assert [line.strip() for line in lines[first : first + 2]] == [used, "if num_used_blocks != 1:"]
+
+
+def test_calls_that_the_engine_process_hears(tree: Path) -> None:
+    """By what names `prefixes` finds an update's words in the call, of each kind of engine."""
+    offline = [tree / "entrypoints/llm.py", *(tree / "entrypoints").rglob("offline.py")]
+    for paths in ([tree / "v1/engine/async_llm.py"], offline):
+        nodes = (node for path in paths for node in ast.walk(parsed(path)))
+        found = {
+            (call.args[0].value, key.value)
+            for call in nodes
+            if isinstance(call, ast.Call) and call.args and isinstance(call.args[0], ast.Constant)
+            for keyword in call.keywords
+            if keyword.arg == "kwargs" and isinstance(keyword.value, ast.Dict)
+            for key in keyword.value.keys
+            if isinstance(key, ast.Constant)
+        }
+        wanted = {("init_weight_transfer_engine", "init_info"), ("update_weights", "update_info")}
+        assert found >= wanted, paths
+
+
+def _attributes(module: ast.Module) -> set[str]:
+    return {node.attr for node in ast.walk(module) if isinstance(node, ast.Attribute)}
+
+
 def test_records_of_sleep(tree: Path) -> None:
     """What `compat.weights_asleep` reads."""
-    nodes = [*ast.walk(parsed(tree / "device_allocator/cumem.py"))]
-    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used = _attributes(parsed(tree / "device_allocator/cumem.py"))
     assert used >= {"instance", "pointer_to_data", "is_asleep", "tag"}
 
 

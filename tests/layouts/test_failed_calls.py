@@ -96,7 +96,7 @@ class Engine(Handle):
     def start(self) -> None:
         self._steps = [self._pool.submit(worker.take) for worker in self.of_two]
 
-    def update(self, version: int) -> None:
+    def update(self, version: int, *, renew: bool = False) -> None:
         """It arrives by itself."""
 
     def finish(self) -> None:

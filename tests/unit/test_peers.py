@@ -151,6 +151,7 @@ def door() -> Iterator[Callable[..., Any]]:
         theirs = [Channel.connect("127.0.0.1", listener.port, TOKEN, WAIT_S) for _ in members]
         for channel, (role, rank) in zip(theirs, members, strict=True):
             said = {"role": role, "rank": rank, "updating": False, "mixed": False, "stopped": ""}
+            said |= {"renews": False}
             channel.send({"type": "join", **said})
         ends.extend((peers, listener, *theirs))
         return peers, listener, theirs

@@ -40,7 +40,8 @@ __all__ = ["Fp8SyncInitInfo", "Fp8SyncUpdateInfo", "Fp8SyncWeightTransferEngine"
 class Fp8SyncInitInfo(WeightTransferInitInfo):
     """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank.
 
-    `owner` is what others are told who want to refit the engine meanwhile. With `woken` there is no link to join: vLLM has woken the KV cache, whose scales are put back.
+    `owner` is what others are told who want to refit the engine meanwhile. With `woken` there is no link to join: vLLM
+    has woken the KV cache, whose scales are put back. `renews` comes from the engine's own process (`prefixes.py`).
     """
 
     host: str = ""
@@ -50,13 +51,15 @@ class Fp8SyncInitInfo(WeightTransferInitInfo):
     first_rank: int = 0
     owner: str = ""
     woken: bool = False
+    renews: bool = False
 
 
 @dataclass
 class Fp8SyncUpdateInfo(WeightTransferUpdateInfo):
-    """The version being sent; the worker knows everything else from the plan."""
+    """The version being sent; the worker knows everything else from the plan. `renew` is not for it (`prefixes.py`)."""
 
     version: int
+    renew: bool = False
 
 
 class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncUpdateInfo]):
@@ -103,7 +106,7 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
             if asleep():  # who put it to sleep since lets it go on
                 installed.stopped = ""
         found = {"mixed": installed.mixed, "stopped": installed.stopped}
-        found["updating"] = self._updating
+        found |= {"updating": self._updating, "renews": info.renews}
         channel.send({"type": "join", "role": "engine", "rank": rank, **found})
         if busy:
             text = f"engine rank {rank} is being refitted by {self._owner}"

@@ -89,8 +89,8 @@ class Fleet(Handle):
     def start(self) -> None:
         self._each(lambda engine: engine.start())
 
-    def update(self, version: int) -> None:
-        self._each(lambda engine: engine.update(version))
+    def update(self, version: int, *, renew: bool = False) -> None:
+        self._each(lambda engine: engine.update(version, renew=renew))
 
     def finish(self) -> None:
         self._each(lambda engine: engine.finish())
@@ -101,9 +101,9 @@ class Fleet(Handle):
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
         return any(self._each(lambda engine: engine.pause(in_flight, once=once)))
 
-    def learn(self, stoppers: Sequence[str]) -> None:
-        for engine, stopper in zip(self._engines, stoppers, strict=True):
-            engine.learn([stopper])
+    def learn(self, stoppers: Sequence[str], renews: Sequence[bool]) -> None:
+        for engine, stopper, renewing in zip(self._engines, stoppers, renews, strict=True):
+            engine.learn([stopper], [renewing])
 
     @property
     def owes(self) -> bool:

@@ -30,9 +30,11 @@ __all__ = [
     "check_in_flight",
 ]
 
-InFlight = Literal["wait", "keep", "abort"]
+InFlight = Literal["wait", "keep", "recompute", "abort"]
 """What becomes of requests in flight: they finish with the old weights before the commit (`wait`), they
-are frozen and go on with the new ones (`keep`), or they end where they are (`abort`)."""
+are frozen and go on with the new ones, with the keys and values that they have (`keep`) or with new ones of all
+their tokens (`recompute`), or they end where they are (`abort`). Handles are asked for `recompute` as `keep`, and
+to forget stale keys and values."""
 
 _LESS = 3
 """By what a call is given less time once another one was not answered."""
@@ -77,6 +79,8 @@ class Handle(ABC):
         self.workers = workers
         self.seat = _seat_at(engine)
         self._stays = self._owed = False
+        self._can_renew = self._renews = False
+        """Whether the engine empties its prefix cache when it installs weights: at all, and those under way."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -149,8 +153,19 @@ class Handle(ABC):
         """Open a version on every worker."""
 
     @abstractmethod
-    def update(self, version: int) -> None:
-        """Block until every worker has received the version, or failed to."""
+    def update(self, version: int, *, renew: bool = False) -> None:
+        """Block until every worker has received the version, or failed to.
+
+        Args:
+            version: its number.
+            renew: whether the engine is to empty its prefix cache when it installs it, and requests keep their
+                blocks; one that cannot has it emptied by `reset_caches`.
+        """
+
+    def about(self, version: int, renew: bool) -> dict[str, Any]:
+        """What vLLM is told with `update`."""
+        self._renews = renew and self._can_renew
+        return {"version": version, "renew": self._renews}
 
     @abstractmethod
     def finish(self) -> None:
@@ -193,12 +208,14 @@ class Handle(ABC):
         """
         return False
 
-    def learn(self, stoppers: Sequence[str]) -> None:
+    def learn(self, stoppers: Sequence[str], renews: Sequence[bool]) -> None:
         """Take over what a link owes that has stopped it and is gone.
 
         Args:
             stoppers: of each engine, the last link that has not told its workers that it goes on, or "".
+            renews: of each engine, whether it empties its prefix cache when it installs weights.
         """
+        self._can_renew = renews[0]
         self._owed = stoppers[0] not in {"", self.seat.settled}
 
     @property
@@ -237,6 +254,8 @@ class Handle(ABC):
         Raises:
             Fp8SyncError: it holds requests, or does not say whether it does (`wait`).
         """
+        if in_flight == "recompute":
+            return self.pause("keep", once=False)
         if not self._stays or in_flight != "wait":
             return self.pause(in_flight, once=once)
         self.check_held()
@@ -245,9 +264,15 @@ class Handle(ABC):
         return stands
 
     def forget(self, in_flight: InFlight, *, stale: bool) -> None:
-        """Reset its caches; requests of an engine that was not going on were kept at least."""
-        kept = self._stays and in_flight == "wait"
-        self.reset_caches("keep" if kept else in_flight, stale=stale)
+        """Reset its caches.
+
+        Requests of an engine that somebody else has stopped were kept at least. They are recomputed: a prompt may
+        be half computed (`wait`), and the KV cache may be asleep.
+        """
+        if in_flight == "recompute" or (self._stays and in_flight != "abort"):
+            self.reset_caches("keep", stale=True)
+        else:
+            self.reset_caches(in_flight, stale=stale)
 
     def go_on(self) -> None:
         """Resume an engine that was going on when it was looked at."""
@@ -300,12 +325,12 @@ class Handle(ABC):
             raise
         self._release()
 
-    def halt(self, *, stale: bool) -> None:
+    def halt(self) -> None:
         """Stop an engine that may hold parts of two versions, and what of it answers forgets the old one."""
         with suppress(Exception):
             self.pause("keep", once=False)
         with suppress(Exception):
-            self.reset_caches("keep", stale=stale)
+            self.reset_caches("keep", stale=True)
 
     @abstractmethod
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
@@ -314,7 +339,7 @@ class Handle(ABC):
         Prefixes, in the scheduler and in external caches, and what an encoder made of pictures.
 
         Args:
-            in_flight: what became of requests; those that are kept are recomputed.
+            in_flight: what became of requests; those that are kept are recomputed, unless the engine has renewed its cache by itself.
             stale: whether their keys and values cannot be read any more, also of an engine that caches none.
 
         Raises:

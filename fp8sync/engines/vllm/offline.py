@@ -62,8 +62,8 @@ class LLMHandle(Handle):
     def start(self) -> None:
         self._call("start_weight_update")
 
-    def update(self, version: int) -> None:
-        self._call("update_weights", {"update_info": {"version": version}})
+    def update(self, version: int, *, renew: bool = False) -> None:
+        self._call("update_weights", {"update_info": self.about(version, renew)})
 
     def finish(self) -> None:
         self._call("finish_weight_update")
@@ -89,7 +89,8 @@ class LLMHandle(Handle):
         pass
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
-        if self._caches or self._encodes or (stale and in_flight == "keep"):
+        renewed = self._renews and not stale
+        if not renewed and (self._caches or self._encodes or (stale and in_flight == "keep")):
             check_emptied(lambda: self._call("reset_prefix_cache", in_flight == "keep", True))
         if self._encodes:
             self._answer("reset_encoder_cache", self._llm.llm_engine.reset_encoder_cache)

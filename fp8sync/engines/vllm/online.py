@@ -71,14 +71,15 @@ class AsyncHandle(Handle):
     def start(self) -> None:
         self._call("start_weight_update")
 
-    def update(self, version: int) -> None:
-        self._call("update_weights", compat.update_request({"version": version}))
+    def update(self, version: int, *, renew: bool = False) -> None:
+        self._call("update_weights", compat.update_request(self.about(version, renew)))
 
     def finish(self) -> None:
         self._call("finish_weight_update")
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:
-        changes = self._caches or self._encodes or self._labels  # more than weights
+        caches = self._caches and not self._renews
+        changes = caches or self._encodes or self._labels  # more than weights
         if in_flight == "keep" and once and self.replicas == 1 and not changes:
             return False
         try:
@@ -116,7 +117,8 @@ class AsyncHandle(Handle):
             )
 
     def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
-        if self._caches or self._encodes or (stale and in_flight == "keep"):
+        renewed = self._renews and not stale
+        if not renewed and (self._caches or self._encodes or (stale and in_flight == "keep")):
             check_emptied(lambda: self._call("reset_prefix_cache", in_flight == "keep", True))
         if self._encodes:
             self._call("reset_encoder_cache")

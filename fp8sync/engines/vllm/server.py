@@ -100,8 +100,8 @@ class Server(Handle):
     def start(self) -> None:
         self._post("/start_weight_update")
 
-    def update(self, version: int) -> None:
-        self._post("/update_weights", {"update_info": {"version": version}})
+    def update(self, version: int, *, renew: bool = False) -> None:
+        self._post("/update_weights", {"update_info": self.about(version, renew)})
 
     def finish(self) -> None:
         self._post("/finish_weight_update")
@@ -117,12 +117,13 @@ class Server(Handle):
         status, body = self._watched("GET", "/is_paused")
         return bool(self._good("/is_paused", status, body).get("is_paused"))
 
-    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:  # noqa: ARG002  (it may cache)
-        recompute = str(in_flight == "keep").lower()
-        answer = self._post(
-            "/reset_prefix_cache", reset_running_requests=recompute, reset_external="true"
-        )
-        check_emptied(lambda: answer.get("success"))
+    def reset_caches(self, in_flight: InFlight, *, stale: bool) -> None:
+        if stale or not self._renews:
+            recompute = str(in_flight == "keep").lower()
+            answer = self._post(
+                "/reset_prefix_cache", reset_running_requests=recompute, reset_external="true"
+            )
+            check_emptied(lambda: answer.get("success"))
         if in_flight == "keep":  # else it went when the server was paused
             self._post("/reset_encoder_cache")
 

@@ -1,0 +1,93 @@
+"""Weights are installed and the prefix cache is emptied between the same two steps, and requests keep their blocks.
+
+vLLM empties its cache in a call of its own, and only while no request holds a block. So an engine would have to
+stand for both calls, and requests that a refit keeps would all be computed again, which costs far more than the
+refit. Here the process that schedules does it as soon as its workers have installed: the cache forgets what it
+knows, and requests that hold blocks get names for them, those still to come included, that no other request's
+tokens lead to. What they have computed, and will, with keys and values of the old weights in it is theirs alone.
+
+vLLM has no hook for that, so the plugin wraps the call by which weights arrive, `EngineCore.collective_rpc`. With
+the link's first call it tells the workers, and they the trainer, that it is there (`renews`); where it is not,
+the engine is paused, emptied, and requests are computed again. Not with a KV connector, which has names of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import ExitStack
+from functools import wraps
+from typing import Any
+
+__all__ = ["renamed", "renew", "renew_at_install"]
+
+_HASH_BYTES = 32
+
+
+def renew_at_install() -> None:
+    """Let vLLM's engine processes renew their prefix caches when weights were installed; safe to call again."""
+    from vllm.v1.engine.core import EngineCore
+
+    call = EngineCore.collective_rpc
+    if hasattr(call, "__wrapped__"):
+        return
+
+    @wraps(call)
+    def collective_rpc(
+        self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        ours = isinstance(method, str) and _can_renew(self)
+        said = kwargs or {}
+        if ours and method == "init_weight_transfer_engine" and "init_info" in said:
+            kwargs = {"init_info": {**said["init_info"], "renews": True}}
+        answers = call(self, method, timeout, args, kwargs)
+        if ours and method == "update_weights":
+            self._fp8sync_renews = said.get("update_info", {}).get("renew", False)
+        if ours and method == "finish_weight_update" and vars(self).pop("_fp8sync_renews", False):
+            renew(self.scheduler)
+        return answers
+
+    EngineCore.collective_rpc = collective_rpc
+
+
+def _can_renew(core: Any) -> bool:
+    transfer = core.vllm_config.weight_transfer_config
+    ours = transfer is not None and transfer.backend == "fp8sync"
+    return ours and core.scheduler.connector is None
+
+
+def renew(scheduler: Any) -> None:
+    """Empty the prefix cache, whoever holds blocks.
+
+    Raises:
+        RuntimeError: vLLM has not emptied it.
+    """
+    if not scheduler.cache_config.enable_prefix_caching:
+        return
+    for request in scheduler.requests.values():
+        renamed(request)
+    cache = scheduler.kv_cache_manager
+    with ExitStack() as stack:
+        for pool in {manager.block_pool for manager in cache.coordinator.single_type_managers}:
+            _call_free(pool)
+            stack.callback(delattr, pool, "get_num_free_blocks")
+        if not cache.reset_prefix_cache():
+            raise RuntimeError("vLLM kept prefixes of the old weights")
+
+
+def renamed(request: Any) -> None:
+    """Rename what a request has computed, and so, as names are chained, what it will compute.
+
+    One that has computed nothing keeps its names: it will, with the new weights.
+    """
+    if not request.num_computed_tokens:
+        return
+    request.cache_salt = secrets.token_hex(_HASH_BYTES)  # for a first block that is not full yet
+    hashes = request.block_hashes
+    noise = os.urandom(_HASH_BYTES * len(hashes))
+    hashes[:] = [noise[at : at + _HASH_BYTES] for at in range(0, len(noise), _HASH_BYTES)]
+
+
+def _call_free(pool: Any) -> None:
+    """Let the pool's own reset, which looks whether all blocks but the null block are free, find them so."""
+    pool.get_num_free_blocks = lambda: pool.num_gpu_blocks - 1
