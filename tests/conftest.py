@@ -27,7 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the cores are shared: no thread is bo
 for _name, _value in ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-from tests import ports, skips  # noqa: E402  (after the environment)
+from tests import ports, results, skips  # noqa: E402  (after the environment)
 
 os.environ["VLLM_PORT"] = ports.for_vllm()
 
@@ -50,9 +50,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="fail a test that skips without being listed in tests/allowed_skips.txt",
     )
+    parser.addoption(
+        "--results",
+        type=Path,
+        metavar="FILE",
+        help="append a JSON line for each test: outcome, seconds, commit, GPUs, versions",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Workers of xdist pass their reports on.
+    if (path := config.getoption("--results")) and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(results.Results(path, results.about_here(config.rootpath)))
     config.stash[STRICT] = config.getoption("--strict-skips")
     config.stash[ALLOWED] = skips.parse(ALLOWED_SKIPS.read_text(encoding="utf-8"))
 

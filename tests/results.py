@@ -1,0 +1,68 @@
+"""A record of tests that ran: `--results FILE` appends a JSON line for each, with what it ran on.
+
+What needs GPUs runs by hand, on machines that are gone afterwards; the file is what is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from datetime import datetime, timezone
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from tests import skips
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+__all__ = ["Results", "about_here"]
+
+PACKAGES = ("torch", "triton", "vllm", "transformer-engine", "megatron-core")
+
+
+class Results:
+    """A plugin of pytest.
+
+    Args:
+        path: of the file.
+        about: what every line says of machine and code.
+    """
+
+    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+        self._path, self._about = path, about
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Write what a test came to, and a set-up or tear-down that did not pass."""
+        if report.when != "call" and report.passed:
+            return
+        ended = datetime.fromtimestamp(report.stop, timezone.utc).isoformat(timespec="seconds")
+        row = {"test": report.nodeid, "outcome": report.outcome, "when": report.when}
+        row |= {"seconds": round(report.duration, 3), "ended": ended, **self._about}
+        if report.skipped:
+            row["reason"] = skips.reason_of(report)
+        with self._path.open("a", encoding="utf-8") as out_file:
+            out_file.write(json.dumps(row) + "\n")
+
+
+def about_here(folder: Path) -> dict[str, Any]:
+    """Return commit, GPUs and versions, as far as they are known here."""
+    commit = _said("git", "-C", str(folder), "describe", "--always", "--dirty")
+    gpus = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
+    versions = {"python": sys.version.split()[0]}
+    for name in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"commit": commit, "gpus": gpus, "versions": versions}
+
+
+def _said(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
