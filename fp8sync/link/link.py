@@ -108,8 +108,8 @@ class Link(Described):
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
         After an error the engine serves its old weights, if it serves at all; not so after `EngineUnusable`, and after
-        an `EngineLost` whose message says that installing had begun. Then it may hold parts of both versions (if
-        `version` is the new one, only caches of the old). An `AsyncLLM` or a server stays paused, and an `LLM` must not
+        an `EngineLost` whose message says that installing had begun. Then it may hold parts of both versions, or
+        caches of the old (no more than these, if `version` is the new one). An `AsyncLLM` or a server stays paused, and an `LLM` must not
         be used, until a complete refit has succeeded; `wait` then freezes requests, like `keep`. Nor after an
         `Fp8SyncError` that says that the new weights are installed: they are, but an engine that could not be told to
         go on stands until the next refit.
@@ -283,7 +283,7 @@ class Link(Described):
         except BaseException as error:
             conductor.abandon(error)
             raise
-        renew = in_flight == "keep" and not conductor.sends_kv_scales
+        renew = in_flight == "keep" and not (mixed or conductor.sends_kv_scales)
         self._transfer(conductor, version, renew)
         if conductor.faults:  # no reason to disturb the engine; raises what went wrong
             self._refuse(conductor)
@@ -314,7 +314,7 @@ class Link(Described):
             self.version = version
             ended = time.perf_counter()
             with waiting(), emptying():
-                self._engine.forget(in_flight, stale=conductor.sends_kv_scales)
+                self._engine.forget(in_flight, stale=mixed or conductor.sends_kv_scales)
             self._mixed = False
         conductor.peers.say_stopped(self._name, stay, whole=True)
         with waiting(), letting_go_on():

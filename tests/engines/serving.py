@@ -111,7 +111,7 @@ def judge(
     new: list[list[int]],
     new_after: Callable[[list[int], int], list[int]],
 ) -> None:
-    """No stream is lost, and none holds what neither version would have said.
+    """No stream is lost, and none holds what neither version would have said, but of `keep` after the refit.
 
     Args:
         mode: what was asked for.

@@ -191,7 +191,7 @@ def test_dtype_that_nothing_may_be_cast_from(live: Any, name: str, dtype: torch.
 
 
 def test_requests_that_nobody_steps(live: Any) -> None:
-    """`wait` is refused before a weight is looked at; `keep` and `abort` can be had."""
+    """`wait` is refused before a weight is looked at; all others can be had."""
     from vllm import SamplingParams
 
     engine, model = live.llm_engine, world.tiny_model("dense", 2)
@@ -201,6 +201,11 @@ def test_requests_that_nobody_steps(live: Any) -> None:
         engine.add_request(name, {"prompt_token_ids": world.PROMPT}, params)
         while not any(output.outputs[0].token_ids for output in engine.step()):
             pass
+
+    def rest() -> list[int]:
+        while engine.has_unfinished_requests():
+            last = engine.step()
+        return list(last[0].outputs[0].token_ids)
 
     before = world.generate(live, 8)
     with fp8sync.connect(model, live, world.recipe("blockwise-pow2")) as link:
@@ -212,16 +217,17 @@ def test_requests_that_nobody_steps(live: Any) -> None:
             link.refit()
         with torch.no_grad():
             model.lm_head.weight.copy_(weight)
-        assert link.refit("keep").version == 1
-        while engine.has_unfinished_requests():
-            last = engine.step()
-        tokens = list(last[0].outputs[0].token_ids)
+        assert link.refit("recompute").version == 1
+        tokens = rest()
         same = next(i for i, token in enumerate(before) if tokens[i] != token)
         assert tokens[same:] == world.generate(live, 8 - same, [*world.PROMPT, *tokens[:same]])
         assert same
+        ask("held", temperature=0.0)
+        assert link.refit("keep").version == 2
+        assert rest() == world.generate(live, 8)  # the same weights, so the same keys and values
         ask("aborted", n=2)
         assert engine.get_num_unfinished_requests() == 2
-        assert link.refit("abort").version == 2
+        assert link.refit("abort").version == 3
         assert not engine.has_unfinished_requests()
         assert not engine.output_processor.parent_requests
         assert not live.wait_for_completion(use_tqdm=False)

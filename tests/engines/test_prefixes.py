@@ -9,7 +9,7 @@ import pytest
 
 import fp8sync
 from fp8sync.engines.vllm import compat
-from fp8sync.engines.vllm.prefixes import renamed
+from fp8sync.engines.vllm.prefixes import renamed, renew_at_install
 from tests.engines import serving, world
 from tests.engines.test_async import Engine
 
@@ -113,6 +113,16 @@ def test_an_engine_that_does_not_renew_computes_them_again(
             serving.refit_under_load(engine.stream, lambda: link.refit("keep"))
         )
     serving.judge("recompute", found, old, serving.greedy(engine.greedy), engine.greedy)
+
+
+def test_other_calls_pass_as_they_are() -> None:
+    """vLLM makes some before it has a scheduler."""
+    from vllm.v1.engine.core import EngineCore
+
+    renew_at_install()
+    core = SimpleNamespace(model_executor=SimpleNamespace(collective_rpc=lambda *said: said))
+    call = "update_max_model_len", None, (5,), {"a": 1}
+    assert EngineCore.collective_rpc(core, *call) == call
 
 
 def test_requests_that_have_computed_nothing_keep_their_names() -> None:

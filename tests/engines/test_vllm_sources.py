@@ -153,6 +153,11 @@ def test_names_of_blocks(tree: Path) -> None:
     assert request >= {"num_computed_tokens", "cache_salt", "block_hashes"}
     scheduler = _attributes(parsed(core / "sched/scheduler.py"))
     assert scheduler >= {"cache_config", "connector", "requests", "kv_cache_manager"}
+    reset = defined(core / "sched/scheduler.py")["Scheduler.reset_prefix_cache"]
+    assert {n.attr for n in ast.walk(reset) if isinstance(n, ast.Attribute) and _is_self(n)} <= {
+        *("running", "_preempt_request", "prev_step_scheduled_req_ids", "kv_cache_manager"),
+        *("reset_connector_cache", "aux_output_connector"),
+    }  # whatever else is emptied there may be named by blocks, too
     assert _attributes(parsed(tree / "v1/engine/core.py")) >= {"vllm_config", "scheduler"}
     assert "coordinator" in _attributes(parsed(core / "kv_cache_manager.py"))
     assert "single_type_managers" in _attributes(parsed(core / "kv_cache_coordinator.py"))
@@ -180,6 +185,10 @@ def test_calls_that_the_engine_process_hears(tree: Path) -> None:
         }
         wanted = {("init_weight_transfer_engine", "init_info"), ("update_weights", "update_info")}
         assert found >= wanted, paths
+
+
+def _is_self(node: ast.Attribute) -> bool:
+    return isinstance(node.value, ast.Name) and node.value.id == "self"
 
 
 def _attributes(module: ast.Module) -> set[str]:

@@ -56,7 +56,10 @@ class Fp8SyncInitInfo(WeightTransferInitInfo):
 
 @dataclass
 class Fp8SyncUpdateInfo(WeightTransferUpdateInfo):
-    """The version being sent; the worker knows everything else from the plan. `renew` is not for it (`prefixes.py`)."""
+    """The version being sent; the worker knows everything else from the plan.
+
+    `renew` is for the engine's own process, which takes it out (`prefixes.py`).
+    """
 
     version: int
     renew: bool = False
@@ -133,8 +136,10 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         """Wait for a version, as the base class does, but not for the GPU: it is at the engine's own steps."""
         self.receive_weights(self.parse_update_info(update_info))
 
-    def receive_weights(self, update_info: Fp8SyncUpdateInfo) -> None:  # noqa: ARG002
+    def receive_weights(self, update_info: Fp8SyncUpdateInfo) -> None:
         """Wait until the version is staged and verified."""
+        if update_info.renew:
+            raise RuntimeError("fp8sync: the engine's process does not renew its prefix cache")
         self._open_session().wait_received()
 
     def finish_weight_update(self) -> None:

@@ -257,7 +257,7 @@ class Handle(ABC):
         if in_flight == "recompute":
             return self.pause("keep", once=False)
         if not self._stays or in_flight != "wait":
-            return self.pause(in_flight, once=once)
+            return self.pause(in_flight, once=once and not self._stays)
         self.check_held()
         stands = self.pause("keep", once=once)
         self.check_held()

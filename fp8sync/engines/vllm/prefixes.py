@@ -8,14 +8,14 @@ tokens lead to. What they have computed, and will, with keys and values of the o
 
 vLLM has no hook for that, so the plugin wraps the call by which weights arrive, `EngineCore.collective_rpc`. With
 the link's first call it tells the workers, and they the trainer, that it is there (`renews`); where it is not,
-the engine is paused, emptied, and requests are computed again. Not with a KV connector, which has names of its own.
+the engine is paused, emptied, and requests are computed again. Not with a KV connector or whatever else keeps
+something under the names of blocks.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
@@ -36,14 +36,17 @@ def renew_at_install() -> None:
     def collective_rpc(
         self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None
     ) -> Any:
-        ours = isinstance(method, str) and _can_renew(self)
-        said = kwargs or {}
-        if ours and method == "init_weight_transfer_engine" and "init_info" in said:
-            kwargs = {"init_info": {**said["init_info"], "renews": True}}
-        answers = call(self, method, timeout, args, kwargs)
-        if ours and method == "update_weights":
-            self._fp8sync_renews = said.get("update_info", {}).get("renew", False)
-        if ours and method == "finish_weight_update" and vars(self).pop("_fp8sync_renews", False):
+        if method not in ("init_weight_transfer_engine", "update_weights", "finish_weight_update"):
+            return call(self, method, timeout, args, kwargs)
+        said = dict(kwargs or {})
+        if _can_renew(self):
+            if "init_info" in said:
+                said["init_info"] = {**said["init_info"], "renews": True}
+            if "update_info" in said:
+                said["update_info"] = {**said["update_info"]}
+                self._fp8sync_renews = said["update_info"].pop("renew", False)
+        answers = call(self, method, timeout, args, said)
+        if method == "finish_weight_update" and vars(self).pop("_fp8sync_renews", False):
             renew(self.scheduler)
         return answers
 
@@ -52,8 +55,15 @@ def renew_at_install() -> None:
 
 def _can_renew(core: Any) -> bool:
     transfer = core.vllm_config.weight_transfer_config
-    ours = transfer is not None and transfer.backend == "fp8sync"
-    return ours and core.scheduler.connector is None
+    if transfer is None or transfer.backend != "fp8sync":
+        return False
+    scheduler = core.scheduler
+    others = getattr(scheduler, "connector", None), getattr(scheduler, "aux_output_connector", None)
+    cache = getattr(scheduler, "kv_cache_manager", None)
+    if cache is None or others != (None, None):
+        return False
+    # A pool of its own, as for what HiSparse keeps on the host, has copies elsewhere.
+    return {m.block_pool for m in cache.coordinator.single_type_managers} == {cache.block_pool}
 
 
 def renew(scheduler: Any) -> None:
@@ -67,12 +77,14 @@ def renew(scheduler: Any) -> None:
     for request in scheduler.requests.values():
         renamed(request)
     cache = scheduler.kv_cache_manager
-    with ExitStack() as stack:
-        for pool in {manager.block_pool for manager in cache.coordinator.single_type_managers}:
-            _call_free(pool)
-            stack.callback(delattr, pool, "get_num_free_blocks")
+    pool = cache.block_pool
+    # Its own reset looks whether all blocks but the null block are free.
+    pool.get_num_free_blocks = lambda: pool.num_gpu_blocks - 1
+    try:
         if not cache.reset_prefix_cache():
             raise RuntimeError("vLLM kept prefixes of the old weights")
+    finally:
+        del pool.get_num_free_blocks
 
 
 def renamed(request: Any) -> None:
@@ -86,8 +98,3 @@ def renamed(request: Any) -> None:
     hashes = request.block_hashes
     noise = os.urandom(_HASH_BYTES * len(hashes))
     hashes[:] = [noise[at : at + _HASH_BYTES] for at in range(0, len(noise), _HASH_BYTES)]
-
-
-def _call_free(pool: Any) -> None:
-    """Let the pool's own reset, which looks whether all blocks but the null block are free, find them so."""
-    pool.get_num_free_blocks = lambda: pool.num_gpu_blocks - 1

@@ -107,7 +107,8 @@ class Server(Handle):
         self._post("/finish_weight_update")
 
     def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (its caches are not known)
-        self._post("/pause", mode=in_flight)
+        # vLLM would have requests that are kept computed again.
+        self._post("/pause", mode=in_flight, clear_cache=str(in_flight != "keep").lower())
         return True
 
     def resume(self) -> None:
