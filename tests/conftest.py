@@ -61,7 +61,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Workers of xdist pass their reports on.
     if (path := config.getoption("--results")) and not hasattr(config, "workerinput"):
-        config.pluginmanager.register(results.Results(path, results.about_here(config.rootpath)))
+        config.pluginmanager.register(results.Results(path, results.about_here()))
     config.stash[STRICT] = config.getoption("--strict-skips")
     config.stash[ALLOWED] = skips.parse(ALLOWED_SKIPS.read_text(encoding="utf-8"))
 

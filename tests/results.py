@@ -8,21 +8,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from contextlib import suppress
 from datetime import datetime, timezone
-from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tests import skips
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import pytest
 
 __all__ = ["Results", "about_here"]
 
-PACKAGES = ("torch", "triton", "vllm", "transformer-engine", "megatron-core")
+ROOT = Path(__file__).parents[1]
 
 
 class Results:
@@ -49,20 +46,21 @@ class Results:
             out_file.write(json.dumps(row) + "\n")
 
 
-def about_here(folder: Path) -> dict[str, Any]:
-    """Return commit, GPUs and versions, as far as they are known here."""
-    commit = _said("git", "-C", str(folder), "describe", "--always", "--dirty")
-    gpus = _said("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines()
-    versions = {"python": sys.version.split()[0]}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {"commit": commit, "gpus": gpus, "versions": versions}
+def about_here() -> dict[str, Any]:
+    """Return the commit, and versions and hardware as `fp8sync doctor` lists them.
+
+    Another process looks: engines start otherwise where this one has used CUDA before.
+    """
+    look = "import json; from fp8sync.doctor import environment; print(json.dumps(environment()))"
+    commit = _said("git", "describe", "--always", "--dirty")
+    return {"commit": commit, "versions": json.loads(_said(sys.executable, "-c", look) or "{}")}
 
 
 def _said(*command: str) -> str:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120
+        )
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()

@@ -108,9 +108,9 @@ class Link(Described):
             What was done. On return the engine serves the new version, with an empty prefix cache.
 
         After an error the engine serves its old weights, if it serves at all; not so after `EngineUnusable`, and after
-        an `EngineLost` whose message says that installing had begun. Then it may hold parts of both versions, or
-        caches of the old (no more than these, if `version` is the new one). An `AsyncLLM` or a server stays paused, and an `LLM` must not
-        be used, until a complete refit has succeeded; `wait` then freezes requests, like `keep`. Nor after an
+        an `EngineLost` whose message says that installing had begun. Then it may hold parts of both versions, or caches
+        of the old (only these, if `version` is new). An `AsyncLLM` or a server stays paused, and an `LLM` must not be
+        used, until a complete refit has succeeded; `wait` then freezes requests, like `keep`. Nor after an
         `Fp8SyncError` that says that the new weights are installed: they are, but an engine that could not be told to
         go on stands until the next refit.
 

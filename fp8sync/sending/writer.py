@@ -167,7 +167,7 @@ class Writer:
         sent = Sent(self._rank)
         began = time.perf_counter()
         number = 0
-        launched: list[_Part] = []
+        launched: _Part | None = None
         try:
             storages = self._share.read()
             self._counters.zero_()
@@ -175,7 +175,7 @@ class Writer:
             stream = torch.cuda.current_stream(self._device) if gpu else None
             for part in self._parts:
                 self._launch(part, storages, stream)
-                launched.append(part)
+                launched = part
             # One question for all copies: their counts are another read of as much as their digests.
             self._any_nonfinite.copy_(self._counters[1].any(), non_blocking=True)
             _record(self._counted, stream)
@@ -190,7 +190,7 @@ class Writer:
         except Exception as error:  # noqa: BLE001
             sent.error = named_error(error, self._rank)
             with suppress(RuntimeError):  # of a GPU that is lost
-                _wait(launched[-1].there if launched else None)
+                _wait(launched.there if launched else None)
             # From now on nothing more arrives in their memory.
             for _ in range(number, len(self._parts)):
                 told(None)

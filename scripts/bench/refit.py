@@ -5,9 +5,8 @@
 One process per member: the first are the trainer's ranks (BF16), the next the engine's workers (blockwise
 FP8 in staging memory, without a model). A refit is timed on trainer rank 0 from the announcement of the
 version until every worker has voted that all its bytes are staged and verified, in memory that was cleared
-before. The floor is the largest
-number of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the same run. After timing, every
-byte is compared with the reference quantization of the whole tensor.
+before. The floor is the largest number of bytes on any GPU's link over the bandwidth of 1 GiB send/recv in the
+same run. After timing, every byte is compared with the reference quantization of the whole tensor.
 
 Each member has a GPU of its own. With `--share`, those of a mapping with more members than GPUs share them,
 crosswise (`refit_traffic.placed`). Processes on one GPU take turns at it: what ranks write and what workers

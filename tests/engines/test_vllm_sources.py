@@ -156,7 +156,7 @@ def test_names_of_blocks(tree: Path) -> None:
     reset = defined(core / "sched/scheduler.py")["Scheduler.reset_prefix_cache"]
     assert {n.attr for n in ast.walk(reset) if isinstance(n, ast.Attribute) and _is_self(n)} <= {
         *("running", "_preempt_request", "prev_step_scheduled_req_ids", "kv_cache_manager"),
-        *("reset_connector_cache", "aux_output_connector"),
+        *("reset_connector_cache", "aux_output_connector", "requests", "_pause_state"),
     }  # whatever else is emptied there may be named by blocks, too
     assert _attributes(parsed(tree / "v1/engine/core.py")) >= {"vllm_config", "scheduler"}
     assert "coordinator" in _attributes(parsed(core / "kv_cache_manager.py"))

@@ -162,8 +162,8 @@ class Handle(ABC):
                 blocks; one that cannot has it emptied by `reset_caches`.
         """
 
-    def about(self, version: int, renew: bool) -> dict[str, Any]:
-        """What vLLM is told with `update`."""
+    def note_update(self, version: int, renew: bool) -> dict[str, Any]:
+        """Note whether the engine renews its cache with this update, and return what vLLM is told of it."""
         self._renews = renew and self._can_renew
         return {"version": version, "renew": self._renews}
 
@@ -339,7 +339,8 @@ class Handle(ABC):
         Prefixes, in the scheduler and in external caches, and what an encoder made of pictures.
 
         Args:
-            in_flight: what became of requests; those that are kept are recomputed, unless the engine has renewed its cache by itself.
+            in_flight: what became of requests; those that are kept are recomputed, unless the engine has renewed
+                its cache by itself.
             stale: whether their keys and values cannot be read any more, also of an engine that caches none.
 
         Raises:

@@ -63,7 +63,7 @@ class LLMHandle(Handle):
         self._call("start_weight_update")
 
     def update(self, version: int, *, renew: bool = False) -> None:
-        self._call("update_weights", {"update_info": self.about(version, renew)})
+        self._call("update_weights", {"update_info": self.note_update(version, renew)})
 
     def finish(self) -> None:
         self._call("finish_weight_update")

@@ -72,7 +72,7 @@ class AsyncHandle(Handle):
         self._call("start_weight_update")
 
     def update(self, version: int, *, renew: bool = False) -> None:
-        self._call("update_weights", compat.update_request(self.about(version, renew)))
+        self._call("update_weights", compat.update_request(self.note_update(version, renew)))
 
     def finish(self) -> None:
         self._call("finish_weight_update")

@@ -101,7 +101,7 @@ class Server(Handle):
         self._post("/start_weight_update")
 
     def update(self, version: int, *, renew: bool = False) -> None:
-        self._post("/update_weights", {"update_info": self.about(version, renew)})
+        self._post("/update_weights", {"update_info": self.note_update(version, renew)})
 
     def finish(self) -> None:
         self._post("/finish_weight_update")
