@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,13 @@ class Case:
     def ranks(self) -> int:
         """Members: trainer ranks and workers."""
         return self.trainer.ranks + self.engine.ranks
+
+    @property
+    def kinds(self) -> set[str]:
+        """Which peers it is for (`PEERS`' `only`)."""
+        alone = self.trainer.fsdp == self.trainer.ranks
+        sharded = alone and (self.trainer.fsdp > 1 or not self.trainer.fused)
+        return {"", *["FSDP"] * sharded, *["one to one"] * (self.ranks == 2)}
 
     def lying(self, gpus: int) -> list[int]:
         """The GPU of each member, of so many."""
@@ -135,8 +143,6 @@ def run_process(process: int, gpus: int, size: int, port: int, options: argparse
     wire = bandwidth(process, device)
     if process == 0:
         print(f"send/recv of 1 GiB, GPU 0 -> GPU 1: {wire / 1e9:.1f} GB/s", flush=True)
-        for name, why in refit_peers.absent().items() if options.peers else ():
-            print(f"{name:26s} {why}")
         print(HEADING, flush=True)
     for name in options.cases:
         case = CASES[name]
@@ -223,7 +229,7 @@ class Run:
         torch.cuda.synchronize(self._device)
         for way in self._options.transports:
             if way == "nccl" and self._no_nccl:
-                self._impossible(way)
+                self._impossible(way, self._no_nccl)
                 continue
             sizes = self._options.bucket_bytes
             for size in sizes if way == "nccl" else sizes[:1]:
@@ -231,21 +237,22 @@ class Run:
         for peer in self._options.peers:
             if self._name not in self._options.peer_cases:
                 continue
-            layout = self._case.trainer
-            unfused = layout.fsdp == layout.ranks and (layout.fsdp > 1 or not layout.fused)
+            if refit_peers.PEERS[peer].only not in self._case.kinds:
+                continue
             if self._no_nccl:
-                self._impossible(peer)
-            elif peer == "packed" or unfused:
+                self._impossible(peer, self._no_nccl)
+            else:
                 self._peer(peer, held, worker, expected)
         del held, expected, worker
         gc.collect()
         torch.cuda.empty_cache()
 
-    def _impossible(self, way: str) -> None:
+    def _impossible(self, way: str, why: str) -> None:
         """Say in a row of its own why there is no figure."""
         if self._rank == 0:
-            print(f"{self._name:26s} {way:18s} not possible: {self._no_nccl}", flush=True)
-            self._write({"mapping": self._name, "way": way, "not_possible": self._no_nccl})
+            print(f"{self._name:26s} {way:18s} not possible: {why}", flush=True)
+            row = {"mapping": self._name, "way": way, "not_possible": why}
+            self._write({**row, "command": " ".join(sys.argv)})
 
     def _refit(
         self,
@@ -313,8 +320,13 @@ class Run:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        made = refit_peers.PEERS[peer](stage)
-        seconds = refit_peers.timed(made, 3)
+        # A package that is not there, say: on all ranks alike, or others wait until they are ended.
+        try:
+            made = refit_peers.PEERS[peer](stage)
+            seconds = refit_peers.timed(made, 3)
+        except Exception as error:  # noqa: BLE001  (another project's)
+            self._impossible(peer, f"{type(error).__name__}: {error}")
+            return
         extra = torch.cuda.max_memory_allocated(self._device) - before
         plan = build_plan(*sides, exchange_amax=True) if self._rank == 0 else None
         self._row(made.name, seconds[1:], plan, extra, worker, expected)

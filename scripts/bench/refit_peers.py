@@ -7,7 +7,6 @@ does beyond copying a worker's boxes out of each full tensor.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import time
 from collections import defaultdict
@@ -15,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import refit_nvidia
 import refit_world
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fp8sync.manifest import Box, Manifest
 
-__all__ = ["PEERS", "Stage", "absent"]
+__all__ = ["PEERS", "Stage", "timed"]
 
 
 class Stage:
@@ -104,6 +104,7 @@ class Packed:
     """vLLM's packed NCCL broadcast, of FP8 pairs that rank 0 holds whole and quantized beforehand."""
 
     name = "vLLM packed"
+    only = ""
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -135,6 +136,7 @@ class FullTensor:
     """torch: `full_tensor()` of every FSDP parameter, a broadcast in BF16, quantized by the worker."""
 
     name = "full_tensor()"
+    only = "FSDP"
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
@@ -169,10 +171,16 @@ class FullTensor:
                 stage.load([(name, full)])
 
 
-PEERS = {"packed": Packed, "full_tensor": FullTensor}
+PEERS: dict[str, Any] = {
+    "packed": Packed,
+    "full_tensor": FullTensor,
+    "golden": refit_nvidia.Golden,
+    "m2n": refit_nvidia.M2n,
+}
+"""Each is made of a `Stage`, has a `name`, a `run` that makes one transfer, and `only` for which mappings it is."""
 
 
-def timed(peer: Packed | FullTensor, repeats: int) -> list[float]:
+def timed(peer: Any, repeats: int) -> list[float]:
     """Seconds of each run on all ranks together."""
     seconds = []
     for _ in range(repeats):
@@ -184,19 +192,3 @@ def timed(peer: Packed | FullTensor, repeats: int) -> list[float]:
         dist.barrier()
         seconds.append(time.perf_counter() - began)
     return seconds
-
-
-def absent() -> dict[str, str]:
-    """Peers that cannot run here, with the import that fails and its error."""
-    found = {}
-    for name, module in (
-        ("NeMo-RL golden", "nemo_rl.weight_sync.xferdtensor"),
-        ("NCCL M2N", "nccl.m2n"),
-    ):
-        try:
-            importlib.import_module(module)
-        except Exception as error:  # noqa: BLE001, PERF203  (whatever it is, it is printed)
-            found[name] = f"import {module}: {type(error).__name__}: {error}"
-        else:
-            found[name] = f"import {module}: there, but no run is written for it"
-    return found
