@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--transports", nargs="*", default=["auto"], help="one after the other")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))
@@ -56,29 +57,42 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         qwen30b.write_folder(Path(name), options.layers, POSITIONS)
         engine = Busy(Path(name), options.prefix_caching)
-        began = time.perf_counter()
-        link = fp8sync.connect(source, engine.llm, "blockwise-pow2")
-        connect_s = time.perf_counter() - began
-        stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in link.connect_s.items())
-        print(f"connect: {connect_s:.2f} s, {stages}; {link.transport}", flush=True)
-        mode = options.in_flight
-        link.refit(mode)
-        engine.begin()
-        for _ in range(options.first_refits):
-            link.refit(mode)
-            time.sleep(options.every / 2)
-        time.sleep(options.warm_up)
-        record = measure(engine, link, options)
-        record |= {"prefix_caching": options.prefix_caching, "in_flight": mode}
-        record |= {"every_s": options.every, "refits_of_a_window": options.refits}
-        record |= {"connect_s": connect_s, "connect_stages": link.connect_s}
-        record["soak"] = soak(engine, link, options.soak) if options.soak else None
-        record["requests_lost"] = engine.end()
-        link.close()
+        rows = []
+        for way in options.transports:
+            with connected(source, engine, way) as link:
+                link.refit(options.in_flight)
+                if not rows:
+                    engine.begin()
+                rows.append(measure_link(engine, link, options))
+        lost = engine.end()
         engine.llm.shutdown()
-    print(f"requests that ended before they were told to: {record['requests_lost']}")
+    print(f"requests that ended before they were told to: {lost}")
     if options.out:
-        options.out.write_text(json.dumps(record) + "\n")
+        lines = [json.dumps({**row, "requests_lost": lost}) + "\n" for row in rows]
+        options.out.write_text("".join(lines))
+
+
+def connected(source: Any, engine: Busy, way: str) -> fp8sync.Link:
+    """A link by that transport; says how long it took to make."""
+    began = time.perf_counter()
+    link = fp8sync.connect(source, engine.llm, "blockwise-pow2", transport=way)
+    stages = ", ".join(f"{name} {seconds:.2f}" for name, seconds in link.connect_s.items())
+    print(f"connect: {time.perf_counter() - began:.2f} s, {stages}; {link.transport}", flush=True)
+    return link
+
+
+def measure_link(engine: Busy, link: fp8sync.Link, options: argparse.Namespace) -> dict[str, Any]:
+    """All of one transport."""
+    for _ in range(options.first_refits):
+        link.refit(options.in_flight)
+        time.sleep(options.every / 2)
+    time.sleep(options.warm_up)
+    record = measure(engine, link, options)
+    record |= {"prefix_caching": options.prefix_caching, "in_flight": options.in_flight}
+    record |= {"every_s": options.every, "refits_of_a_window": options.refits}
+    record |= {"transport": link.transport, "connect_stages": dict(link.connect_s)}
+    record["soak"] = soak(engine, link, options.soak) if options.soak else None
+    return record
 
 
 def measure(engine: Busy, link: Any, options: argparse.Namespace) -> dict[str, Any]:
