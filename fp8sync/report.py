@@ -61,9 +61,9 @@ class RefitReport:
             another what several of them want), `drain` (until requests in flight had ended or were
             frozen; the last outputs of an `AsyncLLM` are given up to 20 ms), `prepare`, `commit` and `total`.
         pause_s: how long the engine stood still, as the caller measured it: from the call of pause (with
-            `wait`, from its answer) to the answer to resume, installing and caches included. With `keep`, an
-            engine that need not be paused: from the call that installs to the word that all is installed;
-            steps under way when it is made are part of that.
+            `wait`, from vLLM's word that nothing is stepped) to the answer to resume, installing and caches
+            included. Of an engine that need not be paused (`keep`), as its slowest worker measured it: from
+            where its last step ended to where the GPU had installed all.
         tensors: one entry per tensor of the trainer.
         weight_version: what the engine calls its weights from now on, of whatever link: the number after
             its last one (vLLM keeps such a label from 0.27 on; later versions put it on every output), None

@@ -46,11 +46,12 @@ __all__ = ["Conductor", "Outcome"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """A committed transfer, before it becomes a report."""
+    """A committed transfer, before it becomes a report; a worker stood for `stood_s` to install its last portion."""
 
     tensors: LazyTensorReports
     bytes_sent: int
     seconds: dict[str, float]
+    stood_s: float
 
 
 class Conductor:
@@ -283,7 +284,8 @@ class Conductor:
         self._seconds["commit"] += max(float(said["commit_s"]) for said in done)
         parts = tuple(part for share in self._sent for part in share.parts)
         tensors = LazyTensorReports(self.plan, parts)
-        return Outcome(tensors, sum(s.bytes for s in self._sent), dict(self._seconds))
+        stood_s = max(float(said["stood_s"]) for said in done)
+        return Outcome(tensors, sum(s.bytes for s in self._sent), dict(self._seconds), stood_s)
 
     def close(self) -> None:
         """Hang up; a thread that waits for a peer wakes with `EngineLost`."""

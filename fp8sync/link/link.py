@@ -298,7 +298,7 @@ class Link(Described):
                     if mixed and in_flight == "wait":
                         in_flight = "keep"  # to end, requests would need an engine that goes on
                     arrived = time.perf_counter()
-                    stands = self._engine.stop(in_flight, once=once)
+                    since = self._engine.stop(in_flight, once=once)
             except BaseException as error:  # requests that do not end, say: every worker is told
                 conductor.refuse(named_error(error, 0))
                 with suppress(Exception) if not isinstance(error, Exception) else nullcontext():
@@ -306,7 +306,7 @@ class Link(Described):
                 raise
             drained = time.perf_counter()
             # With `wait` it generates until the last request has ended.
-            stopped = drained if in_flight == "wait" else arrived
+            stopped = since if since and in_flight == "wait" else arrived
             outcome = self._commit(conductor)
             self._mixed = True
             for portion in range(1, conductor.portions):
@@ -323,11 +323,11 @@ class Link(Described):
             finally:
                 self._engine.go_on()
                 going()
-        if stands:
-            ended = time.perf_counter()
+        ended = time.perf_counter() if since else ended
+        stood_s = ended - stopped if since else outcome.stood_s
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         said = outcome.tensors, label if labelled else None, host.seconds
-        return RefitReport(version, outcome.bytes_sent, seconds, ended - stopped, *said)
+        return RefitReport(version, outcome.bytes_sent, seconds, stood_s, *said)
 
     def _transfer(self, conductor: Conductor, version: int, renew: bool, portion: int = 0) -> None:
         """Send a portion of a version; returns when every worker has verified it, or said why not."""

@@ -257,7 +257,7 @@ class Worker:
         channel.receive("prepare")
         channel.send({"type": "vote", "error": None})
         channel.receive("decision")
-        channel.send({"type": "committed", "commit_s": 0.0, "failure": ""})
+        channel.send({"type": "committed", "commit_s": 0.0, "stood_s": 0.0, "failure": ""})
 
     def _vote(self, step: Callable[[int, Storages], None], version: int) -> None:
         error: dict[str, Any] | None = None

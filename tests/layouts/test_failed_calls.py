@@ -66,7 +66,7 @@ class Worker(refit_world.Worker):
             return
         channel.send({"type": "vote", "error": None})
         if channel.receive("decision")["commit"] and self.stops_at != "decision":
-            channel.send({"type": "committed", "commit_s": 0.0, "failure": ""})
+            channel.send({"type": "committed", "commit_s": 0.0, "stood_s": 0.0, "failure": ""})
 
 
 class Engine(Handle):
@@ -106,10 +106,10 @@ class Engine(Handle):
         if "requests" in self.fails:
             raise self.fails.pop("requests")
 
-    def pause(self, in_flight: Any, *, once: bool) -> bool:
+    def pause(self, in_flight: Any, *, once: bool) -> float:
         if "pause" in self.fails:
             raise self.fails.pop("pause")
-        return True
+        return time.perf_counter()
 
     def resume(self) -> None:
         if "resume" in self.fails:

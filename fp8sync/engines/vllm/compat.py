@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import TYPE_CHECKING, Any
 
 from fp8sync.recipe import Formula
@@ -55,23 +56,28 @@ def update_request(info: dict[str, Any]) -> Any:
     return WeightTransferUpdateRequest(update_info=info)
 
 
-async def pause(engine: Any, mode: str) -> None:
+async def pause(engine: Any, mode: str) -> float:
     """Pause an AsyncLLM like its `pause_generation`; with `wait`, until no request is left that has tokens.
 
     vLLM waits for what runs. A request that it has preempted, for want of KV blocks, stands in the queue with
     its tokens, and would go on with the new weights: so vLLM goes on and is paused again, until all have
     ended.
+
+    Returns:
+        Since when it stands (`time.perf_counter`): the last outputs may come later.
     """
-    await _pause(engine, mode)
+    since = await _pause(engine, mode)
     while mode == "wait" and await begun(engine.output_processor.request_states):
         await engine.resume_generation()
-        await _pause(engine, mode)
+        since = await _pause(engine, mode)
+    return since
 
 
-async def _pause(engine: Any, mode: str) -> None:
+async def _pause(engine: Any, mode: str) -> float:
     if mode != "keep":  # the scheduler then clears its half of this cache
         await engine.renderer.clear_mm_cache_async()
     await engine.engine_core.pause_scheduler_async(mode=mode, clear_cache=mode != "keep")
+    return time.perf_counter()
 
 
 async def begun(states: Any) -> int:

@@ -20,7 +20,7 @@ from fp8sync.errors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 __all__ = ["Fleet"]
 
@@ -98,8 +98,8 @@ class Fleet(Handle):
     def close_update(self, version: int) -> None:
         self._each(lambda engine: engine.close_update(version))
 
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
-        return any(self._each(lambda engine: engine.pause(in_flight, once=once)))
+    def pause(self, in_flight: InFlight, *, once: bool) -> float | None:
+        return _first(self._each(lambda engine: engine.pause(in_flight, once=once)))
 
     def learn(self, stoppers: Sequence[str], renews: Sequence[bool]) -> None:
         for engine, stopper, renewing in zip(self._engines, stoppers, renews, strict=True):
@@ -115,8 +115,8 @@ class Fleet(Handle):
     def look(self) -> tuple[bool, ...]:
         return tuple(chain.from_iterable(self._each(lambda engine: engine.look())))
 
-    def stop(self, in_flight: InFlight, *, once: bool) -> bool:
-        return any(self._each(lambda engine: engine.stop(in_flight, once=once)))
+    def stop(self, in_flight: InFlight, *, once: bool) -> float | None:
+        return _first(self._each(lambda engine: engine.stop(in_flight, once=once)))
 
     def resume(self) -> None:
         self._each(lambda engine: engine.resume())
@@ -167,6 +167,11 @@ class Fleet(Handle):
             known.sort(key=lambda e: not isinstance(e, EngineLost))
             raise gathered(known) if known else errors[0]
         return [answers[engine].result() for engine in self._engines]
+
+
+def _first(times: Iterable[float | None]) -> float | None:
+    """Since when one of them stands, or None where none does."""
+    return min((since for since in times if since is not None), default=None)
 
 
 def _error_of(answer: Future[Any], timeout_s: float) -> BaseException | None:

@@ -182,7 +182,7 @@ class Handle(ABC):
                     call()
 
     @abstractmethod
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
+    def pause(self, in_flight: InFlight, *, once: bool) -> float | None:
         """Stop scheduling; on return nothing is computed.
 
         Args:
@@ -191,7 +191,7 @@ class Handle(ABC):
                 steps, so an engine with nothing to change but weights need not be stopped for it.
 
         Returns:
-            Whether it was stopped.
+            Since when it stands (`time.perf_counter`), as far as vLLM says; None if it was not stopped.
 
         Raises:
             TransferTimeout: requests in flight did not end in time (`wait`).
@@ -242,14 +242,14 @@ class Handle(ABC):
             self.seat.settled = None
         return (self._stays,)
 
-    def stop(self, in_flight: InFlight, *, once: bool) -> bool:
+    def stop(self, in_flight: InFlight, *, once: bool) -> float | None:
         """Stop it between two steps, also where somebody else has paused it: that pause may still let requests end.
 
         Such requests are frozen (`keep`). To end (`wait`), they would need an engine that goes on, so there
         must be none: looked for before, to disturb nothing, and when nothing is stepped any more.
 
         Returns:
-            Whether it stands.
+            As `pause` does.
 
         Raises:
             Fp8SyncError: it holds requests, or does not say whether it does (`wait`).
@@ -259,9 +259,9 @@ class Handle(ABC):
         if not self._stays or in_flight != "wait":
             return self.pause(in_flight, once=once and not self._stays)
         self.check_held()
-        stands = self.pause("keep", once=once)
+        since = self.pause("keep", once=once)
         self.check_held()
-        return stands
+        return since
 
     def forget(self, in_flight: InFlight, *, stale: bool) -> None:
         """Reset its caches.

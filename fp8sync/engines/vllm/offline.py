@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -77,13 +78,13 @@ class LLMHandle(Handle):
                 "their end before the refit, or choose in_flight='keep' or 'abort'"
             )
 
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (nothing runs)
+    def pause(self, in_flight: InFlight, *, once: bool) -> float:  # noqa: ARG002  (nothing runs)
         engine = self._llm.llm_engine
         known = engine.output_processor
         requests = [*known.request_states, *known.parent_requests]  # one with n > 1 is kept in both
         if requests and in_flight == "abort":
             engine.abort_request(requests, internal=True)
-        return True
+        return time.perf_counter()
 
     def resume(self) -> None:
         pass

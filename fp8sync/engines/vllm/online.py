@@ -77,13 +77,13 @@ class AsyncHandle(Handle):
     def finish(self) -> None:
         self._call("finish_weight_update")
 
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:
+    def pause(self, in_flight: InFlight, *, once: bool) -> float | None:
         caches = self._caches and not self._renews
         changes = caches or self._encodes or self._labels  # more than weights
         if in_flight == "keep" and once and self.replicas == 1 and not changes:
-            return False
+            return None
         try:
-            self._run("pause", compat.pause(self._engine, in_flight))
+            since: float = self._run("pause", compat.pause(self._engine, in_flight))
         except TransferTimeout as error:
             if in_flight != "wait":
                 raise
@@ -92,7 +92,7 @@ class AsyncHandle(Handle):
                 f"{count} requests have not ended; choose in_flight='abort' or a longer timeout_s"
             )
             raise error.named(f"{error.summary}: {text}") from error
-        return True
+        return since
 
     def resume(self) -> None:
         self._call("resume_generation")

@@ -106,10 +106,10 @@ class Server(Handle):
     def finish(self) -> None:
         self._post("/finish_weight_update")
 
-    def pause(self, in_flight: InFlight, *, once: bool) -> bool:  # noqa: ARG002  (its caches are not known)
+    def pause(self, in_flight: InFlight, *, once: bool) -> float:  # noqa: ARG002  (its caches are not known)
         # vLLM would have requests that are kept computed again.
         self._post("/pause", mode=in_flight, clear_cache=str(in_flight != "keep").lower())
-        return True
+        return time.perf_counter()
 
     def resume(self) -> None:
         self._post("/resume")

@@ -12,15 +12,17 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from vllm.logger import init_logger
 
 from fp8sync.engines.vllm.agreement import agree
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales
+from fp8sync.engines.vllm.standstill import Standstill
 from fp8sync.errors import Fp8SyncError, InstallFailed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    import torch
 
     from fp8sync.control import Channel
     from fp8sync.engines.vllm.agreement import Agreed, Worker
@@ -110,6 +112,7 @@ class WorkerSession:
         if self._auditing:
             self._report(self._answer_audit)
             return
+        standstill = Standstill(self._worker.device)
         portion = self._link.portions[self._number]
         prepared = False
         try:
@@ -123,7 +126,7 @@ class WorkerSession:
         if prepared and go:
             # Whether more of this version is to come.
             self._opened = self._number + 1 < len(self._link.portions)
-            self._commit(portion)
+            self._commit(portion, standstill)
         elif prepared:
             portion.process.abandon()
 
@@ -131,46 +134,45 @@ class WorkerSession:
         self._worker.check_awake()
         self._link.audit().answer(self._channel)
 
-    def _commit(self, portion: Portion) -> None:
+    def _commit(self, portion: Portion, standstill: Standstill) -> None:
         """Install, and tell when it is done: a GPU is not waited for here, as the engine may go on at once.
 
         Its next step follows on the same stream.
         """
-        began, failure, event = time.perf_counter(), "", None
+        began = time.perf_counter()
         # Until the link says otherwise: caches may be of the old version.
         self._installed.mixed = True
         try:
-            event = self._install(portion)
+            self._install(portion)
+            standstill.installed()
         # The live weights may be a mixture now; only the trainer can put that right.
         except Exception as error:
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
-            failure = f"{type(error).__name__}: {error}"
-        if event is None:
-            self._committed(began, failure)
+            self._committed(began, 0.0, f"{type(error).__name__}: {error}")
+            return
+        if self._worker.device.type == "cpu":
+            self._await_commit(began, standstill)
         else:
-            self._thread = self._beside(partial(self._await_commit, began, event))
+            self._thread = self._beside(partial(self._await_commit, began, standstill))
 
-    def _install(self, portion: Portion) -> torch.cuda.Event | None:
-        """Enqueue everything; the event follows it on a GPU."""
+    def _install(self, portion: Portion) -> None:
+        """Enqueue everything."""
         portion.direct.commit()
         portion.process.commit()
         restore_scales(self._caching)
-        if self._worker.device.type == "cpu":
-            return None
-        return torch.cuda.current_stream(self._worker.device).record_event()
 
-    def _await_commit(self, began: float, event: torch.cuda.Event) -> None:
-        failure = ""
+    def _await_commit(self, began: float, standstill: Standstill) -> None:
+        stood_s, failure = 0.0, ""
         try:
-            event.synchronize()
+            stood_s = standstill.seconds()
         except RuntimeError as error:  # the GPU's
             logger.exception("fp8sync: engine rank %d failed while it installed", self._rank)
             failure = str(error)
-        self._committed(began, failure)
+        self._committed(began, stood_s, failure)
 
-    def _committed(self, began: float, failure: str) -> None:
-        seconds = time.perf_counter() - began
-        self._channel.try_send({"type": "committed", "commit_s": seconds, "failure": failure})
+    def _committed(self, began: float, stood_s: float, failure: str) -> None:
+        said = {"commit_s": time.perf_counter() - began, "stood_s": stood_s, "failure": failure}
+        self._channel.try_send({"type": "committed", **said})
 
     def close(self) -> None:
         """Leave the link."""
