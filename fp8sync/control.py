@@ -111,6 +111,7 @@ class Channel:
         timeout_s: float | None = None,
         max_bytes: int = _MAX_BYTES,
         ends: float | None = None,
+        late: str = "progress",
     ) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
@@ -121,6 +122,7 @@ class Channel:
             timeout_s: limit, if not the channel's own.
             max_bytes: that a message may have.
             ends: when, by `time.monotonic`, the first time ends that began before this call.
+            late: a kind of which some may still come that nobody waits for any more.
 
         Raises:
             EngineLost: the peer is gone.
@@ -130,12 +132,15 @@ class Channel:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         ends = time.monotonic() + limit_s if ends is None else ends
         message, before = self._due(kind, limit_s, max_bytes, ends), math.inf
-        while message.get("type") == "progress":
-            left = message.get("left")
-            if not isinstance(left, int) or not 0 <= left < before:
-                raise Fp8SyncError(f"{self.peer} said progress with {left!r} left after {before}")
-            ends = time.monotonic() + limit_s
-            message, before = self._due(kind, limit_s, max_bytes, ends), left
+        while (said := message.get("type")) in {"progress", late}:
+            if said == "progress":
+                left = message.get("left")
+                if not isinstance(left, int) or not 0 <= left < before:
+                    raise Fp8SyncError(
+                        f"{self.peer} said progress with {left!r} left after {before}"
+                    )
+                ends, before = time.monotonic() + limit_s, left
+            message = self._due(kind, limit_s, max_bytes, ends)
         if message.get("type") == "error":
             raise self._told(message.get("error"))
         if message.get("type") != kind:

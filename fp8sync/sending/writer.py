@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fp8sync.errors import TransferTimeout
 from fp8sync.plan import in_parts, strips
 from fp8sync.sending.live import LiveTable
 from fp8sync.sending.share import Sent, Told, named_error
@@ -174,6 +175,7 @@ class Writer:
             gpu = self._device.type == "cuda"
             stream = torch.cuda.current_stream(self._device) if gpu else None
             for part in self._parts:
+                self._check_held_up(began)
                 self._launch(part, storages, stream)
                 launched = part
             # One question for all copies: their counts are another read of as much as their digests.
@@ -196,6 +198,15 @@ class Writer:
                 told(None)
         sent.quantize_s = time.perf_counter() - began
         return sent
+
+    def _check_held_up(self, began: float) -> None:
+        """Write nothing that workers have given up: by then others may write to their memory."""
+        seconds = time.perf_counter() - began
+        if seconds > self._share.timeout_s:
+            raise TransferTimeout(
+                f"trainer rank {self._rank} was held up while it wrote: expected less than "
+                f"{self._share.timeout_s:g} s, found {seconds:.0f}"
+            )
 
     def _launch(self, part: _Part, storages: Storages, stream: torch.cuda.Stream | None) -> None:
         """Enqueue a part, and its digests to the host."""

@@ -8,6 +8,7 @@ import pytest
 
 from fp8sync.control import Channel, Listener, Message
 from fp8sync.engines.vllm.portions import Installed
+from fp8sync.errors import Fp8SyncError
 
 TOKEN, WAIT_S = "5ca1ab1e" * 4, 5.0
 
@@ -63,3 +64,19 @@ def test_who_has_stopped_an_engine_is_heeded_between_any_messages(
     assert said[3:] == [("c", False)]
     worker.close()
     worker.drain()
+
+
+def test_what_nobody_waits_for_any_more_is_passed_over(joined: tuple[Channel, Channel]) -> None:
+    """Of the kind that is named; any other is out of turn, as ever."""
+    trainer, worker = joined
+    for message in ({"type": "written", "whole": True}, {"type": "progress", "left": 1}):
+        trainer.send(message, [b"digests"] if "whole" in message else [])
+    trainer.send({"type": "written", "whole": False})
+    trainer.send({"type": "prepare", "go": False})
+    assert worker.receive("prepare", late="written")["go"] is False
+    trainer.send({"type": "written", "whole": True})
+    with pytest.raises(Fp8SyncError, match="sent 'written', expected 'prepare'"):
+        worker.receive("prepare")
+    trainer.send({"type": "version"})
+    with pytest.raises(Fp8SyncError, match="sent 'version', expected 'prepare'"):
+        worker.receive("prepare", late="written")

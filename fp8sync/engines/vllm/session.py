@@ -228,7 +228,7 @@ class WorkerSession:
 
     def _prepare(self, install: ProcessInstall) -> bool:
         """Return whether the version can be installed."""
-        go = self._channel.receive("prepare")["go"]
+        go = self._channel.receive("prepare", late="written")["go"]
         staged, self._staged = self._staged, {}
         if not go or self._failure is not None:
             return False
