@@ -1,4 +1,4 @@
-"""Trainers that die: `killed_trainer server URL`, `killed_trainer ranks FOLDER RANK` in the middle of sending,
+"""Trainers that die: `killed_trainer server URL TRANSPORT`, `killed_trainer ranks FOLDER RANK` in the middle of sending,
 
 `killed_trainer stopped URL CALL` where it would make a call to a server that it has stopped.
 """
@@ -11,15 +11,19 @@ import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 import fp8sync
 from fp8sync.engines.vllm import Server
+from fp8sync.sending.writer import PARTS
 from tests import conftest as _environment  # noqa: F401  (sets it)
 from tests.engines import serving, world
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BUCKET_BYTES = 1 << 16
 TIMEOUT_S = 30.0
@@ -34,16 +38,20 @@ class LastWords:
     def send(self, message: torch.Tensor, to: int) -> None:
         self._count += 1
         if self._count > 5:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         self._group.send(message, to)
 
 
-def connect(model: torch.nn.Module, engine: Any) -> Any:
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def connect(model: torch.nn.Module, engine: Any, transport: str = "gloo") -> Any:
     return fp8sync.connect(
         model,
         engine,
         world.recipe("blockwise-pow2"),
-        transport="gloo",
+        transport=transport,
         bucket_bytes=BUCKET_BYTES,
         timeout_s=TIMEOUT_S,
     )
@@ -55,14 +63,32 @@ def double(model: torch.nn.Module) -> None:
             parameter.mul_(2.0)
 
 
-def to_server(url: str) -> None:
+def to_server(url: str, transport: str) -> None:
     model = serving.models()[1]
-    link = connect(model, url)
+    link = connect(model, url, transport)
     link.refit()
     double(model)
     (sender,) = link._conductor._member._senders
-    sender._group = LastWords(sender._group)
+    if transport == "ipc":
+        sender._launch = launched(sender._launch)
+    else:
+        sender._group = LastWords(sender._group)
     link.refit()
+
+
+def launched(launch: Callable[..., None]) -> Callable[..., None]:
+    """Killed when all parts lie in the engine's memory, and workers have heard of none."""
+    left = PARTS
+
+    def launch_once(*args: Any) -> None:
+        nonlocal left
+        launch(*args)
+        left -= 1
+        if not left:
+            torch.cuda.synchronize()
+            die()
+
+    return launch_once
 
 
 def tall(seed: int) -> torch.nn.Module:
@@ -72,10 +98,6 @@ def tall(seed: int) -> torch.nn.Module:
 
 def of_stopped(url: str, name: str) -> None:
     """Killed by itself at the call of that name; `none`: at once told to refit, and killed by others."""
-
-    def die(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
     link = fp8sync.connect(tall(2), url, world.recipe("blockwise-pow2"), timeout_s=TIMEOUT_S)
     print("connected", flush=True)
     sys.stdin.readline()
@@ -122,7 +144,7 @@ def of_two_ranks(folder: Path, rank: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "server":
-        to_server(sys.argv[2])
+        to_server(*sys.argv[2:])
     elif sys.argv[1] == "stopped":
         of_stopped(*sys.argv[2:])
     else:

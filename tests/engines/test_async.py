@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import fp8sync
 from fp8sync.engines.vllm import compat
+from tests import skips
 from tests.engines import serving, world
 from tests.engines.sabotage import SABOTAGE, slowed
 from tests.engines.test_in_place import meddle_with_portion
@@ -160,6 +162,29 @@ def test_requests_in_flight(
     assert last is None or report.weight_version == str(int(last) + 1)
 
 
+@pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
+def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both install between the same two steps: with one on old weights, streams would say what neither version does."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    # Halved between two workers, 512 rows are still whole blocks.
+    sizes = {"intermediate_size": 512, "max_position_embeddings": 512}
+    models = [world.tiny_model("dense", seed, **sizes) for seed in (1, 2)]
+    engine = Engine(world.write_config(models[0], tmp_path), tensor_parallel_size=2)
+    recipe = world.recipe("blockwise-pow2")
+    fp8sync.refit(models[0], engine.llm, recipe)
+    old = serving.greedy(engine.greedy)
+    for mode, model in (("wait", models[1]), ("keep", models[0])):
+        with fp8sync.connect(model, engine.llm, recipe) as link:
+            load = serving.refit_under_load(engine.stream, partial(link.refit, mode))
+            found, _ = engine.loop.run(load)
+            assert link.audit().equal
+        new = serving.greedy(engine.greedy)
+        assert new != old
+        serving.judge(mode, found, old, new, engine.greedy)
+        old = new
+    engine.close()
+
+
 def test_a_label_that_is_set_by_hand_is_followed(
     engine: Engine, models: list[torch.nn.Module]
 ) -> None:
@@ -208,7 +233,7 @@ def test_kept_between_two_steps(
     assert mixed
     assert 0 < report.pause_s < report.seconds["total"]
     link._engine._encodes = True  # what a model has seen of pictures is forgotten in a pause
-    assert link._engine.pause("keep", once=True)
+    assert link._engine.pause("keep", once=True) is not None
     link._engine.resume()
     link.close()
     engine.close()
@@ -342,7 +367,7 @@ def test_requests_that_do_not_end(
     handle = link._engine
     patient_s, pause = handle.timeout_s, handle.pause
 
-    def pause_impatiently(mode: str, *, once: bool) -> bool:
+    def pause_impatiently(mode: str, *, once: bool) -> float | None:
         handle.timeout_s = 1e-3
         try:
             with engine.slow():

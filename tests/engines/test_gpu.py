@@ -9,6 +9,7 @@ import torch
 
 import fp8sync
 from tests.engines import world
+from tests.engines.test_kv_scales import scales
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,23 +65,57 @@ def test_other_kernels_of_experts(backend: str, kept: str, tmp_path: Path) -> No
     world.forget_engines()
 
 
-@pytest.mark.parametrize("options", [world.GRAPHS, COMPILED], ids=["graphs", "compiled"])
+@pytest.mark.parametrize(
+    ("options", "formula"),
+    [(world.GRAPHS, "pow2"), (COMPILED, "pow2"), (COMPILED, "fp32")],
+    ids=["graphs", "compiled", "compiled-fp32"],
+)
 @pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_cuda_graphs(kind: str, options: dict[str, Any], tmp_path: Path) -> None:
-    """Captured graphs read the refitted weights: the same tokens as a fresh engine decodes."""
+def test_cuda_graphs(kind: str, options: dict[str, Any], formula: str, tmp_path: Path) -> None:
+    """Captured graphs read the refitted weights, also processed ones: a fresh engine decodes the same tokens."""
     models = [world.tiny_model(kind, seed) for seed in (1, 2)]
     expected = [
-        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"), **options)
+        fresh(world.write_checkpoint(model, tmp_path / str(seed), formula), **options)
         for seed, model in enumerate(models)
     ]
     folder = world.write_config(models[0], tmp_path / "config")
     llm = world.start_engine(folder, load_format="dummy", **options)
     for turn in (0, 1, 0):
-        fp8sync.refit(models[turn], llm, "blockwise-pow2")
+        fp8sync.refit(models[turn], llm, f"blockwise-{formula}")
         assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
         assert world.generate(llm) == expected[turn][1]
     del llm
     world.forget_engines()
+
+
+@pytest.mark.multigpu(2)
+def test_two_workers_with_all_of_it(tmp_path: Path) -> None:
+    """Compiled, CUDA graphs, an FP8 cache with scales, both formulas in turn, awake and after sleep."""
+    # Halved between two workers, 512 rows are still whole blocks.
+    models = [world.tiny_model("moe", seed, moe_intermediate_size=256) for seed in (1, 2)]
+    options: dict[str, Any] = {**COMPILED, "multiprocess": True, "tensor_parallel_size": 2}
+    options |= {"kv_cache_dtype": "fp8", "enable_sleep_mode": True}
+    expected = []
+    for turn, (model, formula) in enumerate(zip(models, ("pow2", "fp32"), strict=True)):
+        checkpoint = tmp_path / str(turn)
+        world.write_checkpoint(model, checkpoint, formula, kv_scales=scales(turn))
+        llm = world.start_engine(checkpoint, **options)
+        expected.append((world.decoded_logprobs(llm), world.generate(llm)))
+        world.stop_engine(llm)
+    folder = world.write_config(models[0], tmp_path / "config")
+    llm = world.start_engine(folder, load_format="dummy", **options)
+    for turn, level in ((0, 0), (1, 0), (0, 0), (1, 1), (0, 2)):
+        if level:
+            llm.sleep(level=level)
+            llm.wake_up(tags=["weights"])
+        recipe = f"blockwise-{('pow2', 'fp32')[turn]}"
+        fp8sync.refit(models[turn], llm, recipe, kv_scales=scales(turn))
+        if level:
+            llm.wake_up(tags=["kv_cache"])
+        assert world.generate(llm) == expected[turn][1]
+        found = world.decoded_logprobs(llm)
+        assert (found - expected[turn][0]).abs().max().item() == 0.0
+    world.stop_engine(llm)
 
 
 @pytest.mark.parametrize("transport", ["ipc", "gloo"])
@@ -103,33 +138,47 @@ def test_parameters_offloaded_to_the_host(transport: str, tmp_path: Path) -> Non
     world.forget_engines()
 
 
-def test_refit_between_the_wakes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+def test_refit_between_the_wakes(cache: str, tmp_path: Path) -> None:
     """Asleep at either level, weights awake, refit, KV cache awake: equal to a fresh engine.
 
-    While the weights sleep a refit is refused.
+    So are an FP8 cache's scales, which vLLM 0.25 resets when it wakes the cache. While the weights sleep a refit is
+    refused.
     """
     models = [world.tiny_model("dense", seed) for seed in (1, 2)]
-    expected = [
-        fresh(world.write_checkpoint(model, tmp_path / str(seed), "pow2"))
-        for seed, model in enumerate(models)
-    ]
+    given = [scales(turn) if cache == "fp8" else None for turn in range(2)]
+    expected = []
+    for turn, model in enumerate(models):
+        world.write_checkpoint(model, tmp_path / str(turn), "pow2", kv_scales=given[turn])
+        llm = world.start_engine(tmp_path / str(turn), kv_cache_dtype=cache)
+        expected.append((world.generate(llm), world.decoded_logprobs(llm)))
+        del llm
+        world.forget_engines()
     folder = world.write_config(models[0], tmp_path / "config")
-    llm = world.start_engine(folder, load_format="dummy", multiprocess=True, enable_sleep_mode=True)
-    fp8sync.refit(models[0], llm, "blockwise-pow2")
-    world.generate(llm)
+    options: dict[str, Any] = {"kv_cache_dtype": cache, "enable_sleep_mode": True}
+    llm = world.start_engine(folder, load_format="dummy", multiprocess=True, **options)
+
+    def check(turn: int) -> None:
+        assert world.generate(llm) == expected[turn][0]
+        assert (world.decoded_logprobs(llm) - expected[turn][1]).abs().max().item() == 0.0
+
+    def refit(turn: int) -> None:
+        fp8sync.refit(models[turn], llm, "blockwise-pow2", kv_scales=given[turn])
+
+    refit(0)
+    check(0)
     for turn, level in ((1, 1), (0, 2), (1, 2)):
         llm.sleep(level=level)
         llm.wake_up(tags=["weights"])
-        fp8sync.refit(models[turn], llm, "blockwise-pow2")
+        refit(turn)
         llm.wake_up(tags=["kv_cache"])
-        assert (world.logprobs(llm) - expected[turn][0]).abs().max().item() == 0.0
-        assert world.generate(llm) == expected[turn][1]
+        check(turn)
     llm.sleep(level=1)
-    for model in reversed(models):  # by the link that there is, and by a new one
+    for turn in (1, 0):  # by the link that there is, and by a new one
         with pytest.raises(fp8sync.InstallFailed, match="asleep"):
-            fp8sync.refit(model, llm, "blockwise-pow2")
+            refit(turn)
     llm.wake_up()
-    assert (world.logprobs(llm) - expected[1][0]).abs().max().item() == 0.0
+    check(1)
     world.stop_engine(llm)
 
 

@@ -36,7 +36,8 @@ def start(*arguments: str, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
-def test_only_trainer_of_a_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["gloo", pytest.param("ipc", marks=pytest.mark.gpu)])
+def test_only_trainer_of_a_server(transport: str, tmp_path: Path) -> None:
     models = serving.models()
     recipe = world.recipe("blockwise-pow2")
     log = tmp_path / "server.log"
@@ -45,7 +46,7 @@ def test_only_trainer_of_a_server(tmp_path: Path) -> None:
         with fp8sync.connect(models[1], served.url, recipe) as link:
             link.refit()
         before = served.logprobs()
-        trainer = start("server", served.url)
+        trainer = start("server", served.url, transport)
         assert trainer.wait(400) == -signal.SIGKILL
         began = time.monotonic()
         # What the dead trainer had installed serves on; of what it was sending, nothing does.
