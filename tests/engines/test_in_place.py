@@ -185,9 +185,10 @@ def test_a_sleeping_engine_is_refused(commit: str, engine: Any, monkeypatch: Any
     model = world.tiny_model("dense", 10)
     pool, text = CuMemAllocator(), r'engine rank 0: .* asleep: call wake_up\(tags=\["weights"\]\)'
     pool.pointer_to_data = {
-        0: AllocationData((0, 0, 0, 0), "kv_cache", is_asleep=True),
+        0: AllocationData((0, 0, 0, 0), "kv_cache"),
         1: AllocationData((0, 0, 1, 0), "weights"),
     }
+    pool.pointer_to_data[0].is_asleep = True
     monkeypatch.setattr(CuMemAllocator, "instance", pool)
     with connect(model, engine, commit) as link:
         link.refit()

@@ -21,6 +21,7 @@ from fp8sync.collector import uncollected
 from fp8sync.control import Channel
 from fp8sync.engines.vllm.agreement import Worker
 from fp8sync.engines.vllm.compat import asleep, engine_commit, unreached, worker_rank
+from fp8sync.engines.vllm.early import backend_arguments
 from fp8sync.engines.vllm.kv_cache import caching_modules, restore_scales, watch_scales
 from fp8sync.engines.vllm.portions import Installed
 from fp8sync.engines.vllm.session import WorkerSession
@@ -81,7 +82,10 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
         self, config: Any, vllm_config: Any, device: torch.device, model: torch.nn.Module
     ) -> None:
         """Reserve staging memory, and load kernels; vLLM sizes its KV cache afterwards."""
-        super().__init__(config, vllm_config, device, model)
+        super().__init__(*backend_arguments(config, vllm_config, device, model))
+        # Which 0.24's base class does not keep.
+        self.vllm_config, self.model_config = vllm_config, vllm_config.model_config
+        self.device = device
         with set_current_vllm_config(vllm_config):
             watch_scales(model)
         nbytes = reserved_bytes(model, engine_commit(vllm_config))

@@ -155,7 +155,8 @@ def asleep() -> set[str]:
     pool = CuMemAllocator.instance
     # Copied, as another thread may allocate.
     kept = [] if pool is None else list(pool.pointer_to_data.values())
-    return {each.tag for each in kept if each.is_asleep}
+    # Before 0.25 a record says so by `early.py`, once it has slept.
+    return {each.tag for each in kept if getattr(each, "is_asleep", False)}
 
 
 def is_attention(module: torch.nn.Module) -> bool:

@@ -98,7 +98,7 @@ class Server(Handle):
         self._post("/init_weight_transfer_engine", {"init_info": info})
 
     def start(self) -> None:
-        self._post("/start_weight_update")
+        self._post("/start_weight_update", {})  # 0.24 wants a body
 
     def update(self, version: int, *, renew: bool = False) -> None:
         self._post("/update_weights", {"update_info": self.note_update(version, renew)})
