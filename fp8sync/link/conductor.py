@@ -178,7 +178,7 @@ class Conductor:
 
         Faults are kept for `commit`, so that every worker hears of them.
         """
-        began = time.perf_counter()
+        began = self._member.announced = time.perf_counter()
         sent = [self._member.send(version, portion, self._pass_on)]
         said, lost = self._peers.hear("trainer", "sent")
         sent += [Sent.from_json(message) for message in said]

@@ -107,6 +107,7 @@ class Follower:
 
     def _opened(self, *, audit: bool) -> int:
         message = self._channel.receive("version", _ANNOUNCED * self._channel.timeout_s)
+        self._member.announced = time.perf_counter()
         if bool(message["audit"]) is not audit:
             asked, does = ("audit", "refit") if audit else ("refit", "audit")
             error = Fp8SyncError(
@@ -276,7 +277,9 @@ class FollowerLink:
         self._leave(name)
         channel = Channel.connect(info["host"], info["port"], info["token"], info["timeout_s"])
         source = LiveSource(partial(as_source, self._model))
-        follower = Follower(channel, Member(source, rank_and_size()[0], channel.progress))
+        follower = Follower(
+            channel, Member(source, rank_and_size()[0], channel.progress, channel.hung_up)
+        )
         try:
             with uncollected():
                 follower.agree()

@@ -306,7 +306,7 @@ class Link(Described):
                 raise
             drained = time.perf_counter()
             # With `wait` it generates until the last request has ended.
-            stopped = since if since and in_flight == "wait" else arrived
+            stopped = arrived if since is None or in_flight != "wait" else since
             outcome = self._commit(conductor)
             self._mixed = True
             for portion in range(1, conductor.portions):
@@ -323,8 +323,8 @@ class Link(Described):
             finally:
                 self._engine.go_on()
                 going()
-        ended = time.perf_counter() if since else ended
-        stood_s = ended - stopped if since else outcome.stood_s
+        ended = ended if since is None else time.perf_counter()
+        stood_s = outcome.stood_s if since is None else ended - stopped
         seconds = {**outcome.seconds, "drain": drained - arrived, "total": ended - began}
         said = outcome.tensors, label if labelled else None, host.seconds
         return RefitReport(version, outcome.bytes_sent, seconds, stood_s, *said)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -43,12 +45,19 @@ class Member:
         source: this rank's weights, prepared by the caller before they are read.
         rank: this rank among the trainer's.
         progress: see `Share`.
+        left: whether rank 0 has left the link.
     """
 
     def __init__(
-        self, source: LiveSource, rank: int, progress: Callable[[int], None] = lambda _: None
+        self,
+        source: LiveSource,
+        rank: int,
+        progress: Callable[[int], None] = lambda _: None,
+        left: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.source, self.rank, self._progress = source, rank, progress
+        self.source, self.rank, self._progress, self._left = source, rank, progress, left
+        self.announced = math.inf
+        """When this rank was told to send (`time.perf_counter`); workers have waited since then at most."""
         self._exchange: AmaxExchange | None = None
         self._senders: Sequence[Outgoing] = ()
         self._later: list[Copy] = []
@@ -124,7 +133,11 @@ class Member:
         own = self._own = self.plan.sent_by(self.rank)
         plans = in_portions(own, dict(choice["portions"]))
         stamps = choice["stamps"] or [None] * len(plans)
-        about = timeout_s, exchange, self._progress
+
+        def given_up() -> bool:
+            return self._left() or time.perf_counter() - self.announced > timeout_s
+
+        about = timeout_s, exchange, self._progress, given_up
         shares = [
             Share(self.source, self.rank, self._held, plan, *about, number, stamps[number])
             for number, plan in enumerate(plans)

@@ -86,6 +86,7 @@ class Share:
         timeout_s: limit of every wait for a peer.
         exchange: agrees on the amax of blocks of which this rank has a part.
         progress: takes word of how many messages are left, after each that is away.
+        given_up: whether workers may wait no longer for what this rank writes into their memory.
         portion: number of the portion of a version that `plan` is.
         stamps: what headers say of the plan of all ranks; not given where `plan` is that one.
     """
@@ -97,6 +98,7 @@ class Share:
     timeout_s: float
     exchange: AmaxExchange
     progress: Callable[[int], None] = lambda _: None
+    given_up: Callable[[], bool] = lambda: False
     portion: int = 0
     stamps: Sequence[Stamps] | None = None
 

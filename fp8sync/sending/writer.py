@@ -175,7 +175,7 @@ class Writer:
             gpu = self._device.type == "cuda"
             stream = torch.cuda.current_stream(self._device) if gpu else None
             for part in self._parts:
-                self._check_held_up(began)
+                self._check_awaited()
                 self._launch(part, storages, stream)
                 launched = part
             # One question for all copies: their counts are another read of as much as their digests.
@@ -199,13 +199,12 @@ class Writer:
         sent.quantize_s = time.perf_counter() - began
         return sent
 
-    def _check_held_up(self, began: float) -> None:
-        """Write nothing that workers have given up: by then others may write to their memory."""
-        seconds = time.perf_counter() - began
-        if seconds > self._share.timeout_s:
+    def _check_awaited(self) -> None:
+        """Write nothing that workers may have given up: by then others may write to their memory."""
+        if self._share.given_up():
             raise TransferTimeout(
-                f"trainer rank {self._rank} was held up while it wrote: expected less than "
-                f"{self._share.timeout_s:g} s, found {seconds:.0f}"
+                f"trainer rank {self._rank} was held up, and writes no more: rank 0 has left the link, or "
+                f"this rank was told to send more than {self._share.timeout_s:g} s ago"
             )
 
     def _launch(self, part: _Part, storages: Storages, stream: torch.cuda.Stream | None) -> None:

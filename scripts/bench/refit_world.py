@@ -197,7 +197,9 @@ def _reach(store: Any, key: str) -> Channel:
 
 def follow(source: PaperSource, rank: int, store: Any, key: str) -> Follower:
     """Any other trainer rank."""
-    follower = Follower(_reach(store, key), Member(LiveSource(lambda: source), rank))
+    channel = _reach(store, key)
+    member = Member(LiveSource(lambda: source), rank, channel.progress, channel.hung_up)
+    follower = Follower(channel, member)
     follower.agree()
     return follower
 

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--soak", type=int, default=200)
     parser.add_argument("--trainer-gpu", type=int, default=1, help="0: beside the engine")
     parser.add_argument("--prefix-caching", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--transports", nargs="*", default=["auto"], help="one after the other")
+    parser.add_argument("--transports", nargs="+", default=["auto"], help="one after the other")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     source = qwen30b.RandomQwen(options.layers, torch.device("cuda", options.trainer_gpu))

@@ -164,7 +164,7 @@ def test_requests_in_flight(
 
 @pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
 def test_two_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both install between the same two steps: with one on old weights, streams would say what neither version does."""
+    """Streams through two refits, and what both workers hold afterwards."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     # Halved between two workers, 512 rows are still whole blocks.
     sizes = {"intermediate_size": 512, "max_position_embeddings": 512}

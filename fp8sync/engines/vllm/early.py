@@ -26,8 +26,9 @@ def leave_updates_to_backend() -> None:
     from vllm.device_allocator.cumem import CuMemAllocator
     from vllm.v1.worker.gpu_worker import Worker
 
-    if hasattr(Worker.load_model, "__wrapped__"):
+    if vars(Worker).get("_fp8sync"):
         return
+    Worker._fp8sync = True
     Worker.load_model = _making_backend(Worker.load_model)
     for name in ("start_weight_update", "update_weights", "finish_weight_update"):
         setattr(Worker, name, _left_to_backend(name, getattr(Worker, name)))
@@ -98,9 +99,9 @@ def _left_to_backend(name: str, call: Call) -> Call:
 def _noting_sleep(sleep: Call) -> Call:
     @wraps(sleep)
     def noting(self: Any, *args: Any, **named: Any) -> None:
-        sleep(self, *args, **named)
-        for record in self.pointer_to_data.values():
+        for record in self.pointer_to_data.values():  # first, as some may be when it fails
             record.is_asleep = True
+        sleep(self, *args, **named)
 
     return noting
 

@@ -112,10 +112,10 @@ class WorkerSession:
         if self._auditing:
             self._report(self._answer_audit)
             return
-        standstill = Standstill(self._worker.device)
         portion = self._link.portions[self._number]
         prepared = False
         try:
+            standstill = Standstill(self._worker.device)
             prepared = self._prepare(portion.process)
             self._vote(self._failure)
             go = bool(self._channel.receive("decision")["commit"])
