@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 TRAINERS = {
     64: "tp=2,pp=2,dp=16,ep=32,etp=1",
@@ -74,6 +74,12 @@ def full(trainer: str, engine: str, model: str) -> dict[str, float]:
     }
 
 
+def peak_mb() -> float:
+    """This process's peak resident memory; `ru_maxrss` would be that of who started it, if larger."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
 def row(job: str, trainer: str, engine: str, model: str) -> dict[str, float]:
     """One measurement in a fresh process."""
     command = [sys.executable, __file__, "--job", job, "--pair", trainer, engine, "--model", model]
@@ -92,7 +98,7 @@ def main() -> None:
         figures = {"forecast": forecast, "full": full}[arguments.job](
             *arguments.pair, arguments.model
         )
-        figures["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        figures["peak_mb"] = peak_mb()
         print(json.dumps(figures))
         return
     print(f"{arguments.model}, Python {platform.python_version()}, {platform.machine()}")

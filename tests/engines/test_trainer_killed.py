@@ -17,7 +17,6 @@ import torch
 
 import fp8sync
 from fp8sync.engines.vllm import Server
-from fp8sync.engines.vllm.compat import requests_of
 from tests.engines import serving, world
 from tests.engines.killed_trainer import TIMEOUT_S, tall
 from tests.engines.test_server import Served
@@ -99,7 +98,7 @@ def test_while_it_waits_for_requests_to_end(tall_server: Served) -> None:
     assert trainer.stdin is not None
     with ThreadPoolExecutor(1) as pool:
         tokens = pool.submit(tall_server.greedy, serving.PROMPTS[0], 3000)
-        while not (tokens.done() or requests_of(server._watched("GET", "/metrics")[1].decode())):
+        while not (tokens.done() or tall_server.count("requests_running")):
             time.sleep(0.01)
         trainer.stdin.write(b"\n")
         trainer.stdin.flush()

@@ -42,7 +42,8 @@ class Fp8SyncInitInfo(WeightTransferInitInfo):
     """Where the trainer's link listens, the token that lets a worker in, and its engine's first rank.
 
     `owner` is what others are told who want to refit the engine meanwhile. With `woken` there is no link to join: vLLM
-    has woken the KV cache, whose scales are put back. `renews` comes from the engine's own process (`prefixes.py`).
+    has woken the KV cache, whose scales are put back. `renews` comes from the engine's own process, which answers
+    `begun` by itself (`prefixes.py`).
     """
 
     host: str = ""
@@ -52,6 +53,7 @@ class Fp8SyncInitInfo(WeightTransferInitInfo):
     first_rank: int = 0
     owner: str = ""
     woken: bool = False
+    begun: bool = False
     renews: bool = False
 
 
@@ -95,6 +97,10 @@ class Fp8SyncWeightTransferEngine(WeightTransferEngine[Fp8SyncInitInfo, Fp8SyncU
 
     def init_transfer_engine(self, init_info: Fp8SyncInitInfo) -> None:
         """Join a link and agree on a plan; an earlier link is left, unless it is refitting."""
+        if init_info.begun:
+            raise RuntimeError(
+                "fp8sync: the engine's process does not say which requests have begun"
+            )
         if init_info.woken:
             restore_scales(caching_modules(self.model))
             return

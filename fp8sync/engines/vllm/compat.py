@@ -33,7 +33,6 @@ __all__ = [
     "number_of_label",
     "pause",
     "reads_host_scales",
-    "requests_of",
     "text_config",
     "unreached",
     "update_request",
@@ -98,22 +97,6 @@ def caches_prefixes(vllm_config: Any) -> bool:
 def number_of_label(label: str) -> int:
     """Return the number that vLLM's label of its weights is; 0 for another one, as the first (`default`)."""
     return int(label) if label.isdecimal() else 0
-
-
-def requests_of(metrics: str) -> int | None:
-    """Return how many requests a server's `/metrics` says its engines have begun; None if it does not.
-
-    Those that are queued have not, unless some were preempted.
-    """
-    names = "num_requests_running", "num_requests_waiting", "num_preemptions_total"
-    found = [
-        [float(at.rsplit(" ", 1)[1]) for at in metrics.splitlines() if at.startswith(f"vllm:{n}{{")]
-        for n in names
-    ]
-    if not all(found):
-        return None
-    running, waiting, preempted = map(sum, found)
-    return int(running + waiting if preempted else running)
 
 
 def engine_commit(vllm_config: Any) -> str:

@@ -186,7 +186,7 @@ class Handle(ABC):
         """Stop scheduling; on return nothing is computed.
 
         Args:
-            in_flight: what becomes of requests. A server's preempted ones are left as they are by `wait`.
+            in_flight: what becomes of requests.
             once: whether a single `finish` is all that follows before `resume`: vLLM makes a call between two
                 steps, so an engine with nothing to change but weights need not be stopped for it.
 

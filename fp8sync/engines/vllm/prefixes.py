@@ -10,6 +10,9 @@ vLLM has no hook for that, so the plugin wraps the call by which weights arrive,
 the link's first call it tells the workers, and they the trainer, that it is there (`renews`); where it is not,
 the engine is paused, emptied, and requests are computed again. Not with a KV connector or whatever else keeps
 something under the names of blocks.
+
+The same wrapper answers what a server's routes do not: whether requests that have tokens are left, once vLLM says
+that it waited for them (`HAVE_BEGUN`). Those that it has preempted stand in its queue.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ import secrets
 from functools import wraps
 from typing import Any
 
-__all__ = ["renamed", "renew", "renew_at_install"]
+__all__ = ["HAVE_BEGUN", "renamed", "renew", "renew_at_install"]
+
+HAVE_BEGUN = "requests have tokens"
+"""In the refusal of a call that asks whether there are such."""
 
 _HASH_BYTES = 32
 
@@ -39,6 +45,8 @@ def renew_at_install() -> None:
         if method not in ("init_weight_transfer_engine", "update_weights", "finish_weight_update"):
             return call(self, method, timeout, args, kwargs)
         said = dict(kwargs or {})
+        if said.get("init_info", {}).get("begun"):
+            return _refuse_begun(self.scheduler)
         if _can_renew(self):
             if "init_info" in said:
                 said["init_info"] = {**said["init_info"], "renews": True}
@@ -51,6 +59,13 @@ def renew_at_install() -> None:
         return answers
 
     EngineCore.collective_rpc = collective_rpc
+
+
+def _refuse_begun(scheduler: Any) -> list[Any]:
+    count = sum(1 for request in scheduler.requests.values() if request.num_output_tokens)
+    if count:
+        raise RuntimeError(f"fp8sync: {count} {HAVE_BEGUN}")
+    return []
 
 
 def _can_renew(core: Any) -> bool:

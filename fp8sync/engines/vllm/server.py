@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import socket
 import time
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode, urlsplit
 
 from fp8sync.engines.vllm.answers import in_thread
-from fp8sync.engines.vllm.compat import number_of_label, requests_of
+from fp8sync.engines.vllm.compat import number_of_label
 from fp8sync.engines.vllm.handle import Handle, check_emptied
+from fp8sync.engines.vllm.prefixes import HAVE_BEGUN
 from fp8sync.errors import EngineLost, Fp8SyncError, TransferTimeout, UnsupportedLayout
 
 if TYPE_CHECKING:
@@ -83,15 +85,10 @@ class Server(Handle):
             )
 
     def check_held(self) -> None:
-        """What vLLM's metrics say is of its last step; none has begun since it was paused."""
-        path = "/metrics"
-        status, body = self._watched("GET", path)
-        count = requests_of(body.decode(errors="replace")) if status == HTTPStatus.OK else None
-        if count != 0:
-            found = f"{self.url}{path} does not say" if count is None else str(count)
+        if count := self._begun():
             raise Fp8SyncError(
-                f"{self.url} is paused, with in_flight='wait': expected no requests in flight, found "
-                f"{found}; let it go on before the refit, or choose in_flight='keep' or 'abort'"
+                f"{self.url} is paused, with in_flight='wait': expected no requests in flight that have tokens, "
+                f"found {count}; let it go on before the refit, or choose in_flight='keep' or 'abort'"
             )
 
     def initialize(self, info: dict[str, Any]) -> None:
@@ -107,9 +104,29 @@ class Server(Handle):
         self._post("/finish_weight_update")
 
     def pause(self, in_flight: InFlight, *, once: bool) -> float:  # noqa: ARG002  (its caches are not known)
-        # vLLM would have requests that are kept computed again.
-        self._post("/pause", mode=in_flight, clear_cache=str(in_flight != "keep").lower())
-        return time.perf_counter()
+        # With `wait`, as often as requests are left that have tokens: those that vLLM has preempted.
+        ends = time.monotonic() + self.patience_s
+        while True:
+            # vLLM would have requests that are kept computed again.
+            self._post("/pause", mode=in_flight, clear_cache=str(in_flight != "keep").lower())
+            since = time.perf_counter()
+            if in_flight != "wait" or not self._begun():
+                return since
+            if time.monotonic() > ends:
+                raise TransferTimeout(
+                    f"{self.url} did not end all requests that have tokens within {self.patience_s:g} s: choose "
+                    "in_flight='abort' or a longer timeout_s"
+                )
+            self._post("/resume")
+
+    def _begun(self) -> int:
+        """Return how many requests have tokens, of one of its engines that has some; vLLM's metrics lag behind."""
+        path = "/init_weight_transfer_engine"
+        status, body = self._watched("POST", path, {"init_info": {"begun": True}})
+        if status != HTTPStatus.OK and (said := re.search(rf"(\d+) {HAVE_BEGUN}", _text(body))):
+            return int(said[1])
+        self._good(path, status, body)
+        return 0
 
     def resume(self) -> None:
         self._post("/resume")
