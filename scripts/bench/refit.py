@@ -22,8 +22,8 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,10 @@ import refit_world
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from refit_traffic import placed, processes_of, traffic
+from refit_cases import CASES
+from refit_traffic import traffic
 
-from fp8sync.layouts import EngineLayout, TrainerLayout, manifest
+from fp8sync.layouts import manifest
 from fp8sync.layouts.presets import PRESETS
 from fp8sync.plan import DEFAULT_BUCKET_BYTES, build_plan
 from fp8sync.sending.outgoing import not_linked
@@ -50,58 +51,6 @@ TABLES = 32 << 20
 """Room for descriptor tables and counters when peak memory is asserted. By `nccl` there are two buckets, by `ipc` none."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """A mapping."""
-
-    model: str
-    trainer: TrainerLayout
-    engine: EngineLayout
-
-    @property
-    def ranks(self) -> int:
-        """Members: trainer ranks and workers."""
-        return self.trainer.ranks + self.engine.ranks
-
-    @property
-    def kinds(self) -> set[str]:
-        """Which peers it is for (`PEERS`' `only`)."""
-        alone = self.trainer.fsdp == self.trainer.ranks
-        sharded = alone and (self.trainer.fsdp > 1 or not self.trainer.fused)
-        return {"", *["FSDP"] * sharded, *["one to one"] * (self.ranks == 2)}
-
-    def lying(self, gpus: int) -> list[int]:
-        """The GPU of each member, of so many."""
-        trainers = self.trainer.ranks
-        return placed(trainers // self.trainer.pp, trainers, self.engine.ranks, gpus)
-
-    def processes(self, gpus: int) -> list[int]:
-        """The process that each member is."""
-        return processes_of(self.lying(gpus), gpus)
-
-
-QWEN, LLAMA = "qwen3-30b-a3b", "llama-3.1-8b"
-CASES = {
-    "1 -> 1": Case(QWEN, TrainerLayout(), EngineLayout()),
-    "1 unfused -> 1": Case(QWEN, TrainerLayout(fused=False), EngineLayout()),
-    "TP2.EP2.ETP1 -> TP2": Case(QWEN, TrainerLayout(tp=2, ep=2, etp=1), EngineLayout(tp=2)),
-    "TP2 -> TP2.EP2": Case(QWEN, TrainerLayout(tp=2), EngineLayout(tp=2, expert_parallel=True)),
-    "FSDP2 -> TP2": Case(QWEN, TrainerLayout(dp=2, fsdp=2), EngineLayout(tp=2)),
-    "TP4.EP4.ETP1 -> TP4.EP4": Case(
-        QWEN, TrainerLayout(tp=4, ep=4, etp=1), EngineLayout(tp=4, expert_parallel=True)
-    ),
-    "TP2.PP2.EP2 -> TP4.EP4": Case(
-        QWEN, TrainerLayout(tp=2, pp=2, ep=2, etp=1), EngineLayout(tp=4, expert_parallel=True)
-    ),
-    "llama 1 -> 2": Case(LLAMA, TrainerLayout(), EngineLayout(tp=2)),
-    "llama FSDP3 -> 1": Case(LLAMA, TrainerLayout(dp=3, fsdp=3), EngineLayout()),  # cuts 128-blocks
-    "llama TP2 -> TP2": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=2)),
-    "llama TP2 -> TP4": Case(LLAMA, TrainerLayout(tp=2), EngineLayout(tp=4)),
-    "llama 1 -> 4": Case(LLAMA, TrainerLayout(), EngineLayout(tp=4)),
-    "llama TP4 -> TP4": Case(LLAMA, TrainerLayout(tp=4), EngineLayout(tp=4)),
-}
-
-
 def main() -> None:
     """Run the benchmark on all GPUs of this host."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -113,6 +62,12 @@ def main() -> None:
     )
     parser.add_argument(
         "--share", action="store_true", help="let members share GPUs, where there are too few"
+    )
+    parser.add_argument(
+        "--peer-limit",
+        type=float,
+        default=120.0,
+        help="seconds until a peer is given up, and the run",
     )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--bucket-bytes", type=int, nargs="*", default=[DEFAULT_BUCKET_BYTES])
@@ -254,6 +209,11 @@ class Run:
             row = {"mapping": self._name, "way": way, "not_possible": why}
             self._write({**row, "command": " ".join(sys.argv)})
 
+    def _give_up(self, peer: str, why: str) -> None:
+        """End the whole run, of which a call of a peer's may never come back."""
+        self._impossible(peer, why)
+        os._exit(1)
+
     def _refit(
         self,
         way: str,
@@ -320,13 +280,19 @@ class Run:
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(self._device)
         torch.cuda.reset_peak_memory_stats(self._device)
-        # A package that is not there, say: on all ranks alike, or others wait until they are ended.
+        limit_s = self._options.peer_limit
+        late = threading.Timer(limit_s, self._give_up, (peer, f"not done within {limit_s:g} s"))
+        late.daemon = True
+        late.start()
+        # A package that is not there, say: on all ranks alike, or others wait until the limit.
         try:
             made = refit_peers.PEERS[peer](stage)
             seconds = refit_peers.timed(made, 3)
         except Exception as error:  # noqa: BLE001  (another project's)
             self._impossible(peer, f"{type(error).__name__}: {error}")
             return
+        finally:
+            late.cancel()
         extra = torch.cuda.max_memory_allocated(self._device) - before
         plan = build_plan(*sides, exchange_amax=True) if self._rank == 0 else None
         self._row(made.name, seconds[1:], plan, extra, worker, expected)

@@ -22,7 +22,7 @@ import refit_peers
 import refit_world
 import torch
 import torch.multiprocessing as mp
-from refit import CASES, Case
+from refit_cases import CASES, Case
 
 from fp8sync.layouts import manifest
 from fp8sync.layouts.presets import PRESETS

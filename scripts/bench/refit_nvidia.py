@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Golden", "M2n"]
 
+_AT_ONCE = 256
+"""Tensors of a group of M2N."""
+
 
 class Golden:
     """NeMo-RL's `xferdtensor`, golden: a broadcast of every tensor, of which workers keep what is theirs.
@@ -75,9 +78,10 @@ class Golden:
 
 
 class M2n:
-    """`nccl.m2n.reshard` of nccl-extensions, from one rank to one worker, all tensors in one group.
+    """`nccl.m2n.reshard` of nccl-extensions, from one rank to one worker, in groups of tensors.
 
-    What arrives is written straight to where the engine wants it, so the worker copies nothing.
+    What arrives is written straight to where the engine wants it, so the worker copies nothing. All 37,491 tensors
+    in one group had not come to an end in 40 s.
     """
 
     name = "NCCL M2N"
@@ -104,10 +108,11 @@ class M2n:
         whole = [self._m2n.Replicate()]
         sides: dict[str, Any] = {"src_mesh": [0], "src_placements": whole, "handle": self._handle}
         sides |= {"dst_mesh": [1], "dst_placements": whole}
-        with self._m2n.group():
-            for _, tensor in self._tensors:
-                ends = (tensor, None) if self._first else (None, tensor)
-                self._m2n.reshard(*ends, self._group, stream, **sides)
+        for first in range(0, len(self._tensors), _AT_ONCE):
+            with self._m2n.group():
+                for _, tensor in self._tensors[first : first + _AT_ONCE]:
+                    ends = (tensor, None) if self._first else (None, tensor)
+                    self._m2n.reshard(*ends, self._group, stream, **sides)
 
 
 def _places(stage: Stage) -> Iterator[tuple[str, torch.Tensor]]:

@@ -138,6 +138,7 @@ def lead(
         }
         record |= {"native_s": native, "rows": rows, "misc_rows": misc}
         options.out.write_text(json.dumps(record) + "\n")
+    assert medians["host"] <= goals["host"][1], "the host's own time is above its goal"
 
 
 def start(folder: Path, backend: str, workers: int = 1, *, sleep: bool = False) -> Any:

@@ -376,7 +376,7 @@ def test_worker_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match=r"engine rank 1|engine died"):
         link.refit()
-    assert time.monotonic() - began < 60.0
+    assert time.monotonic() - began < 30.0  # as `timeout_s`
     link.close()
     world.stop_engine(llm)
 

@@ -67,7 +67,7 @@ def test_two_engines_get_one_version_and_the_loss_of_one_leaves_the_other_as_it_
     began = time.monotonic()
     with pytest.raises(fp8sync.EngineLost, match="engine 1"):
         link.refit()
-    assert time.monotonic() - began < 60.0
+    assert time.monotonic() - began < 30.0  # as `timeout_s`
     assert (world.logprobs(engines[0]) - first).abs().max().item() == 0.0
     link.close()
 

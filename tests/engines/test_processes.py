@@ -30,7 +30,8 @@ def test_engine_in_a_process_of_its_own(kind: str, tmp_path: Path) -> None:
     for number, model in enumerate(models):
         link = fp8sync.connect(model, llm, world.recipe("blockwise-pow2"))
         assert link.transport.partition(":")[0] == ("ipc" if torch.cuda.is_available() else "gloo")
-        link.refit()
+        report = link.refit()
+        assert world.weight_versions(llm) in (None, [report.weight_version])
         checkpoint = world.write_checkpoint(model, tmp_path / str(number), "pow2")
         fresh = world.start_engine(checkpoint)
         assert (world.logprobs(llm) - world.logprobs(fresh)).abs().max().item() == 0.0

@@ -176,6 +176,7 @@ def test_names_of_blocks(tree: Path) -> None:
     core = tree / "v1/core"
     request = _attributes(parsed(tree / "v1/request.py"))
     assert request >= {"num_computed_tokens", "cache_salt", "block_hashes"}
+    assert "Request.num_output_tokens" in defined(tree / "v1/request.py")
     scheduler = _attributes(parsed(core / "sched/scheduler.py"))
     assert scheduler >= {"cache_config", "connector", "requests", "kv_cache_manager"}
     reset = defined(core / "sched/scheduler.py")["Scheduler.reset_prefix_cache"]

@@ -303,6 +303,17 @@ def generate(llm: Any, tokens: int = 12, prompt: list[int] = PROMPT) -> list[int
     return list(output.outputs[0].token_ids)
 
 
+def weight_versions(llm: Any) -> list[str] | None:
+    """Which versions vLLM says that the tokens of an output are of; None where outputs do not tell (before 0.32)."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": PROMPT}], params, use_tqdm=False)
+    if not hasattr(output.outputs[0], "weight_versions"):
+        return None
+    return [span.version for span in output.outputs[0].weight_versions or ()]
+
+
 def decoded_logprobs(llm: Any, tokens: int = 8) -> torch.Tensor:
     """Log-probabilities of all 256 tokens at every decoding step, float64 [tokens, 256].
 

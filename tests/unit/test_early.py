@@ -110,3 +110,38 @@ def test_what_of_a_pool_is_asleep() -> None:
     wake_up(pool)
     assert asleep() == set()
     assert calls == [{"offload_tags": ("weights",)}, ["weights"], None]
+
+
+class Model:
+    """Loads while nobody may make a backend of vLLM's own way."""
+
+    def __init__(self, fails: bool) -> None:
+        self._fails = fails
+
+    def load(self, worker: Any) -> None:
+        assert worker.vllm_config.weight_transfer_config is None
+        if self._fails:
+            raise MemoryError
+
+    def get_model(self) -> str:
+        return "model"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_our_backend_is_made_as_by_later_versions(
+    fails: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = pytest.importorskip("fp8sync.engines.vllm.backend")
+    made: list[Any] = []
+    monkeypatch.setattr(backend, "Fp8SyncWeightTransferEngine", lambda *args: made.append(args))
+    worker: Any = Worker("fp8sync")
+    worker.model_runner, worker.device = Model(fails), "cpu"
+    transfer = worker.vllm_config.weight_transfer_config
+    load_model = early._making_backend(lambda worker, **_: worker.model_runner.load(worker))
+    if fails:
+        with pytest.raises(MemoryError):
+            load_model(worker)
+    else:
+        load_model(worker, load_dummy_weights=True)
+    assert worker.vllm_config.weight_transfer_config is transfer
+    assert made == ([] if fails else [(transfer, worker.vllm_config, "cpu", "model")])
