@@ -213,6 +213,8 @@ class Worker:
         device: its GPU.
     """
 
+    stood_s = 0.0  # no model runs meanwhile
+
     def __init__(self, wanted: Manifest, rank: int, device: torch.device) -> None:
         self._wanted, self._rank, self._device = wanted, rank, device
         self._staging = Staging(device, 0)
@@ -259,7 +261,11 @@ class Worker:
         channel.receive("prepare")
         channel.send({"type": "vote", "error": None})
         channel.receive("decision")
-        channel.send({"type": "committed", "commit_s": 0.0, "stood_s": 0.0, "failure": ""})
+        self._committed()
+
+    def _committed(self) -> None:
+        said = {"commit_s": 0.0, "stood_s": self.stood_s, "failure": ""}
+        self._channel.send({"type": "committed", **said})
 
     def _vote(self, step: Callable[[int, Storages], None], version: int) -> None:
         error: dict[str, Any] | None = None

@@ -66,7 +66,7 @@ class Worker(refit_world.Worker):
             return
         channel.send({"type": "vote", "error": None})
         if channel.receive("decision")["commit"] and self.stops_at != "decision":
-            channel.send({"type": "committed", "commit_s": 0.0, "stood_s": 0.0, "failure": ""})
+            self._committed()
 
 
 class Engine(Handle):

@@ -61,7 +61,7 @@ class Worker(refit_world.Worker):
         channel.receive("prepare")
         channel.send({"type": "vote", "error": None})
         if channel.receive("decision")["commit"]:
-            channel.send({"type": "committed", "commit_s": 0.0, "stood_s": 0.0, "failure": ""})
+            self._committed()
 
 
 class Refit:
