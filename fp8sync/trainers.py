@@ -31,6 +31,9 @@ dist: Any = torch.distributed  # its stores are not in its stubs
 
 _TURN = "fp8sync/turn"
 _HEARD = "fp8sync/heard"
+_MET = "fp8sync/met"
+_LATE_S = 600.0
+"""How long ranks may come after one another, who may be loading what they hold."""
 _KEPT = 4
 """Announcements that stay in the store."""
 
@@ -43,14 +46,18 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def exchange(told: Any) -> list[Any]:
-    """Return what every rank tells, in rank order; a collective of the default group, with that group's own limit.
+    """Return what every rank tells, in rank order; a collective of the default group, once all have come.
 
     Args:
         told: JSON-able data, which travels as such: two all-gathers of bytes.
+
+    Raises:
+        TransferTimeout: naming ranks that did not come. What fails in the all-gathers is torch's to report.
     """
-    size = rank_and_size()[1]
+    rank, size = rank_and_size()
     if size == 1:
         return [told]
+    _meet(rank, size, _LATE_S)
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     data = torch.frombuffer(bytearray(json.dumps(told).encode()), dtype=torch.uint8)
     length = torch.tensor([data.numel()], device=device)
@@ -62,6 +69,24 @@ def exchange(told: Any) -> list[Any]:
     rows = [torch.empty_like(padded, device=device) for _ in range(size)]
     dist.all_gather(rows, padded.to(device))
     return [json.loads(row[:n].cpu().numpy().tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def _meet(rank: int, size: int, timeout_s: float) -> None:
+    """Wait until all ranks have come to this call."""
+    store = _get_default_store()
+    turn = store.add(f"{_MET}/of/{rank}", 1)
+    store.set(f"{_MET}/{turn}/{rank}", "")
+    # All have left the one before, or this rank would not be here.
+    if turn > 1:
+        store.delete_key(f"{_MET}/{turn - 1}/{rank}")
+    keys = [f"{_MET}/{turn}/{other}" for other in range(size)]
+    try:
+        with waiting():
+            store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        late = [str(other) for other, key in enumerate(keys) if not store.check([key])]
+        text = f"trainer ranks {', '.join(late)} did not come to exchange what all hold"
+        raise TransferTimeout(f"{text} within {timeout_s:g} s") from error
 
 
 def this_process() -> str:
