@@ -270,3 +270,11 @@ def test_unknown_and_impossible_commits(engine: Any) -> None:
         fp8sync.connect(model, engine, commit="instant")
     with pytest.raises(fp8sync.UnsupportedLayout, match="golden"):
         fp8sync.connect(model, engine, transport="golden", commit="in-place")
+
+
+def test_recipe_that_fails_leaves_the_link_of_the_old_one(engine: Any) -> None:
+    model = world.tiny_model("dense", 3)
+    assert fp8sync.refit(model, engine, world.recipe("blockwise")).version == 1
+    with pytest.raises(fp8sync.RecipeMismatch):
+        fp8sync.refit(model, engine, "bf16" if world.FP8 else "blockwise")
+    assert fp8sync.refit(model, engine, world.recipe("blockwise")).version == 1
