@@ -13,6 +13,7 @@ import torch
 
 import fp8sync
 from fp8sync.audit import AuditReport
+from tests import skips
 from tests.engines import world
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +38,24 @@ def test_engine_in_a_process_of_its_own(kind: str, tmp_path: Path) -> None:
         assert (world.logprobs(llm) - world.logprobs(fresh)).abs().max().item() == 0.0
         del fresh
         world.forget_engines()
+    world.stop_engine(llm)
+
+
+@pytest.mark.multigpu(2 if skips.cuda_devices() else 0)
+def test_experts_and_tied_embeddings_in_two_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    # Halved between two workers, 256 rows are still whole blocks.
+    sizes = {"moe_intermediate_size": 256, "tie_word_embeddings": True}
+    models = [world.tiny_model("moe", seed, **sizes) for seed in (1, 2)]
+    checkpoint = world.write_checkpoint(models[1], tmp_path, "pow2")
+    llm = world.start_engine(checkpoint, multiprocess=True, tensor_parallel_size=2)
+    fresh = world.logprobs(llm)
+    for model in models:
+        fp8sync.refit(model, llm, world.recipe("blockwise-pow2"))
+        difference = (world.logprobs(llm) - fresh).abs().max().item()
+        assert (difference == 0.0) is (model is models[1])
     world.stop_engine(llm)
 
 

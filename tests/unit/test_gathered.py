@@ -24,6 +24,31 @@ def test_no_rank_keeps_much_more_than_another(ranks: int) -> None:
     assert {o.info.misc for o in owned.values()} == {"no boxes"}
 
 
+@pytest.mark.parametrize("ranks", [2, 8])
+@pytest.mark.parametrize(
+    ("layers", "shapes"),
+    [
+        # Qwen3-Next-80B-A3B: gated delta networks; Nemotron-3-Nano-30B-A3B: Mamba layers.
+        (36, {"in_proj_qkvz": [12288, 2048], "in_proj_ba": [64, 2048], "conv1d": [8192, 1, 4]}),
+        (23, {"in_proj": [10304, 2688], "conv1d": [6144, 1, 4]}),
+    ],
+    ids=["qwen3-next", "nemotron-3-nano"],
+)
+def test_no_ranks_memory_stands_out_at_full_size(
+    ranks: int, layers: int, shapes: dict[str, list[int]]
+) -> None:
+    """By 0.2 GiB at most, of what is gathered and kept until it is sent."""
+    rows = [
+        [f"layers.{n}.{name}", shape, "bfloat16", "no boxes"]
+        for n in range(layers)
+        for name, shape in shapes.items()
+    ]
+    owned = divide([rows] * ranks)
+    kept = [2 * sum(o.info.numel for o in owned.values() if o.rank == r) for r in range(ranks)]
+    assert sum(kept) > 1 << 30
+    assert max(kept) - min(kept) <= 0.2 * (1 << 30)
+
+
 def test_a_tensor_stays_with_a_rank_that_is_given_it() -> None:
     found = [[row("a", 9)], [row("a", 9), row("b", 2)], [row("b", 2), row("c", 1)]]
     assert {n: o.rank for n, o in divide(found).items()} == {"a": 0, "b": 1, "c": 2}
