@@ -76,7 +76,7 @@ def _meet(rank: int, size: int, timeout_s: float) -> None:
     store = _get_default_store()
     turn = store.add(f"{_MET}/of/{rank}", 1)
     store.set(f"{_MET}/{turn}/{rank}", "")
-    # All have left the one before, or this rank would not be here.
+    # All have met at the one before, and left it, or this rank would not be here.
     if turn > 1:
         store.delete_key(f"{_MET}/{turn - 1}/{rank}")
     keys = [f"{_MET}/{turn}/{other}" for other in range(size)]
@@ -85,7 +85,12 @@ def _meet(rank: int, size: int, timeout_s: float) -> None:
             store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         late = [str(other) for other, key in enumerate(keys) if not store.check([key])]
-        text = f"trainer ranks {', '.join(late)} did not come to exchange what all hold"
+        # As if it had not come, so that all meet when they try again.
+        store.delete_key(keys[rank])
+        store.add(f"{_MET}/of/{rank}", -1)
+        text = (
+            f"trainer ranks {', '.join(late) or 'unknown'} did not come to exchange what all hold"
+        )
         raise TransferTimeout(f"{text} within {timeout_s:g} s") from error
 
 

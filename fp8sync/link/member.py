@@ -57,7 +57,8 @@ class Member:
     ) -> None:
         self.source, self.rank, self._progress, self._left = source, rank, progress, left
         self.announced = math.inf
-        """When this rank was told to send (`time.perf_counter`); workers have waited since then at most."""
+        """When this rank was told to send (`time.perf_counter`): before it gathers anything. Workers, which wait for
+        twice the limit, began to wait before."""
         self._exchange: AmaxExchange | None = None
         self._senders: Sequence[Outgoing] = ()
         self._later: list[Copy] = []

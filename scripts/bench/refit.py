@@ -212,6 +212,9 @@ class Run:
     def _give_up(self, peer: str, why: str) -> None:
         """End the whole run, of which a call of a peer's may never come back."""
         self._impossible(peer, why)
+        time.sleep(
+            5 * (self._rank > 0)
+        )  # the first to end takes the others with it: rank 0, with its row
         os._exit(1)
 
     def _refit(

@@ -284,7 +284,7 @@ def test_requests_of_a_paused_server_are_not_waited_for(
 
         with served.slow(), monkeypatch.context() as patch:
             patch.setattr(Server, "update", paused_meanwhile)
-            with pytest.raises(fp8sync.Fp8SyncError, match="in flight that have tokens, found 1"):
+            with pytest.raises(fp8sync.Fp8SyncError, match="in flight that have begun, found 1"):
                 link.refit("wait")
         stream, pause = calls
         pause.result(60)

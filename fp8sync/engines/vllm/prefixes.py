@@ -11,8 +11,8 @@ the link's first call it tells the workers, and they the trainer, that it is the
 the engine is paused, emptied, and requests are computed again. Not with a KV connector or whatever else keeps
 something under the names of blocks.
 
-The same wrapper answers what a server's routes do not: whether requests that have tokens are left, once vLLM says
-that it waited for them (`HAVE_BEGUN`). Those that it has preempted stand in its queue.
+The same wrapper answers what a server's routes do not: whether requests that have begun are left, once vLLM says
+that it waited for them (`HAVE_BEGUN`). Those that it has preempted stand in its queue, with their tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 
 __all__ = ["HAVE_BEGUN", "renamed", "renew", "renew_at_install"]
 
-HAVE_BEGUN = "requests have tokens"
+HAVE_BEGUN = "requests have begun"
 """In the refusal of a call that asks whether there are such."""
 
 _HASH_BYTES = 32
@@ -35,8 +35,9 @@ def renew_at_install() -> None:
     from vllm.v1.engine.core import EngineCore
 
     call = EngineCore.collective_rpc
-    if hasattr(call, "__wrapped__"):
+    if vars(EngineCore).get("_fp8sync"):
         return
+    EngineCore._fp8sync = True
 
     @wraps(call)
     def collective_rpc(
@@ -62,9 +63,10 @@ def renew_at_install() -> None:
 
 
 def _refuse_begun(scheduler: Any) -> list[Any]:
-    count = sum(1 for request in scheduler.requests.values() if request.num_output_tokens)
-    if count:
-        raise RuntimeError(f"fp8sync: {count} {HAVE_BEGUN}")
+    tokens = [request for request in scheduler.requests.values() if request.num_output_tokens]
+    begun = {r.request_id for r in (*scheduler.running, *tokens) if not r.is_finished()}
+    if begun:
+        raise RuntimeError(f"fp8sync: {len(begun)} {HAVE_BEGUN}")
     return []
 
 

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["Server"]
 
 _ASK_S = 30.0
+_REST_S = 1.0
+"""The longest time for which a server goes on before it is paused again, for requests that have begun."""
 _HEALTH_S = 2.0
 """How often a server that has not answered yet is asked whether it lives."""
 
@@ -87,7 +89,7 @@ class Server(Handle):
     def check_held(self) -> None:
         if count := self._begun():
             raise Fp8SyncError(
-                f"{self.url} is paused, with in_flight='wait': expected no requests in flight that have tokens, "
+                f"{self.url} is paused, with in_flight='wait': expected no requests in flight that have begun, "
                 f"found {count}; let it go on before the refit, or choose in_flight='keep' or 'abort'"
             )
 
@@ -104,8 +106,8 @@ class Server(Handle):
         self._post("/finish_weight_update")
 
     def pause(self, in_flight: InFlight, *, once: bool) -> float:  # noqa: ARG002  (its caches are not known)
-        # With `wait`, as often as requests are left that have tokens: those that vLLM has preempted.
-        ends = time.monotonic() + self.patience_s
+        # With `wait`, as often as requests are left that have begun: those that vLLM has preempted.
+        ends, rest_s = time.monotonic() + self.patience_s, 0.01
         while True:
             # vLLM would have requests that are kept computed again.
             self._post("/pause", mode=in_flight, clear_cache=str(in_flight != "keep").lower())
@@ -114,13 +116,15 @@ class Server(Handle):
                 return since
             if time.monotonic() > ends:
                 raise TransferTimeout(
-                    f"{self.url} did not end all requests that have tokens within {self.patience_s:g} s: choose "
+                    f"{self.url} did not end all requests that have begun within {self.patience_s:g} s: choose "
                     "in_flight='abort' or a longer timeout_s"
                 )
             self._post("/resume")
+            rest_s = min(2 * rest_s, _REST_S)
+            time.sleep(rest_s)
 
     def _begun(self) -> int:
-        """Return how many requests have tokens, of one of its engines that has some; vLLM's metrics lag behind."""
+        """Return how many requests have begun, of one of its engines that has some; vLLM's metrics lag behind."""
         path = "/init_weight_transfer_engine"
         status, body = self._watched("POST", path, {"init_info": {"begun": True}})
         if status != HTTPStatus.OK and (said := re.search(rf"(\d+) {HAVE_BEGUN}", _text(body))):
