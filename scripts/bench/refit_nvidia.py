@@ -6,12 +6,11 @@ quantized beforehand. NeMo-RL stacks a layer's experts anew at each refit, which
 
 from __future__ import annotations
 
-import importlib.util
 import os
-from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import refit_world
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Replicate
@@ -42,13 +41,7 @@ class Golden:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        spec = importlib.util.find_spec("nemo_rl")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("No module named 'nemo_rl'")
-        place = Path(spec.origin).parent / "weight_sync/xferdtensor.py"
-        loaded = importlib.util.spec_from_file_location("xferdtensor", place)
-        self._module: Any = importlib.util.module_from_spec(loaded)  # type: ignore[arg-type]
-        loaded.loader.exec_module(self._module)  # type: ignore[union-attr]
+        self._module = refit_world.file_of("nemo_rl", "weight_sync/xferdtensor.py")
         os.environ["NRL_XFERDTENSOR_GOLDEN"] = "1"
         self.rank = stage.rank
         self._pairs = list(stage.pairs()) if stage.rank == 0 else []

@@ -7,11 +7,9 @@ does beyond copying a worker's boxes out of each full tensor.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from collections import defaultdict
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import refit_nvidia
@@ -108,13 +106,7 @@ class Packed:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("No module named 'vllm'")
-        place = Path(spec.origin).parent / "distributed/weight_transfer/packed_tensor.py"
-        loaded = importlib.util.spec_from_file_location("packed_tensor", place)
-        self._module: Any = importlib.util.module_from_spec(loaded)  # type: ignore[arg-type]
-        loaded.loader.exec_module(self._module)  # type: ignore[union-attr]
+        self._module = refit_world.file_of("vllm", "distributed/weight_transfer/packed_tensor.py")
         self._pairs = list(stage.pairs()) if stage.rank == 0 else []
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> None:

@@ -6,12 +6,14 @@ memory, digests and votes. Only what a vLLM would do with the staged bytes is le
 
 from __future__ import annotations
 
+import importlib.util
 import secrets
 import time
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -188,6 +190,18 @@ def timed_refit(
     if stages is not None:
         stages.append({**outcome.seconds, "host": own})
     return seconds
+
+
+def file_of(package: str, place: str) -> Any:
+    """Return a file of an installed package as a module, without importing the package."""
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:
+        raise ModuleNotFoundError(f"No module named '{package}'")
+    path = Path(found.origin).parent / place
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+    spec.loader.exec_module(module)  # type: ignore[union-attr]
+    return module
 
 
 def _reach(store: Any, key: str) -> Channel:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -47,3 +47,20 @@ def engine(
     engine = Engine(world.write_config(models[0], tmp_path_factory.mktemp("engine")))
     yield engine
     engine.close()
+
+
+@pytest.fixture
+def untouched(engine: Any, link: Any) -> Iterator[None]:
+    """The old weights of a file's own engine serve on, to the bit; then the next refit brings the new ones, every byte."""
+    import torch
+
+    from tests.engines import world
+
+    logprobs, digests = world.logprobs(engine), world.live_bytes(engine)
+    yield
+    assert torch.equal(world.logprobs(engine), logprobs)
+    assert world.live_bytes(engine) == digests
+    assert link.version == 1
+    assert link.refit().version == 2
+    assert not torch.equal(world.logprobs(engine), logprobs)
+    assert link.audit().equal

@@ -84,18 +84,6 @@ def link(engine: Any) -> Iterator[fp8sync.Link]:
     link.close()
 
 
-@pytest.fixture
-def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
-    """The old weights serve on; then the next refit brings the new ones."""
-    logprobs, digests = world.logprobs(engine), world.live_bytes(engine)
-    yield
-    assert torch.equal(world.logprobs(engine), logprobs)
-    assert world.live_bytes(engine) == digests
-    assert link.version == 1
-    assert link.refit().version == 2
-    assert not torch.equal(world.logprobs(engine), logprobs)
-
-
 def meddle(link: Any, change: Callable[[int, torch.Tensor], torch.Tensor | None]) -> None:
     (sender,) = link._conductor._member._senders
     sender._group = Wire(sender._group, change)

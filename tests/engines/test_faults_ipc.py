@@ -49,19 +49,6 @@ def link(engine: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[fp8sync.Link]
     link.close()
 
 
-@pytest.fixture
-def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
-    """The old weights serve on, to the bit; then the next refit brings the new ones."""
-    logprobs, digests = world.logprobs(engine), world.live_bytes(engine)
-    yield
-    assert torch.equal(world.logprobs(engine), logprobs)
-    assert world.live_bytes(engine) == digests
-    assert link.version == 1
-    assert link.refit().version == 2
-    assert link.audit().equal
-    assert not torch.equal(world.logprobs(engine), logprobs)
-
-
 def after(number: int, change: Callable[[Writer, Any], None]) -> Launch:
     """A launch that has something done once the bytes of a part, of those that have some, are where they belong."""
     launch, count = Writer._launch, iter(range(100))

@@ -49,18 +49,6 @@ def link(engine: Any, request: pytest.FixtureRequest) -> Iterator[fp8sync.Link]:
         yield link
 
 
-@pytest.fixture
-def untouched(engine: Any, link: fp8sync.Link) -> Iterator[None]:
-    """The old weights serve on; then the next refit brings the new ones, every byte."""
-    logprobs, digests = world.logprobs(engine), world.live_bytes(engine)
-    yield
-    assert torch.equal(world.logprobs(engine), logprobs)
-    assert world.live_bytes(engine) == digests
-    assert link.refit().version == 2
-    assert not torch.equal(world.logprobs(engine), logprobs)
-    assert link.audit().equal
-
-
 @pytest.mark.usefixtures("untouched")
 def test_worker_without_memory(engine: Any, link: Any) -> None:
     """The rest is taken off the wire, so that the trainer need not wait and the link is kept."""

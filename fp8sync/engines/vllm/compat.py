@@ -19,6 +19,7 @@ __all__ = [
     "compiles_hooks",
     "derived_from",
     "engine_commit",
+    "has_our_backend",
     "has_scaled_kv_cache",
     "holds_quantizable_weights",
     "init_request",
@@ -97,6 +98,12 @@ def caches_prefixes(vllm_config: Any) -> bool:
 def number_of_label(label: str) -> int:
     """Return the number that vLLM's label of its weights is; 0 for another one, as the first (`default`)."""
     return int(label) if label.isdecimal() else 0
+
+
+def has_our_backend(vllm_config: Any) -> bool:
+    """Whether the engine was made to be refitted by fp8sync."""
+    transfer = vllm_config.weight_transfer_config
+    return transfer is not None and transfer.backend == "fp8sync"
 
 
 def engine_commit(vllm_config: Any) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import wraps
 from typing import TYPE_CHECKING, Any
 
+from fp8sync.engines.vllm.compat import has_our_backend
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -19,9 +21,7 @@ __all__ = ["backend_arguments", "leave_updates_to_backend"]
 
 def leave_updates_to_backend() -> None:
     """Let workers of vLLM 0.24 do as later ones; others are left as they are. Safe to call again."""
-    from vllm.distributed.weight_transfer.base import WeightTransferEngine
-
-    if hasattr(WeightTransferEngine, "start_weight_update"):
+    if not _is_early():
         return
     from vllm.device_allocator.cumem import CuMemAllocator
     from vllm.v1.worker.gpu_worker import Worker
@@ -38,22 +38,21 @@ def leave_updates_to_backend() -> None:
 
 def backend_arguments(config: Any, vllm_config: Any, device: Any, model: Any) -> tuple[Any, ...]:
     """Return what the base class of backends is made of."""
+    if _is_early():
+        return config, vllm_config.parallel_config, model
+    return config, vllm_config, device, model
+
+
+def _is_early() -> bool:
     from vllm.distributed.weight_transfer.base import WeightTransferEngine
 
-    if hasattr(WeightTransferEngine, "start_weight_update"):
-        return config, vllm_config, device, model
-    return config, vllm_config.parallel_config, model
-
-
-def _is_ours(worker: Any) -> bool:
-    transfer = worker.vllm_config.weight_transfer_config
-    return transfer is not None and transfer.backend == "fp8sync"
+    return not hasattr(WeightTransferEngine, "start_weight_update")
 
 
 def _making_backend(load_model: Call) -> Call:
     @wraps(load_model)
     def load(self: Any, **options: Any) -> None:
-        if not _is_ours(self):
+        if not has_our_backend(self.vllm_config):
             load_model(self, **options)
             return
         from fp8sync.engines.vllm.backend import Fp8SyncWeightTransferEngine
@@ -75,7 +74,7 @@ def _left_to_backend(name: str, call: Call) -> Call:
 
     @wraps(call)
     def step(self: Any, *args: Any, **named: Any) -> None:
-        if not _is_ours(self):
+        if not has_our_backend(self.vllm_config):
             call(self, *args, **named)
             return
         if self._weight_update_active is begins:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 from fp8sync.engines.vllm.answers import settled
+from fp8sync.engines.vllm.compat import has_our_backend
 from fp8sync.errors import (
     Fp8SyncError,
     InstallFailed,
@@ -358,9 +359,8 @@ class Handle(ABC):
 
 def check_backend(config: Any) -> None:
     """Raise UnsupportedLayout for a vLLM config without this backend."""
-    transfer = config.weight_transfer_config
-    if transfer is None or transfer.backend != "fp8sync":
-        found = None if transfer is None else transfer.backend
+    if not has_our_backend(config):
+        found = getattr(config.weight_transfer_config, "backend", None)
         raise UnsupportedLayout(
             "the engine was not made for fp8sync: expected "
             f"weight_transfer_config={{'backend': 'fp8sync'}}, found backend {found!r}"

@@ -22,6 +22,8 @@ import secrets
 from functools import wraps
 from typing import Any
 
+from fp8sync.engines.vllm.compat import has_our_backend
+
 __all__ = ["HAVE_BEGUN", "renamed", "renew", "renew_at_install"]
 
 HAVE_BEGUN = "requests have begun"
@@ -71,8 +73,7 @@ def _refuse_begun(scheduler: Any) -> list[Any]:
 
 
 def _can_renew(core: Any) -> bool:
-    transfer = core.vllm_config.weight_transfer_config
-    if transfer is None or transfer.backend != "fp8sync":
+    if not has_our_backend(core.vllm_config):
         return False
     scheduler = core.scheduler
     others = getattr(scheduler, "connector", None), getattr(scheduler, "aux_output_connector", None)
